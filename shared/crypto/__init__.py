@@ -1,0 +1,1 @@
+"""The only package that imports `cryptography`'s ciphers: everything that touches a key stands here."""

@@ -1,0 +1,175 @@
+"""A private place to run one process tree in, which the kernel frees with the tree, SIGKILL included.
+
+With `Isolation.NAMESPACES` the tree gets mount, pid, ipc and (unless asked otherwise) network namespaces of its own
+and a private tmpfs over a given directory. Nobody outside sees the mount; when the tree's first process dies, however
+it dies, the kernel kills the rest of the pid namespace, and the tmpfs and all System V memory go with it. Works as
+root, and as anybody else where user namespaces are allowed.
+
+    setpriv --pdeathsig KILL       dies with us ...
+    └─ unshare … --kill-child      ... and takes pid 1 of the namespace with it
+       └─ sh: mount tmpfs, exec    pid 1: the command itself
+
+With `Isolation.NONE` (Docker without CAP_SYS_ADMIN, for one) it gets a directory of mode 700 under /dev/shm: also only
+in memory, but visible to its user and to root, and somebody must call `wipe`. Processes die with the thread that
+started them (PR_SET_PDEATHSIG); their own children do not.
+
+Not promised: that pages of the tmpfs are never swapped. Where the kernel knows `noswap` (6.4) and we are root, it is
+set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shared.errors import InvalidInputError, UnavailableError
+
+SHARED_MEMORY_DIR: Final = Path("/dev/shm")  # noqa: S108 - the point is that it is in memory
+_PROBE_TIMEOUT_S: Final = 15.0
+
+_DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "--")
+_NAMESPACES: Final = ("--mount", "--pid", "--ipc", "--fork", "--kill-child=KILL")
+
+# noswap is refused by older kernels and in user namespaces. A /proc of the new pid namespace hides all other processes;
+# where it may not be mounted (masked paths of a container) the old one stays, and `detect_isolation` says NONE.
+_ENTER: Final = """
+mount -t tmpfs -o "$2,noswap" keylake "$1" 2>/dev/null || mount -t tmpfs -o "$2" keylake "$1" || exit 125
+mount -t proc proc /proc 2>/dev/null
+shift 2
+exec "$@"
+"""
+
+# Is the directory ours, and does /proc count processes as we do? Where it does not (a container in which /proc is
+# masked), an agent would not find the processes that it has to kill.
+_PROBE: Final = 'test -w "$1" && read -r pid rest </proc/self/stat && test "$pid" = $$'
+
+
+class Isolation(enum.Enum):
+    NAMESPACES = "namespaces"
+    NONE = "none"
+
+
+def _unshare_prefix(*, network: bool) -> tuple[str, ...]:
+    user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    return (*_DIE_WITH_PARENT, "unshare", *user, *_NAMESPACES, *(() if network else ("--net",)), "--")
+
+
+@functools.cache
+def detect_isolation() -> Isolation:
+    """What this machine allows, found by trying it once (some 10 ms, blocking)."""
+    if shutil.which("unshare") is None or shutil.which("setpriv") is None:
+        return Isolation.NONE
+    with tempfile.TemporaryDirectory(prefix="keylake-probe-") as directory:
+        sandbox = Sandbox(Isolation.NAMESPACES, Path(directory), 1 << 20)
+        try:
+            probe = subprocess.run(
+                sandbox.command(["sh", "-c", _PROBE, "probe", directory]),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=_PROBE_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return Isolation.NONE
+    return Isolation.NAMESPACES if probe.returncode == 0 else Isolation.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """Where and how one process tree runs. Made by `create`; `wipe` when every process of it is gone."""
+
+    isolation: Isolation
+    directory: Path
+    """Absolute. As the tree sees it: its private tmpfs, empty at the start, mode 700. Seen from outside it stays empty
+    with NAMESPACES, and is the very same directory with NONE."""
+    size_bytes: int
+    """Limit of the tmpfs. Not enforced with NONE."""
+    network: bool = False
+    """True: stay in our network namespace. False: there is only a loopback device, and it is down."""
+    owner: tuple[int, int] | None = None
+    """(uid, gid) that owns the directory, as numbered here. None: whoever we are."""
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        size_bytes: int,
+        network: bool = False,
+        owner: tuple[int, int] | None = None,
+        parent_dir: Path | None = None,
+        isolation: Isolation | None = None,
+    ) -> Sandbox:
+        """Make the directory, below `parent_dir` or else /dev/shm, or the directory for temporary files without it.
+
+        With NONE the directory holds the content, so `parent_dir` is ignored and a machine without /dev/shm is an
+        error. Raises UnavailableError.
+        """
+        if size_bytes < 1:
+            raise InvalidInputError("a sandbox needs a size")
+        isolation = isolation or detect_isolation()
+        has_shared_memory = SHARED_MEMORY_DIR.is_dir() and os.access(SHARED_MEMORY_DIR, os.W_OK)
+        if isolation is Isolation.NONE and not has_shared_memory:
+            raise UnavailableError("neither namespaces nor /dev/shm: nowhere to put plaintext but a disk")
+        if isolation is Isolation.NONE or parent_dir is None:
+            parent_dir = SHARED_MEMORY_DIR if has_shared_memory else None
+        directory = Path(tempfile.mkdtemp(prefix="keylake-", dir=parent_dir))
+        if isolation is Isolation.NONE and owner is not None:
+            os.chown(directory, *owner)
+        return cls(isolation, directory, size_bytes, network, owner)
+
+    def command(self, argv: Sequence[str], *, as_ourselves: bool = False) -> list[str]:
+        """The argv that runs `argv` inside. It starts with whatever must be started from outside.
+
+        When we are not root, the command is root of a user namespace: it may mount and unmount, and it must become
+        somebody else to run Postgres. With `as_ourselves` it gives that up and has our uid.
+
+        The pid that the caller gets is the outermost process's: SIGKILL to it ends the tree (NAMESPACES), other signals
+        do not get through; `inner_pid` finds the process to send those to. It ends when the tree's first process ends,
+        with its exit status. Start it from a thread that lives as long as it should: it dies with that thread. With
+        NONE a command that changes its uid loses the parent-death signal and has to set it again (postgres_command).
+        """
+        if self.isolation is Isolation.NONE:
+            return [*_DIE_WITH_PARENT, *argv]
+        options = f"size={self.size_bytes},mode=700,nosuid,nodev,noexec"
+        if self.owner is not None:
+            options += ",uid={},gid={}".format(*self.owner)
+        enter = ["sh", "-c", _ENTER, "sandbox", str(self.directory), options]
+        if as_ourselves and os.geteuid() != 0:
+            enter += ["unshare", "--user", f"--map-user={os.geteuid()}", f"--map-group={os.getegid()}", "--"]
+        return [*_unshare_prefix(network=self.network), *enter, *argv]
+
+    def inner_pid(self, outer_pid: int) -> int | None:
+        """The pid, as numbered here, of the command inside, given the pid that the argv of `command` got.
+
+        None when it has not started (`unshare` has not forked) or is gone.
+        """
+        if self.isolation is Isolation.NONE:
+            return outer_pid
+        try:
+            children = Path(f"/proc/{outer_pid}/task/{outer_pid}/children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return int(children[0]) if children else None
+
+    def wipe(self) -> None:
+        """Remove the directory, and with NONE its content. Again is fine. Only when no process of the tree is left."""
+        if self.isolation is Isolation.NAMESPACES:
+            with contextlib.suppress(FileNotFoundError):
+                self.directory.rmdir()
+        else:
+            shutil.rmtree(self.directory, ignore_errors=False, onerror=_ignore_missing)
+
+
+def _ignore_missing(function: object, path: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
