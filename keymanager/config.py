@@ -1,0 +1,138 @@
+"""Settings of the keymanager: `--config FILE` and `KEYLAKE_KEYMANAGER_…`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic_settings import SettingsConfigDict
+
+from shared.config import ServiceSettings
+from shared.storage.config import ObjectStoreSettings
+
+
+class AwsSettings(BaseModel):
+    """How AWS is reached, and as whom. Endpoints are given for a simulated cloud; the real ones need none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kms_endpoint_url: str | None = None
+    sts_endpoint_url: str | None = None
+    ca_bundle: Path | None = Field(default=None, description="PEM file of the roots that the endpoints chain to")
+    access_key_id: str | None = Field(
+        default=None, description="the vendor's own identity, which assumes the customer's role; None: boto3's chain"
+    )
+    secret_access_key: SecretStr | None = None
+    session_duration_s: int = Field(default=3600, ge=900, le=43200, description="of an assumed role")
+
+
+class GoogleSettings(BaseModel):
+    """How Google Cloud is reached, and as whom. Endpoints are given for a simulated cloud; the real ones need none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kms_endpoint_url: str | None = None
+    iam_endpoint_url: str | None = Field(default=None, description="of the IAM Credentials API")
+    ca_bundle: Path | None = Field(default=None, description="PEM file of the roots that the endpoints chain to")
+    credentials_file: Path | None = Field(
+        default=None,
+        description="key of the vendor's own service account, which impersonates the customer's; None: Application "
+        "Default Credentials",
+    )
+    session_duration_s: int = Field(default=3600, ge=60, le=3600, description="of an impersonated token")
+
+
+class OpenBaoServer(BaseModel):
+    """One customer's server, with what it gave us to log in with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ca_bundle: Path | None = Field(default=None, description="PEM file of the roots that the server chains to")
+    approle_mount: str = "approle"
+    secret_ids: dict[str, SecretStr] = Field(description="role id → secret id")
+
+
+class OpenBaoSettings(BaseModel):
+    """OpenBao servers by address. A secret id goes to the server that it is listed under and to no other, and a key
+    configuration must name a role id of that list: so none can be talked into using another customer's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    servers: dict[Annotated[str, StringConstraints(pattern=r"^https://")], OpenBaoServer] = Field(default_factory=dict)
+
+
+class AzureSettings(BaseModel):
+    """How Azure is reached, and as whom. `authority` and what follows are given for a simulated cloud only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    client_secrets: dict[str, SecretStr] = Field(
+        default_factory=dict, description="secrets of the vendor's own applications, by client id"
+    )
+    federated_token_file: Path | None = Field(
+        default=None, description="workload identity, for applications without a secret"
+    )
+    token_max_age_s: int = Field(default=900, ge=60, le=86_400, description="when a token is renewed at the latest")
+    authority: str | None = Field(default=None, pattern=r"^https://[^/?#@]+$", description="the token service's URL")
+    disable_instance_discovery: bool = False
+    verify_challenge_resource: bool = Field(
+        default=True, description="off only where vaults are reached by address or by a name of one label"
+    )
+    ca_bundle: Path | None = Field(default=None, description="PEM file of the roots that the endpoints chain to")
+
+
+class KeymanagerSettings(ServiceSettings):
+    model_config = SettingsConfigDict(env_prefix="KEYLAKE_KEYMANAGER_")
+
+    metadata_dsn: SecretStr = Field(description="PostgreSQL connection string of the metadata database")
+    metadata_connections: int = Field(default=8, ge=2, le=100)
+    lease_ttl_s: float = Field(default=5.0, ge=0.5, le=300, description="how long an instance may go without renewal")
+    kms_connect_timeout_s: float = Field(default=1.0, gt=0, le=30)
+    kms_read_timeout_s: float = Field(default=2.0, gt=0, le=30)
+    kms_deadline_s: float = Field(default=4.0, gt=0, le=60, description="of one KMS call with everything it waits for")
+    default_account_name: str = Field(default="default", min_length=1, max_length=100)
+    outbox_messages: int = Field(
+        default=1024, ge=16, le=65536, description="per session; a client that lets it fill up is dropped"
+    )
+    leader_ttl_s: float = Field(
+        default=1.5,
+        ge=0.3,
+        le=60,
+        description="how long the leader may go without renewal; the next one serves a little later than that, and "
+        "within two thirds of lease_ttl_s nobody notices",
+    )
+    concurrent_key_requests: int = Field(default=8, ge=1, le=256, description="per session; more wait")
+    waiting_key_requests: int = Field(default=256, ge=0, le=4096, description="per session; more are refused")
+    all_key_requests: int = Field(
+        default=4096, ge=1, le=65536, description="of all sessions, at work or waiting; more are refused"
+    )
+    max_sessions: int = Field(default=16_384, ge=1, le=1_000_000, description="open at once; more are refused")
+    max_requests: int = Field(default=128, ge=1, le=65536, description="of the admin API, at once; more are refused")
+    kek_max_age_days: float = Field(
+        default=90.0, gt=0, le=3650, description="age at which a project gets a new KEK version by itself"
+    )
+    rotation_check_interval_s: float = Field(
+        default=60.0, gt=0, le=86400, description="how often due KEK rotations and new CMK versions are looked for"
+    )
+    shred_approval_h: float = Field(
+        default=24.0, gt=0, le=720, description="hours within which a second person must approve a shredding"
+    )
+    audit_anchors: ObjectStoreSettings | None = Field(
+        default=None,
+        description="object store for the audit chain's anchors, in which we need nothing but to create, read and list "
+        "below audit/anchors/; None: the chain is not anchored",
+    )
+    audit_anchor_interval_s: float = Field(
+        default=60.0, gt=0, le=86400, description="how often the chain is anchored while something is recorded"
+    )
+    kms_call_record_interval_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=3600,
+        description="how often KMS calls are recorded; what was not yet recorded is lost with the process",
+    )
+    aws: AwsSettings = AwsSettings()
+    google: GoogleSettings = GoogleSettings()
+    openbao: OpenBaoSettings = OpenBaoSettings()
+    azure: AzureSettings = AzureSettings()

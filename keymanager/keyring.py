@@ -1,0 +1,257 @@
+"""Plaintext KEKs, and what is done with them.
+
+A KEK is unwrapped by the KMS when it is first needed, once however many ask for it, kept while its project is ACTIVE,
+and wiped by `drop`. With the KEK in memory, generating and unwrapping DEKs calls no KMS.
+
+What may interleave: `drop` is synchronous. Whoever awaited a KMS or the database looks at the project's epoch
+afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from keymanager.audit_log import AuditLog
+from keymanager.cmk import Cmks, call_details, calls_made, kek_context
+from keymanager.kms.base import KmsError
+from keymanager.projects import ProjectEntry
+from keymanager.records import StoredKek
+from keymanager.repository import Repository
+from shared.api.keymanager import ObjectName, WrappedObject
+from shared.audit_chain import AuditEntry
+from shared.clock import Clock
+from shared.crypto.aead import AeadKey
+from shared.crypto.envelope import Envelope, rewrap_dek, unwrap_dek, wrap_dek
+from shared.crypto.limits import MAX_WRAPS_PER_KEK
+from shared.crypto.secret import SecretKey
+from shared.errors import ConflictError, IntegrityError, UnavailableError
+from shared.ids import KeyConfigurationId, ProjectId
+
+WRAP_BLOCK: Final = 4096
+"""Wraps that are counted in advance, in one write: after a crash at most so many are counted that were never made."""
+SLICE: Final = 64
+"""Keys per turn of the event loop, about a millisecond."""
+
+_Kek = tuple[ProjectId, int]
+
+
+class Keyring:
+    def __init__(
+        self,
+        repository: Repository,
+        audit_log: AuditLog,
+        cmks: Cmks,
+        suspect: Callable[[KeyConfigurationId], None],
+        clock: Clock,
+    ) -> None:
+        """`suspect` is called when the KMS fails on the data path: the watcher then looks at once."""
+        self._repository = repository
+        self._audit_log = audit_log
+        self._cmks = cmks
+        self._suspect = suspect
+        self.turn: Final = asyncio.Lock()
+        """Held for one slice of key work, so that there is one slice to a turn of the event loop however many ask."""
+        self._closed = False
+        self._clock = clock
+        self._keks: dict[_Kek, AeadKey] = {}
+        self._unwrapping: dict[_Kek, asyncio.Task[AeadKey]] = {}
+        self._allowance: dict[_Kek, int] = {}
+        self._reserving: dict[_Kek, asyncio.Lock] = {}
+
+    @property
+    def plaintext_keks(self) -> list[ProjectId]:
+        """The project of each KEK that is in memory."""
+        return [project_id for project_id, _ in self._keks]
+
+    def drop(self, project_id: ProjectId) -> int:
+        """Wipe the project's KEKs. Returns how many there were."""
+        dropped = [key for key in self._keks if key[0] == project_id]
+        for key in dropped:
+            self._keks.pop(key).wipe()
+        return len(dropped)
+
+    def drop_version(self, project_id: ProjectId, kek_version: int) -> None:
+        """Wipe a KEK that is destroyed."""
+        cipher = self._keks.pop((project_id, kek_version), None)
+        if cipher is not None:
+            cipher.wipe()
+
+    def close(self) -> None:
+        """Wipe everything, for good: a KEK that is on its way does not enter memory any more."""
+        self._closed = True
+        for key in list(self._keks):
+            self._keks.pop(key).wipe()
+        for task in self._unwrapping.values():
+            task.cancel()
+
+    def add(self, kek: StoredKek, plaintext: SecretKey) -> None:
+        """Keep a KEK that was just made. Takes ownership of `plaintext`."""
+        if self._closed:
+            plaintext.wipe()
+            return
+        self._keks[kek.project_id, kek.kek_version] = AeadKey(plaintext)
+
+    async def generate(self, entry: ProjectEntry, objects: Sequence[ObjectName]) -> list[tuple[SecretKey, Envelope]]:
+        """A new DEK for each object. The caller wipes them.
+
+        Raises KeyAccessError when the project is or gets stopped, UnavailableError when the KMS is needed and fails,
+        ConflictError when the KEK is used up.
+        """
+        epoch, kek = entry.epoch, entry.current_kek
+        entry.check()
+        await self._reserve(entry, kek, len(objects))
+        cipher = await self._cipher(entry, kek)
+        made: list[tuple[SecretKey, Envelope]] = []
+        try:
+            for start in range(0, len(objects), SLICE):
+                async with self.turn:
+                    entry.check(epoch)
+                    for name in objects[start : start + SLICE]:
+                        context = entry.scope.object_context(name.timeline_id, name.object_name, name.kind)
+                        dek = SecretKey.generate()
+                        made.append((dek, wrap_dek(cipher, kek.kek_id, kek.kek_version, dek, context)))
+            entry.check(epoch)
+        except BaseException:
+            wipe_all(dek for dek, _ in made)
+            raise
+        return made
+
+    async def unwrap(self, entry: ProjectEntry, items: Sequence[WrappedObject]) -> list[tuple[SecretKey, Envelope]]:
+        """The DEKs of these envelopes. The caller wipes them.
+
+        Raises KeyAccessError, UnavailableError, IntegrityError (one of them is not what it claims to be; none is
+        returned).
+        """
+        epoch = entry.epoch
+        entry.check()
+        opened: list[tuple[SecretKey, Envelope]] = []
+        try:
+            for start in range(0, len(items), SLICE):
+                part = [(item.object, Envelope.parse(item.envelope)) for item in items[start : start + SLICE]]
+                ciphers: dict[int, AeadKey] = {}
+                for _, envelope in part:
+                    kek = entry.keks.get(envelope.kek_version)
+                    if kek is None or kek.kek_id != envelope.kek_id:
+                        raise IntegrityError("the envelope names a KEK that this project does not have")
+                    if kek.kek_version not in ciphers:
+                        ciphers[kek.kek_version] = await self._cipher(entry, kek)
+                async with self.turn:
+                    entry.check(epoch)
+                    for name, envelope in part:
+                        context = entry.scope.object_context(name.timeline_id, name.object_name, name.kind)
+                        opened.append((unwrap_dek(ciphers[envelope.kek_version], envelope, context), envelope))
+            entry.check(epoch)
+        except BaseException:
+            wipe_all(dek for dek, _ in opened)
+            raise
+        return opened
+
+    async def rewrap(self, entry: ProjectEntry, items: Sequence[WrappedObject]) -> list[Envelope]:
+        """The DEKs of these envelopes under the current KEK, which is stored. One that is already comes back as it is.
+
+        Raises as `unwrap`; ConflictError when the KEK is used up.
+        """
+        epoch, kek = entry.epoch, entry.current_kek
+        entry.check()
+        envelopes = [Envelope.parse(item.envelope) for item in items]
+        outdated = sum(envelope.kek_version != kek.kek_version for envelope in envelopes)
+        if outdated:
+            await self._reserve(entry, kek, outdated)
+        cipher = await self._cipher(entry, kek)
+        made: list[Envelope] = []
+        for start in range(0, len(items), SLICE):
+            opened = await self.unwrap(entry, items[start : start + SLICE])
+            try:
+                async with self.turn:
+                    entry.check(epoch)
+                    for item, (dek, envelope) in zip(items[start : start + SLICE], opened, strict=True):
+                        if envelope.kek_version == kek.kek_version:
+                            made.append(envelope)
+                            continue
+                        if envelope.kek_version > kek.kek_version:
+                            raise ConflictError("the KEK was rotated meanwhile: try again")
+                        name = item.object
+                        context = entry.scope.object_context(name.timeline_id, name.object_name, name.kind)
+                        made.append(rewrap_dek(cipher, kek.kek_id, kek.kek_version, dek, envelope, context))
+            finally:
+                wipe_all(dek for dek, _ in opened)
+        entry.check(epoch)
+        return made
+
+    async def _cipher(self, entry: ProjectEntry, kek: StoredKek) -> AeadKey:
+        """The KEK, from memory or from the KMS."""
+        key = (entry.project_id, kek.kek_version)
+        cipher = self._keks.get(key)
+        if cipher is not None:
+            return cipher
+        task = self._unwrapping.get(key)
+        if task is None:
+            task = asyncio.create_task(self._unwrap_kek(entry, kek))
+            self._unwrapping[key] = task
+            task.add_done_callback(lambda done: self._unwrapped(key, done))
+        return await asyncio.shield(task)  # one impatient caller does not take it away from the others
+
+    def _unwrapped(self, key: _Kek, task: asyncio.Task[AeadKey]) -> None:
+        self._unwrapping.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # retrieved: whoever waited may be gone
+
+    async def _unwrap_kek(self, entry: ProjectEntry, kek: StoredKek) -> AeadKey:
+        epoch = entry.epoch
+        # Its row of now, not of when it was asked for: another CMK may have wrapped it since, or it was destroyed.
+        kek = entry.keks[kek.kek_version]
+        if kek.wrapped is None:
+            entry.check()
+            raise IntegrityError("this KEK was destroyed")
+        context = kek_context(entry.scope, kek.kek_id, kek.kek_version)
+        with calls_made() as calls:
+            try:
+                plaintext = await self._cmks.of(entry.key_configuration_id).unwrap(kek.wrapped, context)
+            except KmsError as error:
+                self._suspect(entry.key_configuration_id)
+                await self._audit_log.record(self._kek_entry(entry, kek, "failed", call_details(calls)))
+                why = self._cmks.explain(entry.key_configuration_id, error)
+                raise UnavailableError(f"the project's key could not be unwrapped: {why}") from None
+        cipher = AeadKey(plaintext)
+        now = self._clock.now()
+        try:
+            await self._repository.note_unwrap(entry.project_id, kek.kek_version, now)
+            await self._audit_log.record(self._kek_entry(entry, kek, "ok", call_details(calls)))
+            entry.check(epoch)  # Invariant: no KEK enters memory after its project was stopped, or after `close`
+            if self._closed:
+                raise UnavailableError("this keymanager has stopped")
+            if entry.keks[kek.kek_version].wrapped is None:
+                raise IntegrityError("this KEK was destroyed")
+        except BaseException:
+            cipher.wipe()
+            raise
+        self._keks[entry.project_id, kek.kek_version] = cipher
+        entry.keks[kek.kek_version] = replace(entry.keks[kek.kek_version], last_unwrap_at=now)
+        return cipher
+
+    @staticmethod
+    def _kek_entry(entry: ProjectEntry, kek: StoredKek, outcome: str, details: dict[str, str]) -> AuditEntry:
+        details = {"kek_version": str(kek.kek_version), **details}
+        return AuditEntry("keymanager", "kek.unwrap", outcome, entry.project_id, details)
+
+    async def _reserve(self, entry: ProjectEntry, kek: StoredKek, wraps: int) -> None:
+        """Count wraps before they are made. Raises ConflictError at the limit of limits.py."""
+        key = (entry.project_id, kek.kek_version)
+        lock = self._reserving.setdefault(key, asyncio.Lock())
+        async with lock:
+            left = self._allowance.get(key, 0)
+            if left < wraps:
+                if entry.keks[kek.kek_version].wraps_reserved + WRAP_BLOCK > MAX_WRAPS_PER_KEK:
+                    raise ConflictError("the KEK has reached its usage limit: rotate the project's KEK")
+                total = await self._repository.reserve_wraps(entry.project_id, kek.kek_version, WRAP_BLOCK)
+                entry.keks[kek.kek_version] = replace(entry.keks[kek.kek_version], wraps_reserved=total)
+                left += WRAP_BLOCK
+            self._allowance[key] = left - wraps
+
+
+def wipe_all(keys: Iterable[SecretKey]) -> None:
+    for key in keys:
+        key.wipe()
