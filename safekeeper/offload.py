@@ -1,0 +1,147 @@
+"""WAL of one timeline leaves this node's disk: to the object store, and from there it is read again.
+
+Theory of operation. A piece that is closed and below commit_lsn never changes again, and no election cuts it. One at a
+time, oldest first:
+
+    LOCAL   is a piece of this term in the object store that covers it, of whatever node?  no: put ours
+            → control file: BOTH
+    BOTH    below the pageserver's remote_consistent_lsn, and not of the newest `keep_size_bytes`
+            → control file: REMOTE → the local files go
+
+*Safe to remove* means all of: it is in the object store and was seen there in a listing, which is how peers find it;
+it is below remote_consistent_lsn, so the pageserver has layers of it that are durable; it is below commit_lsn, so no
+election takes it back; and all three are in this node's control file, by the same write that says REMOTE. A crash
+anywhere in between leaves a file that is not needed, or an object that is found again.
+
+Who offloads: whoever comes first. Each node looks before it puts, and nodes look at random times, so that mostly one of
+them puts; if two do at the same time, there are two pieces, and nothing else happens.
+
+Reading goes the other way: any piece of the right term that covers the position will do. So a peer that was away for
+hours, and a pageserver that lost its place, get old WAL through any safekeeper of the quorum, wherever it lies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safekeeper import piece_file
+from safekeeper.control_file import ControlState
+from safekeeper.log_map import Extent, Place
+from safekeeper.piece_keys import PieceKeys
+from safekeeper.remote_wal import RemotePiece, RemoteWal
+from safekeeper.wal_segment import FrameIndex, PieceCipher, PieceHeader, index_frames, open_frames
+from shared.crypto.aead import AeadKey
+from shared.errors import CorruptedError, UnavailableError
+from shared.lsn import WAL_SEGMENT_SIZE_BYTES
+from shared.storage.base import ObjectNotFoundError
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadTuning:
+    interval_s: float = 5.0
+    """About how often a timeline is looked at."""
+    keep_size_bytes: int = 4 * WAL_SEGMENT_SIZE_BYTES
+    """Behind commit_lsn, kept on the disk in any case."""
+
+
+def to_offload(state: ControlState) -> list[Extent]:
+    """Closed, committed, and not known to be in the object store; oldest first."""
+    committed = state.acceptor.commit_lsn
+    return [
+        extent
+        for extent in state.log.extents
+        if extent.place is Place.LOCAL and extent.end_lsn is not None and extent.end_lsn <= committed
+    ]
+
+
+def to_remove(state: ControlState, keep_size_bytes: int) -> list[Extent]:
+    """What need not lie on this disk any more; oldest first."""
+    acceptor = state.acceptor
+    limit = min(state.remote_consistent_lsn, acceptor.commit_lsn, max(0, acceptor.commit_lsn - keep_size_bytes))
+    return [
+        extent
+        for extent in state.log.extents
+        if extent.place is Place.BOTH and extent.end_lsn is not None and extent.end_lsn <= limit
+    ]
+
+
+class _Opened:
+    """A piece of the object store, fetched, to be read from more than once."""
+
+    def __init__(self, source: RemotePiece, content: bytes, cipher: PieceCipher, index: FrameIndex) -> None:
+        self.source = source
+        self._content = content
+        self._cipher = cipher
+        self._index = index
+
+    def read(self, lsn: int, end_lsn: int) -> bytes:
+        """Raises IntegrityError, KeyWipedError."""
+        index = self._index
+        first, last = index.frame_of(lsn), index.frame_of(end_lsn - 1)
+        view = memoryview(self._content)[index.offsets[first] : index.offsets[last + 1]]
+        opened = b"".join(open_frames(self._cipher, index, first, view, last + 1 - first))
+        return opened[lsn - index.lsns[first] : end_lsn - index.lsns[first]]
+
+
+KeysOf = Callable[[str], PieceKeys]
+"""Of the pieces that a node has sealed."""
+
+
+class RemoteReader:
+    """Reads offloaded WAL. Keeps the sealed bytes of the piece that was read last."""
+
+    def __init__(self, remote: RemoteWal, keys_of: KeysOf) -> None:
+        self._remote = remote
+        self._keys_of = keys_of
+        self._last: _Opened | None = None
+        self._fetching = asyncio.Lock()
+
+    def drop_keys(self) -> None:
+        self._last = None
+
+    async def read(self, extent: Extent, lsn: int, end_lsn: int, max_size_bytes: int) -> bytes:
+        """At least one byte from `lsn` on, of the part of the log that `extent` holds.
+
+        Raises KeyAccessError, UnavailableError (also when no piece is listed that has it), IntegrityError.
+        """
+        end_lsn = min(end_lsn, lsn + max_size_bytes)
+        async with self._fetching:
+            opened = self._last
+            if opened is None or not opened.source.covers(extent.piece.term, lsn, lsn + 1):
+                opened = self._last = await self._open(extent.piece.term, lsn)
+        end_lsn = min(end_lsn, opened.source.end_lsn)
+        return await asyncio.to_thread(opened.read, lsn, end_lsn)
+
+    async def _open(self, term: int, lsn: int) -> _Opened:
+        for source in await self._remote.pieces(lsn // WAL_SEGMENT_SIZE_BYTES):
+            if not source.covers(term, lsn, lsn + 1):
+                continue
+            try:
+                content, envelope = await self._remote.fetch(source)
+            except ObjectNotFoundError:
+                continue  # sealed anew meanwhile: another one has it
+            key, aad = await self._keys_of(source.node_id).unwrap(source.piece, envelope)
+            return self._opened(source, content, key, aad)
+        raise UnavailableError("the object store does not show this part of the log")
+
+    def _opened(self, source: RemotePiece, content: bytes, key: AeadKey, aad: bytes) -> _Opened:
+        header = PieceHeader.parse(content)
+        if header.piece != source.piece or header.start_lsn != source.start_lsn:
+            raise CorruptedError("an offloaded WAL piece is another one than its name says")
+        cipher = PieceCipher(key, aad, header)
+        return _Opened(source, content, cipher, index_frames(content, header, source.end_lsn))
+
+
+async def read_for_upload(directory: Path, extent: Extent) -> bytes:
+    """The sealed bytes of a closed piece, up to the frame that reaches its end. Raises IntegrityError, OSError."""
+    return await asyncio.to_thread(_sealed_bytes, directory, extent)
+
+
+def _sealed_bytes(directory: Path, extent: Extent) -> bytes:
+    assert extent.end_lsn is not None  # noqa: S101 - the caller picked closed ones
+    header, _ = piece_file.read_header(directory, extent.piece, extent.start_lsn)
+    content = piece_file.paths(directory, extent.piece)[0].read_bytes()
+    return content[: index_frames(content, header, extent.end_lsn).end_offset]
