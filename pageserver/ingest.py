@@ -1,0 +1,327 @@
+"""WAL records → values of the key space: what Postgres's redo would change, written down instead of done.
+
+Theory of operation. Every block reference of a record becomes one value of that block at the record's *end* LSN, and
+the redo worker applies it when the page is read. What redo changes without naming a block is handled here, row by row
+as Neon does it (`walingest.rs`): visibility-map clears, relation sizes and existence, relation maps, databases copied
+or dropped; what is kept outside of relations is in `pageserver/ingest_state.py`. FSM forks are not kept: stock Postgres
+does not log them reliably and rebuilds them. What is not understood stops ingest (UnsupportedWalError, CorruptedError):
+no record is ever skipped in the hope that it does not matter.
+
+`Tip` is the newest state that the decisions depend on (sizes above all), in memory; the storage engine has the same,
+with history.
+
+A relation that grows over a block again, after a truncate or under a reused relfilenumber, must not see that block's
+old life: a block that comes to exist without being initialised by its record gets a TOMBSTONE, "starts from zeros",
+just below the record's end LSN.
+
+A core: no I/O. The one record that needs to read pages (CREATE DATABASE … STRATEGY = file_copy) is handed to the
+shell as an effect.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from pageserver import native
+from pageserver.ingest_state import KeyedValue, StateIngest, Tip, UnsupportedWalError, require_known_tablespace
+from pageserver.value import ValueKind
+from shared.keyspace import REL_BLOCK, REL_SIZE, Fork, pack_key, rel_map_key
+from shared.wal import (
+    rmgr_clog,
+    rmgr_commit_ts,
+    rmgr_dbase,
+    rmgr_logicalmsg,
+    rmgr_multixact,
+    rmgr_relmap,
+    rmgr_replorigin,
+    rmgr_smgr,
+    rmgr_standby,
+    rmgr_tblspc,
+    rmgr_xact,
+    rmgr_xlog,
+)
+from shared.wal.image import require_readable, restore_image, with_page_lsn
+from shared.wal.reader import RawRecord
+from shared.wal.record import SINGLE_END, Rel, parse_blocks, unpack_single
+from shared.wal.rmgr import RmgrId
+from shared.wal.rmgr_heap import CLEAR_FLAGS, HEAP_BLOCKS_PER_MAP_PAGE, VisibilityClear, visibility_clears
+from shared.wal.rmgr_smgr import TruncateFlag
+
+_SIZE: Final = struct.Struct(">I")
+pack_size: Final = _SIZE.pack
+unpack_time: Final = struct.Struct("<q").unpack_from
+"""xl_xact_commit, xact_time (xact.h)."""
+
+_WAL, _WAL_INIT, _IMAGE, _NATIVE, _TOMBSTONE = (
+    int(k) for k in (ValueKind.WAL, ValueKind.WAL_INIT, ValueKind.IMAGE, ValueKind.NATIVE, ValueKind.TOMBSTONE)
+)
+_FSM, _VM = int(Fork.FSM), int(Fork.VISIBILITY_MAP)
+_HEADER: Final = struct.Struct("<4xI8xBB")
+_BARE_COMMIT: Final = bytes((255, 8))
+"""The header of the main data of a commit record, of 34 bytes, that says when and nothing else."""
+# Resource managers whose records concern more than their blocks.
+_SPECIAL: Final = frozenset(
+    {
+        RmgrId.XLOG,
+        RmgrId.XACT,
+        RmgrId.SMGR,
+        RmgrId.CLOG,
+        RmgrId.DBASE,
+        RmgrId.TBLSPC,
+        RmgrId.MULTIXACT,
+        RmgrId.RELMAP,
+        RmgrId.STANDBY,
+        RmgrId.COMMIT_TS,
+        RmgrId.REPLORIGIN,
+        RmgrId.LOGICALMSG,
+    }
+)
+_PLAIN: Final = frozenset(RmgrId) - _SPECIAL
+_XACT: Final = int(RmgrId.XACT)
+_HEAP: Final = frozenset({RmgrId.HEAP, RmgrId.HEAP2})
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDatabase:
+    """Copy everything of one database to another, as of `lsn`, before the next record is looked at."""
+
+    source: tuple[int, int]
+    target: tuple[int, int]
+    lsn: int
+
+
+@dataclass(slots=True)
+class Ingested:
+    """What a run of records comes to. `consumed` of them were taken; with a `copy` that is done before the rest."""
+
+    values: list[KeyedValue] = field(default_factory=list)
+    consumed: int = 0
+    copy: CopyDatabase | None = None
+
+
+class WalIngest(StateIngest):
+    """Feeds on complete records in LSN order. After an error the timeline must not go on."""
+
+    def __init__(self, tip: Tip) -> None:
+        super().__init__(tip)
+        self._copy: CopyDatabase | None = None
+
+    def ingest(self, records: Sequence[RawRecord]) -> Ingested:
+        """Values of `records`, in LSN order per key. Raises CorruptedError, UnsupportedWalError."""
+        values: list[KeyedValue] = []
+        self._values = values
+        append = values.append
+        sizes = self.tip.rel_sizes
+        next_xid = self.tip.checkpoint.next_xid & 0xFFFFFFFF
+        consumed = 0
+        unpack_header, find_flags = _HEADER.unpack_from, CLEAR_FLAGS.get
+        tracking = self.tip.control.track_commit_timestamp
+        if records:
+            self._copied_lsn = min(self._copied_lsn, records[0][0])
+        for start, end, record in records:
+            consumed += 1
+            xid, info, rmid = unpack_header(record)
+            # Wraparound-safe "xid >= next_xid" (transam.h, TransactionIdFollowsOrEquals). 0 is no xid.
+            if xid and (xid - next_xid) & 0xFFFFFFFF < 0x80000000:
+                next_xid = self._advance_next_xid(xid)
+            size = len(record)
+            if rmid in _PLAIN:
+                if size >= SINGLE_END:
+                    # Nine records of ten: one block without an image, and the short header of main data. The same
+                    # tests as parse_blocks makes, without a tuple for what is used once.
+                    block_id, fork, data_length, spc, db, number, block, main_id, main_length = unpack_single(
+                        record, 24
+                    )
+                    if (
+                        main_id == 255
+                        and block_id == 0
+                        and fork & 0x90 == 0
+                        and fork & 0x0F <= 3
+                        and (data_length > 0) is (fork & 0x20 != 0)
+                        and SINGLE_END + data_length + main_length == size
+                    ):
+                        kind = _WAL_INIT if fork & 0x40 else _WAL
+                        fork &= 0x0F
+                        if fork != _FSM:
+                            rel = spc, db, number
+                            if block >= sizes.get((rel, fork), 0):
+                                self._extend(rel, fork, block, end, initialised=kind != _WAL)
+                            append((pack_key(REL_BLOCK, spc, db, number, fork, block), end, kind, record))
+                        clear = find_flags(rmid << 8 | info & 0x70)
+                        if clear is not None and (
+                            main_length < clear[1] or record[SINGLE_END + data_length + clear[0]] & 3
+                        ):
+                            blocks, main_start = parse_blocks(record)
+                            clears = visibility_clears(rmid, info, blocks, record, main_start)
+                            if clears:
+                                self._clear_visibility(clears, end)
+                        if self._pending:
+                            self._store_pending(end)
+                        continue
+            elif rmid == _XACT and info == 0 and xid and record[24:26] == _BARE_COMMIT and size == 34 and not tracking:
+                self._commit_one(xid, unpack_time(record, 26)[0], end)
+                if self._pending:
+                    self._store_pending(end)
+                continue
+            blocks, main_start = parse_blocks(record)
+            for _, rel, fork, block, flags, image, _, _ in blocks:
+                if fork == _FSM:
+                    continue
+                if image is not None and image.is_applied:
+                    if rmid == 0:
+                        page = with_page_lsn(restore_image(record, image), end)
+                        kind, payload = _IMAGE, page
+                    else:
+                        require_readable(image)
+                        kind, payload = _WAL_INIT, record
+                elif flags & 0x40:
+                    kind, payload = _WAL_INIT, record
+                else:
+                    kind, payload = _WAL, record
+                if block >= sizes.get((rel, fork), 0):
+                    self._extend(rel, fork, block, end, initialised=kind != _WAL)
+                append((pack_key(REL_BLOCK, *rel, fork, block), end, kind, payload))
+            if rmid in _HEAP:
+                clears = visibility_clears(rmid, info, blocks, record, main_start)
+                if clears:
+                    self._clear_visibility(clears, end)
+            elif rmid in _SPECIAL:
+                self._special(rmid, info, xid, record, record[main_start:], start, end)
+                next_xid = self.tip.checkpoint.next_xid & 0xFFFFFFFF
+                tracking = self.tip.control.track_commit_timestamp
+            elif rmid not in _PLAIN:
+                raise UnsupportedWalError(f"WAL record of the unknown resource manager {rmid}")
+            if self._pending:
+                self._store_pending(end)
+            if self._copy is not None:
+                break
+        copy, self._copy = self._copy, None
+        return Ingested(values, consumed, copy)
+
+    # --- sizes ---
+
+    def _extend(self, rel: Rel, fork: int, block: int, end: int, *, initialised: bool) -> None:
+        """The fork grows to hold `block`; blocks that no record initialises start from zeros."""
+        old = self.tip.rel_sizes.get((rel, fork), 0)
+        for gap in range(old, block if initialised else block + 1):
+            self._values.append((pack_key(REL_BLOCK, *rel, fork, gap), end - 1, _TOMBSTONE, b""))
+        self._set_size(rel, fork, block + 1)
+
+    def _set_size(self, rel: Rel, fork: int, blocks: int) -> None:
+        require_known_tablespace(rel[0])
+        self.tip.rel_sizes[rel, fork] = blocks
+        self._pending[pack_key(REL_SIZE, *rel, fork, 0)] = _IMAGE, pack_size(blocks)
+
+    def _drop_rel(self, rel: Rel) -> None:
+        for fork in Fork:
+            if self.tip.rel_sizes.pop((rel, int(fork)), None) is not None:
+                self._pending[pack_key(REL_SIZE, *rel, fork, 0)] = _TOMBSTONE, b""
+
+    def _clear_visibility(self, clears: Iterable[VisibilityClear], end: int) -> None:
+        """Both clears of one update may fall on one map page: then they are one value, as (key, lsn) is unique."""
+        by_page: dict[tuple[Rel, int], list[tuple[int, int]]] = {}
+        for rel, heap_block, bits in clears:
+            map_block, in_page = divmod(heap_block, HEAP_BLOCKS_PER_MAP_PAGE)
+            if map_block < self.tip.rel_sizes.get((rel, _VM), 0):
+                by_page.setdefault((rel, map_block), []).append((in_page, bits))
+        for (rel, map_block), cleared in by_page.items():
+            key = pack_key(REL_BLOCK, *rel, _VM, map_block)
+            self._values.append((key, end, _NATIVE, native.pack_vm_clear(cleared)))
+
+    # --- records that concern more than their blocks ---
+
+    def _special(self, rmid: int, info: int, xid: int, record: bytes, data: bytes, start: int, end: int) -> None:
+        match rmid:
+            case RmgrId.XACT:
+                parsed = rmgr_xact.parse(info, xid, data)
+                self._xact(parsed, record, data, end)
+                if isinstance(parsed, rmgr_xact.XactEnd):
+                    for rel in parsed.dropped_rels:
+                        self._drop_rel(rel)
+            case RmgrId.XLOG:
+                self._xlog(rmgr_xlog.parse(info, data), start, end)
+            case RmgrId.SMGR:
+                self._smgr(rmgr_smgr.parse(info, data), end)
+            case RmgrId.CLOG:
+                self._clog(rmgr_clog.parse(info, data), end)
+            case RmgrId.MULTIXACT:
+                self._multixact(rmgr_multixact.parse(info, data), end)
+            case RmgrId.RELMAP:
+                update = rmgr_relmap.parse(info, data)
+                self._set_rel_map(update.tablespace, update.database, update.content)
+            case RmgrId.DBASE:
+                self._dbase(rmgr_dbase.parse(info, data), end)
+            case RmgrId.STANDBY:
+                self._standby(rmgr_standby.parse(info, data))
+            case RmgrId.TBLSPC:
+                if isinstance(rmgr_tblspc.parse(info, data), rmgr_tblspc.TablespaceCreate):
+                    raise UnsupportedWalError("tablespaces are not supported: data has one home, sealed storage")
+            case RmgrId.COMMIT_TS:
+                self._commit_ts(rmgr_commit_ts.parse(info, data), end)
+            case RmgrId.REPLORIGIN:
+                self._set_origin(rmgr_replorigin.parse(info, data))
+            case RmgrId.LOGICALMSG:
+                rmgr_logicalmsg.parse(info, data)  # for subscribers; storage has nothing to keep of it
+
+    def _smgr(self, record: rmgr_smgr.SmgrCreate | rmgr_smgr.SmgrTruncate, end: int) -> None:
+        sizes = self.tip.rel_sizes
+        rel = record.rel
+        if isinstance(record, rmgr_smgr.SmgrCreate):
+            if record.fork != _FSM and (rel, int(record.fork)) not in sizes:
+                self._set_size(rel, record.fork, 0)
+            return
+        if record.flags & TruncateFlag.HEAP and sizes.get((rel, 0), 0) > record.block_count:
+            self._set_size(rel, Fork.MAIN, record.block_count)
+        if record.flags & TruncateFlag.VISIBILITY_MAP and (rel, _VM) in sizes:
+            map_block, in_page = divmod(record.block_count, HEAP_BLOCKS_PER_MAP_PAGE)
+            if in_page and map_block < sizes[rel, _VM]:
+                key = pack_key(REL_BLOCK, *rel, _VM, map_block)
+                self._values.append((key, end, _NATIVE, native.pack_vm_truncate(in_page)))
+            blocks = map_block + 1 if in_page else map_block
+            if blocks < sizes[rel, _VM]:
+                self._set_size(rel, _VM, blocks)
+
+    def _set_rel_map(self, spc: int, db: int, content: bytes) -> None:
+        require_known_tablespace(spc)
+        self.tip.rel_maps.add((spc, db))
+        self._pending[rel_map_key(spc, db)] = _IMAGE, content
+
+    def _dbase(
+        self,
+        record: rmgr_dbase.DatabaseFileCopy | rmgr_dbase.DatabaseCreate | rmgr_dbase.DatabaseDrop,
+        end: int,
+    ) -> None:
+        match record:
+            case rmgr_dbase.DatabaseFileCopy():
+                require_known_tablespace(record.tablespace)
+                require_known_tablespace(record.source_tablespace)
+                self._copied_lsn = end
+                self._copy = CopyDatabase(
+                    (record.source_tablespace, record.source_database), (record.tablespace, record.database), end
+                )
+            case rmgr_dbase.DatabaseCreate():
+                require_known_tablespace(
+                    record.tablespace
+                )  # its relation map and blocks follow as records of their own
+            case rmgr_dbase.DatabaseDrop():
+                for spc in record.tablespaces:
+                    for rel in {r for r, _ in self.tip.rel_sizes if r[0] == spc and r[1] == record.database}:
+                        self._drop_rel(rel)
+                    if (spc, record.database) in self.tip.rel_maps:
+                        self.tip.rel_maps.discard((spc, record.database))
+                        self._pending[rel_map_key(spc, record.database)] = _TOMBSTONE, b""
+
+    def copied_database(
+        self, copy: CopyDatabase, rel_map: bytes, sizes: dict[tuple[Rel, int], int]
+    ) -> list[KeyedValue]:
+        """Size and map values of a database that the shell has copied block by block. `sizes` names the source's
+        forks."""
+        self._values = []
+        for (rel, fork), blocks in sizes.items():
+            self._set_size((copy.target[0], copy.target[1], rel[2]), fork, blocks)
+        self._set_rel_map(*copy.target, rel_map)
+        self._store_pending(copy.lsn)
+        return self._values

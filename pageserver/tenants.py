@@ -1,0 +1,604 @@
+"""All projects and timelines of one pageserver: attached at the start, created, looked up; and what a lost lease means
+for them.
+
+A timeline's life is one loop: wait for the lease (and for the ancestor) → load the durable state → ingest and flush
+until something ends it → again. What ends it is the loss of the keys, its own or its ancestor's (then plaintext is
+dropped and the loop waits), or a fault: corrupt WAL, another writer, a full disk. A fault that may pass is retried with
+a pause; one that does not stays, and the timeline's status says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import shutil
+import ssl
+import tempfile
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final, Self
+
+from pageserver.ingest_shell import IngestShell, load_tip
+from pageserver.initdb_import import read_position, read_values
+from pageserver.key_project import ProjectKeys
+from pageserver.key_upkeep import TimelineKeys
+from pageserver.layer_cache import LayerCache
+from pageserver.project_redo import ProjectRedo
+from pageserver.redo.build import RedoBinaries
+from pageserver.timeline import (
+    AncestorNotLoadedError,
+    InitdbPosition,
+    Timeline,
+    TimelineConfig,
+    TimelineExistsError,
+    TimelineServices,
+)
+from pageserver.walreceiver import Peer, WalReceiver
+from shared.api.pageserver import ADMIN_ROLE, AncestorInfo, RetentionWindow, TimelineInfo
+from shared.auth import TokenIssuer
+from shared.deletion import Deletion
+from shared.errors import (
+    ConflictError,
+    IntegrityError,
+    KeyAccessError,
+    KeylakeError,
+    LeaseExpiredError,
+    NotFoundError,
+    ShreddedError,
+    UnavailableError,
+)
+from shared.ids import ProjectId, TimelineId
+from shared.key_upkeep import KeyUpkeep, UpkeepTuning
+from shared.lease import KeyLoss, KeySource, Lease
+from shared.lsn import Lsn
+from shared.postgres import initdb
+from shared.sandbox import SHARED_MEMORY_DIR
+from shared.storage.base import ObjectStore, StoreDeniedError
+from shared.storage.purge import purge
+from shared.storage.threads import BlockingPool
+from shared.telemetry import get_logger
+from shared.wal.page import boundary_of
+from shared.wal.reader import WalStreamDecoder
+
+_LEASE_POLL_S: Final = 0.1
+_FAULT_PAUSE_S: Final = 1.0
+PROJECTS_PREFIX: Final = "projects/"
+_ANCESTOR_POLL_S: Final = 0.1
+BRANCH_WAIT_S: Final = 30.0
+"""How long making a branch waits for its LSN to be ingested."""
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What all projects of this process share."""
+
+    store: ObjectStore
+    files: LayerCache
+    keys: KeySource
+    pool: BlockingPool
+    redo_binaries: RedoBinaries
+    config: TimelineConfig
+    peers: Sequence[Peer]
+    issuer: TokenIssuer
+    peer_context: ssl.SSLContext
+    upkeep: UpkeepTuning = field(default_factory=UpkeepTuning)
+    compactions: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+
+
+class AttachedTimeline:
+    """One timeline, with the task that keeps it going."""
+
+    def __init__(self, timeline: Timeline, environment: Environment) -> None:
+        self.timeline = timeline
+        self._environment = environment
+        self._receiver: WalReceiver | None = None
+        self._work: asyncio.Task[None] | None = None
+        self.fault = ""
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._wait_for_lease()
+            self._work = asyncio.create_task(self._live(), name=f"timeline {self.timeline.timeline_id}")
+            try:
+                await asyncio.wait([self._work])
+            finally:
+                await self._stop_work()
+            await asyncio.sleep(_FAULT_PAUSE_S if self.fault else 0)
+
+    async def _wait_for_lease(self) -> None:
+        # A lease is a core without events, so one that comes back is noticed by looking. So is an ancestor.
+        while not (self.timeline.lease.live and self.timeline.ancestor_is_usable):  # noqa: ASYNC110
+            await asyncio.sleep(_LEASE_POLL_S)
+
+    async def _live(self) -> None:
+        timeline = self.timeline
+        try:
+            if not timeline.is_live:
+                await timeline.reopen()
+            ingest = IngestShell(timeline, await load_tip(timeline))
+            receiver = WalReceiver(
+                timeline.project_id,
+                timeline.timeline_id,
+                self._environment.peers,
+                self._environment.issuer,
+                self._environment.peer_context,
+                WalStreamDecoder(
+                    timeline.last_record_lsn,
+                    system_identifier=timeline.system_identifier,
+                    last_record_start=timeline.prev_record_lsn,
+                ),
+                ingest.ingest,
+                lambda: timeline.remote_consistent_lsn,
+            )
+            self._receiver = receiver
+            self.fault = ""
+            async with asyncio.TaskGroup() as group:
+                group.create_task(timeline.run())
+                group.create_task(receiver.run())
+                group.create_task(_ended(timeline))
+        except KeylakeError as error:
+            self._failed(error)
+        except ExceptionGroup as group_error:
+            known, rest = group_error.split(KeylakeError)
+            if rest is not None:
+                self.fault = "internal error; the service's log has the details"
+                _log.error("timeline failed", timeline_id=str(timeline.timeline_id), exc_info=rest)
+                await timeline.drop_plaintext()
+            elif known is not None:
+                self._failed(_first(known))
+        finally:
+            self._receiver = None
+            # What is in memory was ingested by this run; the next one starts over from what is durable.
+            await timeline.drop_plaintext()
+
+    def _failed(self, error: KeylakeError) -> None:
+        if isinstance(error, KeyAccessError):
+            return  # `lose` is told by the key client; the loop waits for the lease
+        self.fault = f"{error.code}: {error}"
+        log = _log.warning if error.retryable else _log.error
+        log("timeline failed", timeline_id=str(self.timeline.timeline_id), code=error.code, error=str(error))
+
+    async def _stop_work(self) -> None:
+        work, self._work = self._work, None
+        if work is not None and not work.done():
+            work.cancel()
+            await asyncio.wait([work])
+
+    async def lose(self) -> dict[str, float]:
+        """The keys are lost: stop ingest and forget all plaintext. Returns the steps in seconds."""
+        started = perf_counter()
+        steps_s = await self.timeline.drop_plaintext()
+        await self._stop_work()
+        return steps_s | {"ingest stopped": perf_counter() - started}
+
+    def info(self) -> TimelineInfo:
+        timeline = self.timeline
+        ancestor = timeline.ancestor
+        return TimelineInfo(
+            project_id=timeline.project_id,
+            timeline_id=timeline.timeline_id,
+            state=timeline.lease.state,
+            system_identifier=timeline.system_identifier,
+            initdb_lsn=Lsn(timeline.initdb_lsn),
+            last_record_lsn=Lsn(timeline.last_record_lsn),
+            prev_record_lsn=Lsn(timeline.prev_record_lsn),
+            disk_consistent_lsn=Lsn(timeline.disk_consistent_lsn),
+            remote_consistent_lsn=Lsn(timeline.remote_consistent_lsn),
+            commit_lsn=Lsn(self._receiver.commit_lsn if self._receiver is not None else 0),
+            oldest_lsn=Lsn(timeline.oldest_lsn),
+            retention=RetentionWindow(lsn_bytes=timeline.retention.lsn_bytes, age_s=timeline.retention.age_s),
+            layers=timeline.layer_count,
+            l0_layers=timeline.l0_layer_count,
+            layer_size_bytes=timeline.layer_size_bytes,
+            in_memory_size_bytes=timeline.in_memory_size_bytes,
+            ancestor=None
+            if ancestor is None
+            else AncestorInfo(project_id=ancestor.project_id, timeline_id=ancestor.timeline_id, lsn=Lsn(ancestor.lsn)),
+            branches={branch: Lsn(lsn) for branch, lsn in timeline.branches.items()},
+            fault=self.fault or timeline.fault,
+        )
+
+
+class _Project:
+    """One project: its lease, its redo worker, its timelines."""
+
+    def __init__(
+        self, project_id: ProjectId, redo: ProjectRedo, branches_elsewhere: Callable[[], Sequence[_Branched]]
+    ) -> None:
+        """`branches_elsewhere`: timelines of other projects that read this one's."""
+        self.project_id = project_id
+        self._branches_elsewhere = branches_elsewhere
+        self.redo = redo
+        self.lease: Lease | None = None
+        self.timelines: dict[TimelineId, AttachedTimeline] = {}
+        self.tasks: dict[TimelineId, asyncio.Task[None]] = {}
+        """What loads them and keeps them going."""
+        self.unloaded: dict[TimelineId, KeylakeError] = {}
+        """Why timelines of the object store could not be loaded so far."""
+        self.changing = asyncio.Lock()
+
+    def is_loading(self, timeline_id: TimelineId) -> bool:
+        return timeline_id in self.tasks and timeline_id not in self.timelines
+
+    def check_loaded(self, timeline_id: TimelineId) -> None:
+        """Nothing for one that is not known at all. Raises UnavailableError while it is being loaded, or why it cannot
+        be."""
+        unloaded = self.unloaded.get(timeline_id)
+        if unloaded is not None:
+            raise type(unloaded)(str(unloaded))
+        if self.is_loading(timeline_id):
+            raise UnavailableError("the timeline is being loaded")
+
+    def timeline_keys(self) -> dict[TimelineId, TimelineKeys]:
+        return {timeline_id: attached.timeline.keys for timeline_id, attached in self.timelines.items()}
+
+    async def on_loss(self, loss: KeyLoss) -> dict[str, float]:
+        """KeyLossHandler of the project."""
+        started = perf_counter()
+        steps_s: dict[str, float] = {}
+        # Pages of a branch are made of its ancestor's: they go, too, and the workers that made them.
+        elsewhere = self._branches_elsewhere()
+        for attached in (*self.timelines.values(), *(each.attached for each in elsewhere)):
+            steps_s |= await attached.lose()
+        lost = perf_counter()
+        for redo in (self.redo, *{each.redo for each in elsewhere}):
+            await redo.kill()
+            redo.allow()  # a new worker starts only for a read, and a read needs the lease
+        steps_s["redo worker killed"] = perf_counter() - lost
+        # Cancelled tasks and their tracebacks refer to each other, and to the batch of WAL that they had at hand.
+        gc.collect()
+        steps_s["all plaintext gone"] = perf_counter() - started
+        _log.info("keys lost", project_id=str(self.project_id), state=loss.state.value, reason=loss.reason)
+        return steps_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Branched:
+    """A timeline, and the worker of its project."""
+
+    attached: AttachedTimeline
+    redo: ProjectRedo
+
+
+class Tenants:
+    """Use as an async context manager; entering attaches what the object store holds."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._projects: dict[ProjectId, _Project] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._shredded: set[ProjectId] = set()
+        self._stopping = False
+        self._news = asyncio.Event()
+        """Set, and replaced, when a timeline was loaded or could not be."""
+        self.upkeep = KeyUpkeep(environment.keys, environment.upkeep, self.projects)
+
+    async def __aenter__(self) -> Self:
+        for project_id, timeline_id in await self._stored():
+            project = self._project(project_id)
+            project.tasks[timeline_id] = self._spawn(self._attach(project_id, timeline_id))
+        self._spawn(self.upkeep.run())
+        return self
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Tasks end only at shutdown, with their timeline, when their project is shredded, or with a bug, which is
+        logged."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a timeline's task failed", exc_info=error)
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for project in self._projects.values():
+            await project.redo.close()
+
+    async def _stored(self) -> set[tuple[ProjectId, TimelineId]]:
+        """Timelines that have an index in the object store."""
+        found: set[tuple[ProjectId, TimelineId]] = set()
+        async for item in self._environment.store.list(PROJECTS_PREFIX):
+            match item.key.split("/"):
+                case ["projects", project, "timelines", timeline, "index", _]:
+                    with contextlib.suppress(ValueError):
+                        found.add((ProjectId.parse(project), TimelineId.parse(timeline)))
+        return found
+
+    async def _attach(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
+        """Open a stored timeline as soon as its keys can be had, and keep it going."""
+        project = self._project(project_id)
+        while True:
+            try:
+                lease = await self._lease(project)
+                timeline = await self._open(project, timeline_id, lease)
+                break
+            except KeylakeError as error:
+                known = project.unloaded.get(timeline_id)
+                if known is None or known.code != error.code:
+                    log = _log.error if isinstance(error, IntegrityError) else _log.info
+                    log("timeline is not attached", timeline_id=str(timeline_id), code=error.code, error=str(error))
+                project.unloaded[timeline_id] = error
+                self._tell_news()
+                waits = isinstance(error, AncestorNotLoadedError)
+                await asyncio.sleep(_ANCESTOR_POLL_S if waits else _FAULT_PAUSE_S)
+        project.unloaded.pop(timeline_id, None)
+        await self._keep(project, timeline)
+
+    async def _open(self, project: _Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
+        services, config = self._services(project), self._environment.config
+        return await Timeline.open(project.project_id, timeline_id, services, lease, config, find=self.timeline)
+
+    async def _keep(self, project: _Project, timeline: Timeline) -> None:
+        attached = AttachedTimeline(timeline, self._environment)
+        project.timelines[timeline.timeline_id] = attached
+        self._tell_news()
+        await attached.run()
+
+    def _tell_news(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def _project(self, project_id: ProjectId) -> _Project:
+        project = self._projects.get(project_id)
+        if project is None:
+            project = _Project(
+                project_id, ProjectRedo(self._environment.redo_binaries), lambda: self._branches_elsewhere(project_id)
+            )
+            self._projects[project_id] = project
+        return project
+
+    def _branches_elsewhere(self, project_id: ProjectId) -> list[_Branched]:
+        return [
+            _Branched(attached, project.redo)
+            for project in self._projects.values()
+            if project.project_id != project_id
+            for attached in project.timelines.values()
+            if attached.timeline.reads(project_id)
+        ]
+
+    async def _lease(self, project: _Project) -> Lease:
+        self._check_there(project.project_id)
+        if project.lease is None:
+            project.lease = await self._environment.keys.acquire(project.project_id, project.on_loss)
+        project.lease.check()
+        return project.lease
+
+    def _services(self, project: _Project) -> TimelineServices:
+        environment = self._environment
+        return TimelineServices(
+            environment.store,
+            environment.files,
+            environment.keys,
+            project.redo,
+            environment.pool,
+            compactions=environment.compactions,
+        )
+
+    # --- what the API does ---
+
+    async def create(
+        self, project_id: ProjectId, timeline_id: TimelineId, ancestor: AncestorInfo | None = None
+    ) -> TimelineInfo:
+        """A timeline from a fresh initdb, or a branch of `ancestor`. Idempotent.
+
+        Raises KeyAccessError, UnavailableError; for a branch as `Timeline.branch`, NotFoundError without the ancestor,
+        ConflictError when the timeline exists and is another one.
+        """
+        project = self._project(project_id)
+        async with project.changing:
+            project.check_loaded(timeline_id)  # or there would be two of it
+            if timeline_id not in project.timelines:
+                lease = await self._lease(project)
+                if ancestor is None:
+                    timeline = await self._create(project, timeline_id, lease)
+                else:
+                    timeline = await self._branch(project, timeline_id, lease, ancestor)
+                if self._stopping:
+                    raise UnavailableError("the pageserver is stopping")
+                project.tasks[timeline_id] = self._spawn(self._keep(project, timeline))
+                await asyncio.sleep(0)  # lets the task register the timeline
+        info = self.attached(project_id, timeline_id).info()
+        if (None if ancestor is None else _rounded(ancestor)) != info.ancestor:
+            raise ConflictError("the timeline exists already, with another ancestor")
+        return info
+
+    async def _branch(
+        self, project: _Project, timeline_id: TimelineId, lease: Lease, ancestor: AncestorInfo
+    ) -> Timeline:
+        parent = self.timeline(ancestor.project_id, ancestor.timeline_id)
+        # As it stands: the log may end before the multiple of 8 that it is rounded to, never by a record.
+        await parent.wait_lsn(ancestor.lsn.value, BRANCH_WAIT_S)
+        services, config = self._services(project), self._environment.config
+        holder = self._project(ancestor.project_id)
+        # Whoever makes a branch and whoever deletes its ancestor take turns. Always the branch's project first.
+        async with contextlib.nullcontext() if holder is project else holder.changing:
+            try:
+                return await Timeline.branch(
+                    project.project_id,
+                    timeline_id,
+                    services,
+                    lease,
+                    config,
+                    self.timeline(ancestor.project_id, ancestor.timeline_id),
+                    ancestor.lsn.value,
+                    self.timeline,
+                )
+            except TimelineExistsError:
+                return await self._open(project, timeline_id, lease)
+
+    async def delete(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
+        """Everything of one timeline. Idempotent: what was left by a crash is deleted, too.
+
+        Its index goes first: without it the timeline does not exist. Then its objects, then its entry in the ancestor's
+        index. Raises ConflictError when it has branches, or why it is not loaded, KeyAccessError, UnavailableError.
+        """
+        project = self._projects.get(project_id)
+        async with contextlib.nullcontext() if project is None else project.changing:
+            if project is not None:
+                project.check_loaded(timeline_id)  # until then it is not known who its branches are
+            attached = None if project is None else project.timelines.get(timeline_id)
+            if project is not None and attached is not None:
+                if attached.timeline.branches:
+                    raise ConflictError("the timeline has branches, which read it: delete them first")
+                await self._detach(project, timeline_id, attached)
+            await self._delete_objects(project_id, timeline_id)
+        for other in list(self._projects.values()):
+            for known in list(other.timelines.values()):
+                if timeline_id in known.timeline.branches:
+                    async with other.changing:
+                        await known.timeline.remove_branch(timeline_id)
+
+    async def _detach(self, project: _Project, timeline_id: TimelineId, attached: AttachedTimeline) -> None:
+        task = project.tasks.pop(timeline_id)
+        await attached.timeline.close()
+        task.cancel()  # it would load the timeline again
+        await asyncio.wait([task])
+        del project.timelines[timeline_id]
+
+    async def _delete_objects(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
+        environment = self._environment
+        prefix = f"projects/{project_id}/timelines/{timeline_id}/"
+        for part in (f"{prefix}index/", prefix):
+            keys = [info.key async for info in environment.store.list(part)]
+            # Newest index first: a crash half way must not leave an older one that looks like the newest.
+            await environment.store.delete_many(sorted(keys, reverse=True))
+        await environment.files.retain(f"{prefix}layers/", ())
+
+    async def _create(self, project: _Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
+        parent = SHARED_MEMORY_DIR if SHARED_MEMORY_DIR.is_dir() else None
+        directory = Path(tempfile.mkdtemp(prefix="keylake-initdb-", dir=parent))
+        try:
+            pgdata = directory / "pgdata"
+            await initdb(pgdata, superuser=ADMIN_ROLE)
+            position = await asyncio.to_thread(read_position, pgdata)
+            values = await asyncio.to_thread(lambda: list(read_values(pgdata)))
+        finally:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        services, config = self._services(project), self._environment.config
+        start = InitdbPosition(position.system_identifier, position.initdb_lsn, position.last_record_lsn)
+        try:
+            return await Timeline.create(project.project_id, timeline_id, services, lease, config, start, values)
+        except TimelineExistsError:
+            return await self._open(project, timeline_id, lease)
+
+    def attached(self, project_id: ProjectId, timeline_id: TimelineId) -> AttachedTimeline:
+        """Raises NotFoundError; or why it could not be loaded: IntegrityError, KeyAccessError, …."""
+        self._check_there(project_id)
+        project = self._projects.get(project_id)
+        found = None if project is None else project.timelines.get(timeline_id)
+        if project is None or found is None:
+            if project is not None and timeline_id in project.unloaded:
+                project.check_loaded(timeline_id)
+            raise NotFoundError("there is no such timeline on this pageserver, or it is not loaded yet")
+        return found
+
+    def _check_there(self, project_id: ProjectId) -> None:
+        """Raises ShreddedError."""
+        if project_id in self._shredded:
+            raise ShreddedError("the project is shredded: nothing of it is stored any more")
+
+    async def delete_project(self, project_id: ProjectId) -> Deletion:
+        """Everything of a shredded project, of all its timelines: see `shared.deletion.DeleteProject`.
+
+        Whatever is in the object store below its name, listed by an index or not, and what is cached here. What the
+        store refuses is in the answer. Raises UnavailableError.
+        """
+        self._shredded.add(project_id)  # from here on nothing of it is begun
+        project = self._project(project_id)
+        async with project.changing:
+            for task in project.tasks.values():
+                task.cancel()
+            await asyncio.gather(*project.tasks.values(), return_exceptions=True)
+            await project.redo.close()
+            folder = f"{PROJECTS_PREFIX}{project_id}"
+            try:
+                done = await purge(self._environment.store, f"{folder}/")
+            except StoreDeniedError as error:  # to be said, and not only to be tried again
+                done = Deletion(left_objects=1, remains=(f"whatever is below {folder}: {error}",))
+            try:
+                await self._environment.files.forget(folder)
+            except OSError as error:
+                raise UnavailableError(f"local copies of layers cannot be deleted: {error.strerror}") from None
+            self._projects.pop(project_id, None)
+        return done
+
+    def timeline(self, project_id: ProjectId, timeline_id: TimelineId) -> Timeline:
+        """For reads. Raises as `attached`."""
+        return self.attached(project_id, timeline_id).timeline
+
+    async def loaded(self, project_id: ProjectId, timeline_id: TimelineId, timeout_s: float) -> Timeline:
+        """As `timeline`, but one that is being loaded, as all are when a pageserver starts, is waited for.
+
+        Raises UnavailableError after `timeout_s`.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._may_load(project_id, timeline_id):
+                    await self._news.wait()
+        if self._may_load(project_id, timeline_id):
+            raise UnavailableError("the timeline is being loaded")
+        return self.timeline(project_id, timeline_id)
+
+    def _may_load(self, project_id: ProjectId, timeline_id: TimelineId) -> bool:
+        project = self._projects.get(project_id)
+        if project is None or not project.is_loading(timeline_id):
+            return False
+        return isinstance(project.unloaded.get(timeline_id), AncestorNotLoadedError | None)
+
+    def infos(self) -> list[TimelineInfo]:
+        return [a.info() for p in self._projects.values() for a in p.timelines.values()]
+
+    def projects(self) -> list[ProjectKeys]:
+        """For the upkeep of keys."""
+        return [ProjectKeys(project, self._environment.store) for project in self._projects.values()]
+
+    def project_keys(self, project_id: ProjectId) -> ProjectKeys:
+        """Raises NotFoundError."""
+        project = self._projects.get(project_id)
+        if project is None:
+            raise NotFoundError("there is no such project on this pageserver")
+        return ProjectKeys(project, self._environment.store)
+
+    @property
+    def fault(self) -> str:
+        """Which timelines cannot be loaded, and why, in one line; empty when there are none. Lost keys are no fault,
+        nor is waiting for an ancestor, whose own fault is told."""
+        return "; ".join(
+            f"{timeline_id}: {error.code}: {error}"
+            for project in self._projects.values()
+            for timeline_id, error in project.unloaded.items()
+            if not isinstance(error, KeyAccessError | AncestorNotLoadedError)
+        )
+
+    @property
+    def redo_workers(self) -> list[ProjectId]:
+        """Projects whose worker runs."""
+        return [project_id for project_id, project in self._projects.items() if project.redo.running]
+
+
+async def _ended(timeline: Timeline) -> None:
+    """Raises LeaseExpiredError when the timeline's plaintext is gone."""
+    await timeline.ended()
+    raise LeaseExpiredError("the plaintext was dropped")
+
+
+def _rounded(ancestor: AncestorInfo) -> AncestorInfo:
+    return ancestor.model_copy(update={"lsn": Lsn(boundary_of(ancestor.lsn.value))})
+
+
+def _first(group: ExceptionGroup[KeylakeError]) -> KeylakeError:
+    """The first error of a group, wherever it is nested."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error
