@@ -1,0 +1,311 @@
+"""Starting agents, and the manager's end of their control pipes.
+
+An agent is a Python process in a sandbox of its own; importing takes longer than booting. So a few *spares* are started
+ahead, inside their sandboxes, knowing nothing: no project, no token, no key. The first message on the pipe makes one of
+them the compute of an endpoint; it never serves a second one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from compute.agent.protocol import (
+    MAX_LINE_SIZE_BYTES,
+    Boot,
+    Ended,
+    Idle,
+    LogContent,
+    Prepared,
+    ReadLog,
+    Replayed,
+    Running,
+    Start,
+    Stop,
+    Tokens,
+    pack_line,
+    parse_from_agent,
+)
+from compute.volume.base import VolumeKind
+from shared.api.common import ApiModel
+from shared.errors import InvalidInputError, KeylakeError, UnavailableError
+from shared.hardening import hardened_environment
+from shared.postgres import PG_BIN_VARIABLE, unprivileged
+from shared.sandbox import Isolation, Sandbox
+from shared.telemetry import get_logger
+
+_log = get_logger(__name__)
+
+TOKEN_REFRESH_S: Final = 15.0
+_EXIT_TIMEOUT_S: Final = 5.0
+_MESSAGE_TIMEOUT_S: Final = 10.0
+_INHERITED: Final = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR", PG_BIN_VARIABLE, "KEYLAKE_UNSAFE_NULL_CIPHER")
+
+T = TypeVar("T")
+TokenMint = Callable[[], Tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Where a FUSE volume keeps what is written, sealed, and how much of it."""
+
+    directory: Path
+    size_bytes: int
+
+
+class AgentProcess:
+    """One agent. `boot` it once; then await `prepared`, `running`, `ended`; `close` it in any case."""
+
+    def __init__(self, process: asyncio.subprocess.Process, sandbox: Sandbox) -> None:
+        loop = asyncio.get_running_loop()
+        self._process = process
+        self._sandbox = sandbox
+        self.prepared: asyncio.Future[Prepared] = loop.create_future()
+        self.running: asyncio.Future[Running] = loop.create_future()
+        self.ended: asyncio.Future[Ended] = loop.create_future()
+        """Always gets a result, also when the agent dies without a word."""
+        self.on_idle: Callable[[float], None] = lambda idle_s: None
+        """Called every few seconds with how long nobody has used Postgres, in seconds."""
+        self.replayed: Replayed | None = None
+        """What a replica said last."""
+        self._log_asked: asyncio.Future[LogContent] | None = None
+        self._log_lock = asyncio.Lock()
+        self._reader = asyncio.create_task(self._read(), name="agent pipe")
+        self._refresher: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def spawn(
+        cls,
+        *,
+        volume_size_bytes: int,
+        isolation: Isolation | None = None,
+        volume: VolumeKind = VolumeKind.TMPFS,
+        blocks: Blocks | None = None,
+    ) -> AgentProcess:
+        """Start one that knows nothing yet. `isolation`: None for the best that this machine allows. `blocks`: needed
+        unless the volume is tmpfs.
+
+        Raises UnavailableError.
+        """
+        sandbox = await asyncio.to_thread(_make_sandbox, volume_size_bytes, isolation)
+        argv = [sys.executable, "-P", "-m", "compute.agent", "--isolation", sandbox.isolation.value]
+        argv += ["--directory", str(sandbox.directory), "--size-bytes", str(volume_size_bytes)]
+        argv += ["--volume", volume.value]
+        if blocks is not None:
+            argv += ["--blocks-dir", str(blocks.directory.absolute()), "--blocks-size-bytes", str(blocks.size_bytes)]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *sandbox.command(argv),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=MAX_LINE_SIZE_BYTES,
+                env=hardened_environment({name: os.environ[name] for name in _INHERITED if name in os.environ}),
+            )
+        except OSError as error:
+            sandbox.wipe()
+            raise UnavailableError(f"an agent cannot be started: {error.strerror}") from None
+        return cls(process, sandbox)
+
+    @property
+    def directory(self) -> Path:
+        """Where its volume is, as the agent sees it."""
+        return self._sandbox.directory
+
+    @property
+    def pid(self) -> int:
+        """Of the outermost process: killing it ends the tree."""
+        return self._process.pid
+
+    @property
+    def inner_pid(self) -> int | None:
+        """Of the agent itself; None when it has not started or is gone."""
+        return self._sandbox.inner_pid(self._process.pid)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def boot(self, boot: Boot, tokens: TokenMint) -> None:
+        """Raises UnavailableError when the agent is gone."""
+        await self._send(boot)
+        await self._send(tokens())
+        self._refresher = asyncio.create_task(self._refresh(tokens), name="agent tokens")
+
+    async def start(self, start: Start) -> None:
+        """Raises UnavailableError when the agent is gone."""
+        await self._send(start)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Ask for a graceful stop, and wait until it is over or took `timeout_s`."""
+        with suppress(UnavailableError):
+            await self._send(Stop(timeout_s=timeout_s))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s + _EXIT_TIMEOUT_S):
+                await asyncio.shield(self.ended)
+
+    async def read_log(self) -> str:
+        """The end of Postgres's log in the clear. Raises UnavailableError when the agent is gone or does not answer."""
+        async with self._log_lock:
+            self._log_asked = asyncio.get_running_loop().create_future()
+            await self._send(ReadLog())
+            try:
+                async with asyncio.timeout(_MESSAGE_TIMEOUT_S):
+                    return (await self._log_asked).text
+            except TimeoutError:
+                raise UnavailableError("the compute did not answer in time") from None
+
+    def kill(self) -> None:
+        """SIGKILL: with a sandbox of namespaces the kernel frees everything of it."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def close(self) -> None:
+        """The agent and everything of it is gone when this returns. Idempotent."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        if self._refresher is not None:
+            self._refresher.cancel()
+            await asyncio.gather(self._refresher, return_exceptions=True)
+        try:
+            async with asyncio.timeout(_EXIT_TIMEOUT_S):
+                await self._process.wait()
+        except TimeoutError:
+            _log.warning("an agent did not end by itself and is killed", pid=self.pid)
+            self.kill()
+            await self._process.wait()
+        await self._reader
+        await asyncio.to_thread(self._sandbox.wipe)
+
+    async def _send(self, message: ApiModel) -> None:
+        if self._process.stdin is None or self._process.returncode is not None:
+            raise UnavailableError("the compute is gone")
+        try:
+            self._process.stdin.write(pack_line(message))
+            await self._process.stdin.drain()
+        except (OSError, RuntimeError):  # uvloop raises RuntimeError on a closed transport
+            raise UnavailableError("the compute is gone") from None
+
+    async def _refresh(self, tokens: TokenMint) -> None:
+        while True:
+            await asyncio.sleep(TOKEN_REFRESH_S)
+            try:
+                await self._send(tokens())
+            except UnavailableError:
+                return
+
+    async def _read(self) -> None:
+        """Take messages until the agent ends; whoever waits for one that never came gets to know it."""
+        assert self._process.stdout is not None  # noqa: S101 - it is a pipe
+        ended = Ended(reason="the compute's process died", crashed=True)
+        try:
+            while line := await self._process.stdout.readline():
+                match message := parse_from_agent(line):
+                    case Prepared():
+                        _resolve(self.prepared, message)
+                    case Running():
+                        _resolve(self.running, message)
+                    case Idle():
+                        self.on_idle(message.idle_s)
+                    case Replayed():
+                        self.replayed = message
+                    case LogContent():
+                        if self._log_asked is not None:
+                            _resolve(self._log_asked, message)
+                    case Ended():
+                        ended = message
+        except (InvalidInputError, ValueError, OSError) as error:
+            _log.error("an agent does not speak the protocol", error=str(error))
+            self.kill()
+        gone = UnavailableError(f"the compute ended: {ended.reason}")
+        for future in (self.prepared, self.running, self._log_asked):
+            if future is not None and not future.done():
+                future.set_exception(gone)
+                future.exception()  # retrieved: nobody may be waiting
+        _resolve(self.ended, ended)
+
+
+def _resolve(future: asyncio.Future[T], value: T) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _make_sandbox(size_bytes: int, isolation: Isolation | None) -> Sandbox:
+    return Sandbox.create(size_bytes=size_bytes, network=True, owner=unprivileged().owner, isolation=isolation)
+
+
+class Launcher:
+    """Hands out agents, and keeps `spares` of them ready. Use as an async context manager."""
+
+    def __init__(
+        self,
+        *,
+        volume_size_bytes: int,
+        spares: int,
+        volume: VolumeKind = VolumeKind.TMPFS,
+        blocks: Blocks | None = None,
+    ) -> None:
+        self._volume_size_bytes = volume_size_bytes
+        self._volume = volume
+        self._blocks = blocks
+        self._wanted = spares
+        self._spares: list[AgentProcess] = []
+        self._filling: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Launcher:
+        self._refill()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._wanted = 0
+        if self._filling is not None:
+            await asyncio.gather(self._filling, return_exceptions=True)
+        spares, self._spares = self._spares, []
+        await asyncio.gather(*(spare.close() for spare in spares))
+
+    async def take(self, volume_size_bytes: int | None = None) -> AgentProcess:
+        """An agent that knows nothing yet; the caller closes it. `volume_size_bytes`: None for the spares' own; for any
+        other there is none ahead. Raises UnavailableError."""
+        if volume_size_bytes is not None and volume_size_bytes != self._volume_size_bytes:
+            return await self._spawn(volume_size_bytes)
+        try:
+            while self._spares:
+                spare = self._spares.pop(0)
+                if spare.alive:
+                    return spare
+                await spare.close()
+            return await self._spawn(self._volume_size_bytes)
+        finally:
+            self._refill()
+
+    async def _spawn(self, volume_size_bytes: int) -> AgentProcess:
+        return await AgentProcess.spawn(volume_size_bytes=volume_size_bytes, volume=self._volume, blocks=self._blocks)
+
+    def _refill(self) -> None:
+        if self._filling is None or self._filling.done():
+            self._filling = asyncio.create_task(self._fill(), name="spare agents")
+
+    async def _fill(self) -> None:
+        while len(self._spares) < self._wanted:
+            try:
+                self._spares.append(await self._spawn(self._volume_size_bytes))
+            except KeylakeError as error:
+                _log.warning("no spare agent", reason=str(error))
+                return
+
+
+def make_socket_dir(runtime_dir: Path, name: str) -> Path:
+    """An empty directory, mode 0700, for one compute's Unix socket."""
+    directory = runtime_dir / name
+    directory.mkdir(mode=0o700)
+    return directory
+
+
+def remove_socket_dir(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)

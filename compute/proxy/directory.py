@@ -1,0 +1,81 @@
+"""Where the compute of an endpoint is: asked of the manager, which wakes it, and remembered while it works."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from dataclasses import dataclass
+from typing import Final
+
+from compute.agent.tunnel import TUNNEL_HOST_NAME, tunnel_client_context
+from shared.api.compute import ConnectTarget
+from shared.api.safekeeper import ComputeAddress
+from shared.http import ServiceClient
+from shared.ids import EndpointId
+
+_CONNECT_TIMEOUT_S: Final = 5.0
+
+
+@dataclass(slots=True)
+class _Question:
+    task: asyncio.Task[ConnectTarget]
+    waiting: int = 0
+
+
+class Directory:
+    def __init__(self, manager: ServiceClient, wake_timeout_s: float) -> None:
+        self._manager = manager
+        self._wake_timeout_s = wake_timeout_s
+        self._known: dict[EndpointId, ConnectTarget] = {}
+        self._asking: dict[EndpointId, _Question] = {}
+
+    async def find(self, endpoint_id: EndpointId) -> ConnectTarget:
+        """Wakes the endpoint. However many wait, the manager is asked once.
+
+        Raises what the manager raises, UnavailableError when it cannot be reached or takes too long."""
+        known = self._known.get(endpoint_id)
+        if known is not None:
+            return known
+        question = self._asking.get(endpoint_id)
+        if question is None:
+            question = self._asking[endpoint_id] = _Question(asyncio.create_task(self._ask(endpoint_id)))
+        question.waiting += 1
+        try:
+            return await asyncio.shield(question.task)
+        finally:
+            question.waiting -= 1
+            if not question.waiting:  # answered, or nobody wants to know any more
+                if self._asking.get(endpoint_id) is question:
+                    del self._asking[endpoint_id]
+                question.task.cancel()
+
+    async def _ask(self, endpoint_id: EndpointId) -> ConnectTarget:
+        target = await self._manager.call(
+            ConnectTarget, "POST", f"/v1/endpoints/{endpoint_id}:connect", timeout_s=self._wake_timeout_s
+        )
+        self._known[endpoint_id] = target
+        return target
+
+    def forget(self, target: ConnectTarget) -> None:
+        """It does not answer there any more."""
+        known = self._known.get(target.endpoint_id)
+        if known is not None and known.instance_id == target.instance_id:
+            del self._known[target.endpoint_id]
+
+
+def socket_path(compute: ComputeAddress) -> str:
+    return f"{compute.host}/.s.PGSQL.{compute.port}"
+
+
+async def open_compute(compute: ComputeAddress, protocol: asyncio.BaseProtocol) -> None:
+    """Connect to a compute's Postgres: over its Unix socket, or through its agent's TLS tunnel with the pinned
+    certificate. Raises OSError, TimeoutError."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+        if compute.certificate_pem is None:
+            await loop.create_unix_connection(lambda: protocol, socket_path(compute))
+        else:
+            context: ssl.SSLContext = tunnel_client_context(compute.certificate_pem)
+            await loop.create_connection(
+                lambda: protocol, compute.host, compute.port, ssl=context, server_hostname=TUNNEL_HOST_NAME
+            )
