@@ -1,0 +1,139 @@
+"""What a hat sees at one moment: all parts are asked with its credentials, and a refusal is part of the picture."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from botocore.exceptions import BotoCoreError, ClientError
+from pydantic import BaseModel
+
+from keylake.cli.cloud import keylake_may
+from keylake.client import KeylakeClient
+from keylake.cluster import Customer
+from keylake.console.hats import Hat, Wardrobe
+from keylake.console.place import Place
+from shared.api.keymanager import AuditRecord
+from shared.errors import KeylakeError, PermissionDeniedError, UnavailableError
+from shared.ids import ProjectId
+
+AUDIT_TAIL: Final = 60
+CLOUD_TAIL: Final = 40
+_PAGE: Final = 1000
+
+
+class Viewer:
+    """One browser's view with one hat. Remembers how far it has read the audit chain."""
+
+    def __init__(self, place: Place, wardrobe: Wardrobe, customer: Customer, hat: Hat) -> None:
+        self._place = place
+        self._wardrobe = wardrobe
+        self._customer = customer
+        self._hat = hat
+        self._audit: list[AuditRecord] = []
+
+    async def look(self) -> dict[str, Any]:
+        """JSON. A part that the hat may not see is {"denied": why}; one that cannot be had, {"error": why}."""
+        health = asyncio.create_task(self._place.health())
+        if self._hat is Hat.CUSTOMER:
+            parts = {"cloud": await self._part("cloud", self._cloud)}
+        else:
+            parts = await self._keylake(await self._wardrobe.client(self._hat))
+        return {
+            "hat": self._hat,
+            "at": datetime.now(UTC).isoformat(),
+            "health": [_plain(each) for each in await health],
+            "parts": parts,
+        }
+
+    async def _keylake(self, client: KeylakeClient) -> dict[str, Any]:
+        wanted: dict[str, Callable[[], Awaitable[Any]]] = {
+            "projects": client.projects,
+            "workspaces": client.workspaces,
+            "key_configurations": client.key_configurations,
+            "keymanager": client.keymanager_status,
+            "endpoints": client.endpoints,
+            "pageserver": client.pageserver_status,
+            "safekeepers": lambda: self._safekeepers(client),
+            "audit": lambda: self._audit_tail(client),
+        }
+        answers = await asyncio.gather(*(self._part(name, ask) for name, ask in wanted.items()))
+        parts = dict(zip(wanted, answers, strict=True))
+        projects = [ProjectId.parse(each["project_id"]) for each in parts["projects"].get("value", [])]
+        parts["keks"] = await self._part("keks", lambda: _of_each(projects, client.key_status))
+        parts["revocations"] = await self._part("revocations", lambda: _of_each(projects, client.revocations))
+        return parts
+
+    async def _part(self, name: str, ask: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
+        denied = self._wardrobe.denied.get((self._hat, name))
+        if denied is not None:
+            return {"denied": denied}
+        try:
+            return {"value": _plain(await ask())}
+        except PermissionDeniedError as error:
+            self._wardrobe.denied[self._hat, name] = str(error)
+            return {"denied": str(error)}
+        except KeylakeError as error:
+            return {"error": str(error), "code": error.code}
+
+    async def _safekeepers(self, client: KeylakeClient) -> list[Any]:
+        found = []
+        for index in range(len(client.addresses.safekeepers)):
+            try:
+                found.append(_plain(await client.safekeeper_status(index)))
+            except UnavailableError:
+                found.append(None)
+        return found
+
+    async def _audit_tail(self, client: KeylakeClient) -> list[AuditRecord]:
+        while True:
+            after = self._audit[-1].sequence if self._audit else 0
+            page = await client.audit(after, _PAGE)
+            self._audit = (self._audit + page)[-AUDIT_TAIL:]
+            if len(page) < _PAGE:
+                return self._audit
+
+    async def _cloud(self) -> dict[str, Any]:
+        return await asyncio.to_thread(self._ask_cloud)
+
+    def _ask_cloud(self) -> dict[str, Any]:
+        try:
+            kms = self._customer.aws.kms
+            arns = [key["KeyArn"] for page in kms.get_paginator("list_keys").paginate() for key in page["Keys"]]
+            keys = sorted((self._key(arn) for arn in arns), key=lambda key: str(key["created"]))
+        except (BotoCoreError, ClientError) as error:
+            raise UnavailableError(f"the customer's cloud does not answer: {type(error).__name__}") from None
+        log = self._customer.simulation.audit_log()[-CLOUD_TAIL:]
+        faults = self._customer.simulation.faults()
+        return {"keys": keys, "log": log, "faults": faults.model_dump(mode="json", exclude_defaults=True)}
+
+    def _key(self, arn: str) -> dict[str, Any]:
+        key = self._customer.aws.describe(arn)
+        role_arn = self._customer.bootstrap.role_arn
+        return {
+            "arn": arn,
+            "description": key["Description"],
+            "state": key["KeyState"],
+            "created": key["CreationDate"].isoformat(),
+            "deletion": key["DeletionDate"].isoformat() if "DeletionDate" in key else None,
+            "material": key.get("CurrentKeyMaterialId"),
+            "keylake": keylake_may(self._customer.aws.policy(arn), role_arn),
+        }
+
+
+async def _of_each(projects: Sequence[ProjectId], ask: Callable[[ProjectId], Awaitable[Any]]) -> dict[str, Any]:
+    """{project: answer}; refused as a whole by the first that is."""
+    return {str(each): _plain(await ask(each)) for each in projects}
+
+
+def _plain(value: Any) -> Any:
+    """JSON of models, lists of them, and dataclasses."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if hasattr(value, "__slots__") and hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    return value

@@ -1,0 +1,140 @@
+// The architecture as a living picture. Drawn once; afterwards only what changes is touched.
+
+import { s } from "./dom.js";
+
+const NODES = [
+  // id, x, y, width, title, service names in the health list, role of its leases
+  ["cloud", 10, 160, 170, "customer's KMS", ["customercloud"], null],
+  ["keymanager", 240, 160, 160, "keymanager", ["keymanager", "keymanager-2", "keymanager-3"], null],
+  ["client", 470, 20, 90, "psql", [], null],
+  ["proxy", 590, 20, 120, "proxy", ["proxy"], "proxy"],
+  ["compute", 760, 20, 220, "compute: Postgres", ["compute"], "compute"],
+  ["safekeeper-1", 590, 135, 130, "safekeeper 1", ["safekeeper-1"], "safekeeper"],
+  ["safekeeper-2", 725, 135, 130, "safekeeper 2", ["safekeeper-2"], "safekeeper"],
+  ["safekeeper-3", 860, 135, 130, "safekeeper 3", ["safekeeper-3"], "safekeeper"],
+  ["pageserver", 590, 255, 200, "pageserver", ["pageserver"], "pageserver"],
+  ["objects", 820, 345, 160, "object store", [], null],
+];
+const EDGES = [
+  ["kms", "M180 200 H240"], ["leases", "M400 200 H590"], ["sql", "M560 55 H590"], ["session", "M710 55 H760"],
+  ["wal", "M870 95 V135"], ["ingest", "M760 215 L700 255"], ["layers", "M790 310 L820 370"],
+];
+const HEIGHT = 75;
+const nodes = new Map();
+const edges = new Map();
+
+export function build(svg) {
+  svg.append(s("line", { class: "boundary", x1: 205, y1: 10, x2: 205, y2: 420 }),
+    label(100, 420, "the customer's side", "sub"), label(300, 420, "Keylake's side", "sub"));
+  for (const [id, path] of EDGES) {
+    const edge = s("path", { class: "edge", d: path });
+    edges.set(id, edge);
+    svg.append(edge);
+  }
+  for (const [id, x, y, width, title] of NODES) {
+    const lines = [0, 1, 2].map((line) => label(x + 10, y + 36 + 15 * line, "", "sub", "start"));
+    const [ringX, ringY] = [x + width - 15, y + HEIGHT - 10];
+    const left = s("circle", { class: "left", cx: ringX, cy: ringY, r: 8, "stroke-dasharray": "0 100", transform: `rotate(-90 ${ringX} ${ringY})` });
+    const group = s("g", { class: "node", id: `node-${id}` },
+      s("rect", { x, y, width, height: HEIGHT + 5, rx: 8 }), label(x + 10, y + 20, title, "title", "start"), ...lines,
+      s("circle", { class: "ring", cx: ringX, cy: ringY, r: 8, visibility: "hidden" }), left);
+    nodes.set(id, { group, lines, left, ring: group.querySelector(".ring") });
+    svg.append(group);
+  }
+}
+
+function label(x, y, text, kind, anchor = "middle") {
+  const element = s("text", { x, y, class: kind, "text-anchor": anchor });
+  element.textContent = text;
+  return element;
+}
+
+let before = {};
+
+export function update(svg, snapshot) {
+  const health = new Map(snapshot.health.map((each) => [each.name, each.health]));
+  const value = (name) => snapshot.parts[name]?.value;
+  const keymanager = value("keymanager");
+  const spoken = [];
+  for (const [id, , , , title, services, role] of NODES) {
+    const node = nodes.get(id);
+    const present = services.filter((service) => health.has(service));
+    const down = present.length > 0 && present.every((service) => health.get(service) === "down");
+    const leases = (keymanager?.leases ?? []).filter((lease) => lease.role === role && (role !== "safekeeper" || lease.node_id === id));
+    const least = leases.length ? Math.min(...leases.map((lease) => lease.remaining_s)) : null;
+    const held = leases.length > 0 || (id === "keymanager" && keymanager?.plaintext_keks.length > 0);
+    node.group.setAttribute("class", `node ${down ? "down" : held ? "held" : ""}`);
+    ring(node, least, keymanager?.lease_ttl_s);
+    const texts = down ? ["down"] : describe(id, { health, value, keymanager, leases, least, snapshot });
+    node.lines.forEach((line, index) => { line.textContent = texts[index] ?? ""; });
+    spoken.push(`${title}: ${texts.filter(Boolean).join(", ") || "well"}`);
+  }
+  flow(value);
+  svg.setAttribute("aria-label", spoken.join("; "));
+}
+
+function ring(node, least, ttl) {
+  node.ring.setAttribute("visibility", least === null ? "hidden" : "visible");
+  const around = 2 * Math.PI * 8;
+  const share = least === null || !ttl ? 0 : Math.max(0, Math.min(1, least / ttl));
+  node.left.setAttribute("stroke-dasharray", `${share * around} ${around}`);
+}
+
+function describe(id, { value, keymanager, leases, least, snapshot }) {
+  const lease = least === null ? null : `${leases.length} lease${leases.length > 1 ? "s" : ""}: ${least.toFixed(1)} s`;
+  switch (id) {
+    case "cloud": {
+      const keys = value("cloud")?.keys;
+      return keys ? [`${keys.length} keys`, keys.filter((key) => key.state !== "Enabled").map((key) => key.state)[0]] : ["the CMK never leaves it"];
+    }
+    case "keymanager":
+      if (!keymanager) return ["leases: not for this role"];
+      return [`${keymanager.plaintext_keks.length} KEKs in memory`, `${keymanager.leases.length} leases given out`, `leader: ${keymanager.node_id}`];
+    case "compute": {
+      const endpoints = value("endpoints");
+      if (!endpoints) return [snapshot.parts.endpoints?.denied ? "not for this role" : null, lease];
+      const running = endpoints.filter((endpoint) => endpoint.state === "RUNNING").length;
+      return [`${running} of ${endpoints.length} running`, lease, running ? "boot key in memory only" : "no boot key"];
+    }
+    case "safekeeper-1": case "safekeeper-2": case "safekeeper-3": {
+      const status = value("safekeepers")?.[Number(id.at(-1)) - 1];
+      return [status ? `WAL to ${newest(status.timelines, "flush_lsn")}` : null, lease];
+    }
+    case "pageserver": {
+      const status = value("pageserver");
+      return [status ? `WAL to ${newest(status.timelines, "last_record_lsn")}` : null, lease, status ? `${status.redo_workers.length} redo workers` : null];
+    }
+    case "objects": {
+      const timelines = value("pageserver")?.timelines;
+      if (!timelines) return ["sealed layers"];
+      const bytes = timelines.reduce((sum, each) => sum + each.layer_size_bytes, 0);
+      return [`${timelines.reduce((sum, each) => sum + each.layers, 0)} sealed layers`, `${(bytes / 1048576).toFixed(1)} MiB`];
+    }
+    case "proxy": return [lease];
+    default: return [];
+  }
+}
+
+function number(lsn) {
+  const [high, low] = lsn.split("/");
+  return parseInt(high, 16) * 2 ** 32 + parseInt(low, 16);
+}
+
+function newest(timelines, field) {
+  const found = timelines.map((each) => each[field]).filter(Boolean);
+  return found.length ? found.reduce((a, b) => (number(a) > number(b) ? a : b)) : "–";
+}
+
+function flow(value) {
+  const now = {
+    wal: JSON.stringify(value("safekeepers")?.map((each) => each?.timelines.map((t) => t.flush_lsn))),
+    ingest: JSON.stringify(value("pageserver")?.timelines.map((t) => t.last_record_lsn)),
+    layers: JSON.stringify(value("pageserver")?.timelines.map((t) => t.layers)),
+  };
+  for (const [id, edge] of edges) {
+    const moving = id in now ? now[id] !== undefined && before[id] !== undefined && now[id] !== before[id]
+      : id === "leases" && (value("keymanager")?.leases.length ?? 0) > 0;
+    edge.setAttribute("class", moving ? "edge flow" : "edge");
+  }
+  before = now;
+}
