@@ -1,0 +1,193 @@
+"""The console in a real browser, through the whole story, by mouse and by keyboard; screenshots on the way.
+
+Not part of `make test`, because it needs a browser: `make console-test`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+
+from tests.fixtures.keylake_command import KeylakeCommand, running_console
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+PICTURES = os.environ.get("KEYLAKE_PICTURES")
+"""A directory for screenshots; none are kept without."""
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    keylake = KeylakeCommand(tmp_path_factory.mktemp("home") / "k", tmp_path_factory.mktemp("cwd"))
+    keylake("up")
+    try:
+        with running_console(keylake) as address:
+            yield address
+    finally:
+        keylake.run("down", "--purge", "--yes")
+
+
+@pytest.fixture(scope="module")
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser(playwright: Playwright) -> Iterator[Browser]:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    assert found is not None, "no browser: apt-get install chromium"
+    browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(60_000)
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+    page.goto(address)
+    expect(page.locator("#connection")).to_have_text("live", timeout=60_000)
+    yield page
+    page.close()
+    # A button that a role may not press is a refusal by HTTP, which browsers log.
+    assert [each for each in problems if "Failed to load resource" not in each] == []
+
+
+def picture(page: Page, name: str) -> None:
+    if PICTURES:
+        Path(PICTURES).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(PICTURES) / f"{name}.png")
+
+
+def do(page: Page) -> None:
+    page.locator("#tour-do").click()
+
+
+def onward(page: Page, title: str) -> None:
+    page.locator("#tour-next").click()
+    expect(page.locator("#tour-title")).to_contain_text(title)
+
+
+def done(page: Page) -> None:
+    expect(page.locator("#tour-wait")).to_have_text("✓ done", timeout=60_000)
+
+
+def test_the_guided_tour_from_a_key_to_its_loss_and_back(page: Page) -> None:
+    page.get_by_role("button", name="Guided tour").click()
+    expect(page.locator("#tour-title")).to_contain_text("The parts")
+    onward(page, "A database")
+    page.get_by_role("button", name="Make a project called demo").click()
+    done(page)
+    onward(page, "Some data")
+    expect(page.locator("#sql-endpoint option")).to_have_count(1)
+    do(page)
+    done(page)
+    expect(page.locator("#keys")).to_contain_text("KEKs: this role may not see them.")
+    onward(page, "What a thief gets")
+    do(page)
+    page.get_by_label("Find in all of them").fill("treasure")
+    page.get_by_label("Find in all of them").press("Enter")
+    expect(page.locator("#stored-hex")).to_contain_text("not found", timeout=60_000)
+    page.locator("#stored-list button").first.click()
+    expect(page.locator("#stored-hex")).to_contain_text("00000000")
+    picture(page, "stored")
+    onward(page, "The customer takes the key away")
+    page.locator("#customer [data-action='key.disable']").wait_for()
+    do(page)
+    done(page)
+    onward(page, "Sealed")
+    done(page)
+    expect(page.locator("#revocations")).to_contain_text("sealed everywhere after", timeout=60_000)
+    page.locator("#picture").scroll_into_view_if_needed()
+    picture(page, "sealed")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Signed receipt").first.click()
+    assert b'"signature"' in Path(download.value.path()).read_bytes()
+    onward(page, "Nobody gets in")
+    do(page)
+    done(page)
+    onward(page, "And gives it back")
+    page.locator("#customer [data-action='key.enable']").wait_for()
+    do(page)
+    done(page)
+    onward(page, "Nothing is lost")
+    expect(page.locator("#keys .state.ACTIVE").first).to_be_visible(timeout=60_000)
+    do(page)
+    done(page)
+    onward(page, "Two records of it")
+    do(page)
+    expect(page.locator("#log-ours")).to_contain_text("project.revoking", timeout=60_000)
+    expect(page.locator("#log-theirs")).to_contain_text("DisableKey", timeout=60_000)
+    picture(page, "logs")
+    page.locator("#tour-next").click()
+    expect(page.locator("#tour")).to_be_hidden()
+
+
+def test_every_button_by_keyboard_alone(page: Page) -> None:
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to content")).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    page.locator("#hats input:checked").press("ArrowLeft")
+    expect(page.locator("#hats input:checked")).to_be_focused()
+    page.locator("#hats input[value='security-admin']").focus()
+    page.keyboard.press("Space")
+    rotate = page.get_by_role("button", name="Rotate KEK")
+    rotate.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#keys")).to_contain_text("KEK version 2", timeout=60_000)
+    expect(rotate).to_be_focused()
+
+
+def test_on_a_phone_and_in_the_dark(browser: Browser, address: str) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark", reduced_motion="reduce")
+    page = context.new_page()
+    page.goto(address)
+    expect(page.locator("#connection")).to_have_text("live", timeout=60_000)
+    # Parts that scroll by themselves may be wider; the page may not.
+    too_wide = page.locator("body").evaluate(
+        "body => [...body.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > innerWidth + 1"
+        " && !e.closest('.scroll, pre')).map(e => `${e.tagName} #${e.id} .${e.className}`)"
+    )
+    assert too_wide == []
+    assert page.locator("body").evaluate("body => body.scrollWidth <= innerWidth")
+    ground = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
+    assert sum(map(int, re.findall(r"\d+", ground)[:3])) < 150
+    picture(page, "phone")
+    context.close()
+
+
+def test_without_the_key_there_is_nothing(browser: Browser, address: str) -> None:
+    page = browser.new_page()
+    page.goto(address.partition("#")[0])
+    expect(page.locator("#connection")).to_contain_text("open the console with the address", timeout=60_000)
+    expect(page.locator("#keys .body")).to_be_empty()
+    page.close()
+
+
+def test_it_asks_nobody_else(browser: Browser, address: str) -> None:
+    """No CDN, no font, no beacon: every request goes to the console."""
+    page = browser.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    expect(page.locator("#connection")).to_have_text("live", timeout=60_000)
+    origin = address.partition("/#")[0]
+    assert [url for url in asked if not url.startswith((origin, "data:"))] == []
+    page.close()
+
+
+def test_the_address_does_not_keep_the_key(page: Page) -> None:
+    assert "key=" not in page.url

@@ -1,0 +1,361 @@
+"""What a client was told is committed stays, exactly once, whoever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from keylake.cluster import Cluster, RunningProject
+from keylake.demo.ledger import Ledger
+from keylake.ports import free_port
+from keylake.process import ServiceProcess
+from shared.api.compute import Endpoint, EndpointState
+from shared.api.safekeeper import TimelineStatus
+from shared.auth import Service, TokenIssuer
+from shared.config import Address
+from shared.errors import NotFoundError
+from shared.http import ServiceClient
+from shared.roles import OWNER_SCOPES
+from tests.cluster.bank import Bank, audit, open_bank
+from tests.cluster.primary import Session, connect, safekeeper_timelines
+from tests.cluster.processes import compute_of, find_compute
+from tests.fixtures.waiting import all_threads_stopped, wait_until
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
+
+ROUNDS = 50
+SAFEKEEPERS = ("safekeeper-1", "safekeeper-2", "safekeeper-3")
+COMMITS_PER_ROUND = 20
+MANAGER = "compute"
+
+
+@dataclass(slots=True)
+class Place:
+    """A cluster with a bank. Every test leaves all services running and adds to one ledger."""
+
+    cluster: Cluster
+    project: RunningProject
+    ledger: Ledger = field(default_factory=Ledger)
+    banks: int = 0
+
+    async def connect(self) -> Session:
+        return await connect(self.project)
+
+    def bank(self, clients: int = 4, by: Callable[[], Awaitable[Session]] | None = None) -> Bank:
+        self.banks += 1
+        return Bank(by or self.connect, self.ledger, f"b{self.banks}", clients)
+
+    async def check(self, session: Session | None = None) -> None:
+        connection = session or await self.connect()
+        problems = await audit(connection, self.ledger)
+        await connection.close()
+        assert not problems, problems
+
+    async def safekeeper(self, name: str) -> TimelineStatus:
+        return (await safekeeper_timelines(self.cluster, self.project))[SAFEKEEPERS.index(name)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def place() -> AsyncIterator[Place]:
+    # Leases that outlast the start of a keymanager on a busy machine: who loses a lease rightly loses its compute.
+    settings: dict[str, dict[str, float]] = {"compute": {"poll_interval_s": 0.2}, "keymanager": {"lease_ttl_s": 15}}
+    async with Cluster(settings=settings) as cluster:
+        place = Place(cluster, await cluster.create_project("bank"))
+        await open_bank(place.connect)
+        yield place
+
+
+# --- one after the other ---
+
+
+def victims() -> list[str]:
+    """Whom each round kills: safekeepers mostly, then computes and the pageserver, the others now and then."""
+    turns = [*SAFEKEEPERS, "pageserver", "agent"] * (ROUNDS // 5)
+    turns[9], turns[29] = "keymanager", "keymanager"
+    turns[14], turns[34] = "postmaster", "postmaster"
+    turns[19], turns[39] = "proxy", "proxy"
+    turns[24] = MANAGER
+    return turns
+
+
+async def test_fifty_crashes(place: Place) -> None:
+    """One at a time, under load. Commits must go on, and nothing be lost or doubled."""
+    async with place.bank() as bank:
+        await bank.commits(COMMITS_PER_ROUND)
+        for number, victim in enumerate(victims()):
+            try:
+                await crash(place, bank, victim)
+            except TimeoutError as error:
+                error.add_note(f"round {number}, {victim}")
+                raise
+    await place.check()
+    await converge(place)
+
+
+async def crash(place: Place, bank: Bank, victim: str) -> None:
+    """SIGKILL; commits go on; the victim is back and has caught up when this returns."""
+    cluster = place.cluster
+    if victim in ("agent", "postmaster"):
+        # Whoever connects next starts another.
+        compute = await compute_of(cluster, place.project.endpoint.endpoint_id)
+        os.kill(compute.agent.pid if victim == "agent" else compute.postmaster.pid, signal.SIGKILL)
+        await compute.gone()
+        await bank.commits(COMMITS_PER_ROUND)
+        return
+    compute = await compute_of(cluster, place.project.endpoint.endpoint_id)
+    await cluster.service(victim).kill()
+    if victim == MANAGER:
+        await compute.gone()  # nobody would ever stop it
+    if victim not in (MANAGER, "proxy"):
+        await bank.commits(COMMITS_PER_ROUND)
+        if not compute.postmaster.exists:
+            endpoint = await cluster.client.endpoint(place.project.endpoint.endpoint_id)
+            pytest.fail(f"a crash of {victim} is no reason to lose the compute: {endpoint.reason}")
+    flushed = max(t.flush_lsn for t in (await safekeeper_timelines(cluster, place.project)).values())
+    await cluster.service(victim).start()
+    if victim in SAFEKEEPERS:
+
+        async def caught_up() -> bool:
+            status = await place.safekeeper(victim)
+            return status.streaming and status.flush_lsn >= flushed
+
+        await wait_until(caught_up)
+    await bank.commits(COMMITS_PER_ROUND)
+
+
+async def converge(place: Place) -> None:
+    """Without load, all three safekeepers come to hold the same log."""
+
+    async def equal() -> bool:
+        timelines = (await safekeeper_timelines(place.cluster, place.project)).values()
+        logs = {(t.flush_lsn, t.last_log_term, tuple(t.term_history)) for t in timelines}
+        return len(timelines) == len(SAFEKEEPERS) and len(logs) == 1
+
+    await wait_until(equal)
+
+
+# --- safekeepers ---
+
+
+async def test_a_safekeeper_that_was_away_catches_up_and_counts_again(place: Place) -> None:
+    cluster = place.cluster
+    away, other = cluster.service("safekeeper-3"), cluster.service("safekeeper-1")
+    async with place.bank() as bank:
+        await bank.commits(COMMITS_PER_ROUND)
+        await away.kill()
+        at = monotonic()
+        await bank.commits(500)
+        await away.start()
+    assert not place.ledger.errors_since(at), "two of three are a quorum: no client may notice"
+    await converge(place)
+    # Now the quorum needs it.
+    async with place.bank() as bank:
+        await bank.commits(COMMITS_PER_ROUND)
+        await other.kill()
+        await bank.commits(100)
+        await other.start()
+        await bank.commits(COMMITS_PER_ROUND)
+    await place.check()
+    await converge(place)
+
+
+async def test_a_new_disk_takes_the_place_of_a_lost_one(place: Place) -> None:
+    """Then it counts: with one other it is the quorum. The old disk turns up, and counts for nothing."""
+    cluster, victim = place.cluster, place.cluster.service("safekeeper-2")
+    disk, old = cluster.layout.data / "safekeeper-2", cluster.layout.data / "safekeeper-2.old"
+    async with place.bank() as bank:
+        await bank.commits(COMMITS_PER_ROUND)
+        await victim.kill()
+        disk.rename(old)
+        await victim.start()
+        await bank.commits(COMMITS_PER_ROUND)
+
+        # It does not count, and it is said why.
+        async def said() -> bool:
+            endpoint = await cluster.client.endpoint(place.project.endpoint.endpoint_id)
+            return "safekeeper-2: it does not know the timeline any more: its disk was lost" in endpoint.reason
+
+        await wait_until(said, 20)
+        assert {each.outcome for each in await cluster.client.replace_safekeeper("safekeeper-1")} == {"kept"}
+        with pytest.raises(NotFoundError):
+            await cluster.client.replace_safekeeper("safekeeper-9")
+        await cluster.service("safekeeper-3").kill()
+        [refused] = await cluster.client.replace_safekeeper("safekeeper-2")  # it takes all of the others
+        assert (refused.outcome, "quorum" in refused.problem) == ("failed", True)
+        await cluster.service("safekeeper-3").start()
+        [replaced] = await cluster.client.replace_safekeeper("safekeeper-2")
+        assert replaced.outcome == "replaced", replaced.problem
+        assert {each.outcome for each in await cluster.client.replace_safekeeper("safekeeper-2")} == {"kept"}
+        await bank.commits(COMMITS_PER_ROUND)
+        # The quorum needs it now.
+        await cluster.service("safekeeper-3").kill()
+        await bank.commits(COMMITS_PER_ROUND)
+        await cluster.service("safekeeper-3").start()
+    await place.check()
+    await converge(place)
+    new = await place.safekeeper("safekeeper-2")
+    assert new.seat > 0
+    assert new.generation == 1, "it has voted in the new membership"
+    # The old disk votes in no term any more, and its WAL is nobody's: only two are left.
+    await victim.kill()
+    disk.rename(disk.with_name("safekeeper-2.new"))
+    old.rename(disk)
+    await victim.start()
+    before = await place.safekeeper("safekeeper-2")
+    assert before.seat == 0
+    await cluster.client.kill_endpoint(place.project.endpoint.endpoint_id)
+    await place.check()
+    assert (await place.safekeeper("safekeeper-2")).term == before.term
+    [refused] = await cluster.client.replace_safekeeper("safekeeper-2")
+    assert "was replaced: give it an empty one" in refused.problem
+    # Back to the member.
+    await victim.kill()
+    disk.rename(disk.with_name("safekeeper-2.old"))
+    disk.with_name("safekeeper-2.new").rename(disk)
+    await victim.start()
+    await place.check()
+    await converge(place)
+    shutil.rmtree(disk.with_name("safekeeper-2.old"))
+
+
+async def test_without_a_quorum_commits_wait_and_are_not_lost(place: Place) -> None:
+    cluster = place.cluster
+    async with place.bank() as bank:
+        await bank.commits(COMMITS_PER_ROUND)
+        at = monotonic()
+        await asyncio.gather(cluster.service("safekeeper-1").kill(), cluster.service("safekeeper-2").kill())
+        dead = monotonic()
+        # A client of a live quorum would commit hundreds of times in this time.
+        with pytest.raises(TimeoutError):
+            await bank.commits(1000, timeout_s=1.0)
+        assert not [n for n, t in place.ledger.acknowledged.items() if t > dead + 0.1]
+        await cluster.service("safekeeper-1").start()
+        await bank.commits(COMMITS_PER_ROUND)
+        assert not place.ledger.errors_since(at), "they wait, and then they are answered"
+        await cluster.service("safekeeper-2").start()
+    await place.check()
+    await converge(place)
+
+
+@pytest.mark.parametrize("warnings", ["warning", "error"])
+async def test_a_commit_that_is_cancelled_while_it_waits_is_no_success(place: Place, warnings: str) -> None:
+    """Postgres itself would say COMMIT. With client_min_messages = error it would not even warn."""
+    paused = [place.cluster.service(name).pid for name in SAFEKEEPERS[:2]]
+    connection, admin = await place.connect(), await place.connect()
+    await connection.execute(f"SET client_min_messages = {warnings}")
+    try:
+        for pid in paused:
+            os.kill(pid, signal.SIGSTOP)
+        await wait_until(lambda: all(map(all_threads_stopped, paused)))
+        committing = asyncio.create_task(connection.execute("CREATE TABLE in_doubt (a int)"))
+
+        async def waits() -> bool:
+            assert not committing.done(), committing
+            return bool(await admin.fetchval("SELECT true FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
+
+        await wait_until(waits)
+        committing.cancel()  # asyncpg sends a cancel request, which goes through the proxy
+        with pytest.raises((asyncio.CancelledError, asyncpg.PostgresError)):
+            await committing
+        # What the client was sent: not CREATE TABLE, but that nobody knows.
+        await wait_until(connection.is_closed)
+    finally:
+        for pid in paused:
+            os.kill(pid, signal.SIGCONT)
+    await admin.execute("DROP TABLE in_doubt")
+    await admin.close()
+    await place.check()
+
+
+# --- two computes ---
+
+
+@asynccontextmanager
+async def second_manager(place: Place) -> AsyncIterator[ServiceClient]:
+    """Another compute manager over the same metadata and safekeepers, which knows nothing of the first one."""
+    cluster = place.cluster
+    runtime = Path(tempfile.mkdtemp(prefix="kl-", dir="/tmp"))
+    values = json.loads((cluster.layout.config / f"{MANAGER}.json").read_text())
+    values |= {
+        "node_id": "compute-2",
+        "listen": {"host": "127.0.0.1", "port": free_port()},
+        "runtime_dir": str(runtime / "c"),
+        "log_dir": str(cluster.layout.data / "compute-logs-2"),
+    }
+    config = cluster.layout.write_config("compute-2", values)
+    base_url = f"https://127.0.0.1:{values['listen']['port']}"
+    ready = cluster._readiness(base_url, "/readyz", Service.COMPUTE)
+    log = cluster.layout.logs / "compute-2.log"
+    process = cluster.services["compute-2"] = ServiceProcess("compute-2", "compute", config, log, ready)
+    issuer = TokenIssuer.load(cluster.layout.admin_key)
+    address = Address(port=values["listen"]["port"])
+    ca = cluster.layout.ca_certificate
+    try:
+        await process.start()
+        async with ServiceClient(Service.COMPUTE, address, ca, issuer, OWNER_SCOPES, timeout_s=60) as client:
+            yield client
+    finally:
+        await process.stop()
+        del cluster.services["compute-2"]
+        shutil.rmtree(runtime)
+
+
+async def test_of_two_computes_only_the_newer_one_commits(place: Place) -> None:
+    """The first manager and its agent are stopped (SIGSTOP), so nobody tells the older Postgres anything: only the
+    safekeepers keep it from committing."""
+    cluster, ledger, endpoint_id = place.cluster, place.ledger, place.project.endpoint.endpoint_id
+    connection = place.project.connection
+    manager = cluster.service(MANAGER)
+    async with place.bank() as bank:
+        await bank.commits(100)
+        older = await compute_of(cluster, endpoint_id)
+        manager.send_signal(signal.SIGSTOP)
+        older.pause()
+        try:
+            # It does not depend on its manager, nor on its agent.
+            await bank.commits(100)
+            async with second_manager(place) as client:
+                started = await client.call(Endpoint, "POST", f"/v1/endpoints/{endpoint_id}:start")
+                elected = monotonic()
+                assert started.state is EndpointState.RUNNING
+                newer = find_compute(cluster, str(started.instance_id), "compute-2")
+
+                async def connect_to_newer() -> Session:
+                    return await asyncpg.connect(
+                        host=str(newer.socket_dir),
+                        port=5432,
+                        user=connection.user,
+                        password=connection.password,
+                        database=connection.database,
+                        command_timeout=60,
+                    )
+
+                async with place.bank(by=connect_to_newer) as newer_bank:
+                    await newer_bank.commits(200)
+                assert older.postmaster.exists, "both must run, or this shows nothing"
+                late = [n for n, at in ledger.acknowledged.items() if at > elected and n.startswith(bank.name)]
+                assert not late, f"the older compute committed {late[:3]} after the newer one was elected"
+                await place.check(await connect_to_newer())
+        finally:
+            older.resume()
+            manager.send_signal(signal.SIGCONT)
+        # The first manager finds out, and starts a third one for whoever connects.
+        await older.gone()
+        await bank.commits(100)
+    endpoint = await cluster.client.endpoint(endpoint_id)
+    assert endpoint.term > started.term
+    await place.check()
+    await converge(place)

@@ -1,0 +1,195 @@
+"""Every kind of rotation under pgbench, while branches are made, layers compacted and services killed: no transaction
+fails and no row is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from keylake.cluster import Cluster, RunningProject
+from keylake.demo.ledger import Ledger, Load, check
+from keylake.demo.pgbench import run_pgbench
+from keylake.encryption import Encryption
+from shared.api.keymanager import AwsKey, KeyState
+from shared.api.pageserver import Compact, TimelineInfo
+from shared.errors import ConflictError
+from tests.cluster.primary import call_pageserver
+from tests.fixtures.waiting import wait_until
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+
+SCRIPT = "insert into drill (client) values (:client_id);\n"
+_PROCESSED = re.compile(r"number of transactions actually processed: ([0-9]+)")
+_FAILED = re.compile(r"number of failed transactions: ([0-9]+)")
+
+
+@dataclass(slots=True)
+class Drill:
+    """A database under load by pgbench itself, and by clients that keep a ledger."""
+
+    cluster: Cluster
+    project: RunningProject
+    script: Path
+    ledger: Ledger = field(default_factory=Ledger)
+    processed: int = 0
+    """Transactions that pgbench was told are committed."""
+
+    async def connect(self) -> asyncpg.Connection[asyncpg.Record]:
+        return await asyncpg.connect(**self.project.connection.asyncpg_arguments(), timeout=60)
+
+    async def encryption(self) -> Encryption:
+        return await self.cluster.client.encryption(self.project.project.project_id)
+
+    @contextlib.asynccontextmanager
+    async def load(self) -> AsyncIterator[None]:
+        stop = asyncio.Event()
+
+        async def pgbench() -> None:
+            while not stop.is_set():
+                output = await run_pgbench(self.project.connection, "-n", "-c", "2", "-T", "3", "-f", str(self.script))
+                processed, failed = _PROCESSED.search(output), _FAILED.search(output)
+                assert processed is not None, output
+                assert failed is not None, output
+                assert failed[1] == "0", output
+                self.processed += int(processed[1])
+
+        async with asyncio.TaskGroup() as group, Load(self.connect, 1, 2, self.ledger) as load:
+            group.create_task(pgbench())
+            await load.wait_for_commits(50)
+            try:
+                yield
+                await load.wait_for_commits(50)
+            finally:
+                stop.set()
+
+    async def count(self, project: RunningProject) -> int:
+        connection = await asyncpg.connect(**project.connection.asyncpg_arguments(), timeout=60)
+        try:
+            return int(await connection.fetchval("select count(*) from drill"))
+        finally:
+            await connection.close()
+
+    async def branch(self, name: str) -> tuple[RunningProject, int]:
+        """A branch from now, made while the layers are compacted; and how many rows it has at least."""
+        client = self.cluster.client
+        least = await self.count(self.project)
+        compact = call_pageserver(self.cluster, self.project, "compact", TimelineInfo, Compact(force=True))
+        timeline, compacted = await asyncio.gather(client.create_branch(self.project.timeline, name), compact)
+        assert not compacted.fault
+        endpoint = await client.create_endpoint(timeline, name)
+        return RunningProject(self.project.project, timeline, endpoint, client.connection(endpoint)), least
+
+    async def check(self) -> None:
+        """Everything that was acknowledged is there, once."""
+        connection = await self.connect()
+        try:
+            assert await connection.fetchval("select count(*) from drill") == self.processed
+            assert await check(connection, self.ledger) == []
+        finally:
+            await connection.close()
+
+
+async def restart(cluster: Cluster, name: str) -> None:
+    """By SIGKILL."""
+    await cluster.service(name).kill()
+    await cluster.service(name).start()
+
+
+async def test_every_rotation_under_load(tmp_path: Path) -> None:
+    settings = {"pageserver": {"checkpoint_distance_mb": 2}, "keymanager": {"lease_ttl_s": 3}}
+    async with Cluster(settings=settings) as cluster:
+        customer, client = cluster.customer, cluster.client
+        cmk = await customer.create_key()
+        workspace = await cluster.create_workspace(cmk)
+        project = await cluster.create_project("drill", workspace.workspace_id)
+        project_id, configuration_id = project.project.project_id, workspace.key_configuration_id
+        script = tmp_path / "drill.sql"
+        script.write_text(SCRIPT)
+        drill = Drill(cluster, project, script)
+        await run_pgbench(project.connection, "-i", "-s", "1", "-I", "dtGvp", "-q")
+        connection = await drill.connect()
+        await connection.execute("create table drill (number bigserial, client int)")
+        await connection.close()
+
+        async def rewrapped() -> Encryption | None:
+            found = await drill.encryption()
+            return found if found.rewrapped else None
+
+        async def rekeyed() -> Encryption | None:
+            found = await drill.encryption()
+            return found if found.dek_floor and found.rekeyed else None
+
+        async with drill.load():
+            # KEK, and its envelopes.
+            await client.rotate_kek(project_id)
+            branches = [await drill.branch("while-wraps-change")]
+            after = await wait_until(rewrapped, 60)
+            assert [(kek.kek_version, kek.objects > 0) for kek in after.keks] == [(1, False), (2, True)]
+            assert after.current_share == 1.0
+
+            # Again, across restarts of who stores.
+            await client.rotate_kek(project_id)
+            await restart(cluster, "pageserver")
+            await restart(cluster, "safekeeper-2")
+            await wait_until(rewrapped, 60)
+            looked = await client.retire_keks(project_id, dry_run=True)
+            assert looked.retired + sorted({use.kek_version for use in looked.in_use}) == [1, 2]
+
+            # CMK version, then another CMK: everything is under it, so the customer may disable the old one.
+            await asyncio.to_thread(customer.aws.rotate, cmk)
+            await client.rewrap(configuration_id)
+            assert (await client.rewrap(configuration_id, dry_run=True)).outdated == 0
+            bootstrap = customer.bootstrap
+            new = AwsKey(
+                key_arn=await customer.create_key("another"),
+                role_arn=bootstrap.role_arn,
+                external_id=bootstrap.external_id,
+            )
+            await client.replace_key(configuration_id, new)
+
+            async def replaced() -> bool:
+                return await client.replacement(configuration_id) is None
+
+            await wait_until(replaced, 30)
+            await customer.disable(cmk)
+
+            # All data anew, while a store dies in the middle of it.
+            begun = await client.rekey(project_id)
+            assert begun.dek_floor == 4
+            branches.append(await drill.branch("while-all-is-sealed-anew"))
+            await restart(cluster, "pageserver")
+            await restart(cluster, "safekeeper-1")
+            done = await wait_until(rekeyed, 60)
+            assert done.old_dek_bytes == 0
+
+            async def retired() -> bool:
+                with contextlib.suppress(ConflictError):  # somebody has not reported yet
+                    await client.retire_keks(project_id)
+                return all(kek.destroyed for kek in (await drill.encryption()).keks[:-1])
+
+            await wait_until(retired, 30)
+        assert drill.ledger.errors == []
+        assert drill.processed > 0
+        await drill.check()
+
+        # Nobody's memory helps: everything that holds a key starts anew, with an empty cache.
+        await client.kill_endpoint(project.endpoint.endpoint_id)
+        for name in ("keymanager", "safekeeper-1", "safekeeper-2", "safekeeper-3", "pageserver"):
+            await cluster.service(name).kill()
+        for name in ("keymanager", "safekeeper-1", "safekeeper-2", "safekeeper-3", "pageserver"):
+            await cluster.service(name).start()
+        await drill.check()
+        for branch, least in branches:
+            assert least <= await drill.count(branch) <= drill.processed
+        final = await drill.encryption()
+        assert final.state is KeyState.ACTIVE
+        assert [kek.destroyed for kek in final.keks] == [True, True, True, False]
+        assert final.complete
+        assert (await client.verify_audit()).intact

@@ -1,0 +1,236 @@
+"""A project of a whole cluster, shredded; and a backup of everything that was made before.
+
+The backup is all that Keylake has: metadata database, object store, safekeepers. The customer's cloud is not in it: it
+is the customer's, and goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from keylake.client import Connection, KeylakeClient
+from keylake.cluster import Cluster
+from keylake.receipt_page import page
+from shared.api.keymanager import KeyState, Project
+from shared.api.shredding import Attestation, Shred
+from shared.auth import BearerToken, PersonRole, SignatureVerifier, TrustBundle
+from shared.errors import ConflictError, KeyAccessError, RevokedError, ShreddedError
+from shared.receipt import ErasureReceipt, ShredReceipt, SignedReceipt
+from tests.cluster.processes import below
+from tests.fixtures.waiting import wait_until
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+
+SETTINGS = {"keymanager": {"lease_ttl_s": 10, "leader_ttl_s": 6}}
+"""Nobody notices that they were stopped for a moment."""
+SECRET = "the quick brown fox is a trade secret"
+
+
+async def person(stack: AsyncExitStack, cluster: Cluster, name: str) -> KeylakeClient:
+    token, _ = await cluster.client.create_token(PersonRole.SECURITY_ADMIN, subject=name, ttl_s=600)
+    made = KeylakeClient(cluster.ports.addresses(), cluster.layout.ca_certificate, BearerToken(token))
+    stack.push_async_callback(made.aclose)
+    return made
+
+
+def at(cluster: Cluster, connection: Connection) -> Connection:
+    """The same endpoint, where this cluster listens."""
+    return Connection(
+        connection.endpoint_id,
+        connection.host,
+        cluster.ports.addresses().proxy.port,
+        connection.user,
+        connection.password,
+        connection.database,
+        cluster.layout.ca_certificate,
+    )
+
+
+async def rows(cluster: Cluster, connection: Connection) -> list[str]:
+    found = await asyncpg.connect(**at(cluster, connection).asyncpg_arguments(), timeout=60)
+    try:
+        return [row["text"] for row in await found.fetch("SELECT text FROM secret ORDER BY text")]
+    finally:
+        await found.close()
+
+
+def files_of(home: Path, project: Project) -> list[Path]:
+    """Everything of the project on any disk of the cluster, by name."""
+    return [p for p in home.rglob("*") if str(project.project_id) in str(p.relative_to(home)) and p.is_file()]
+
+
+async def shred(stack: AsyncExitStack, cluster: Cluster, project: Project) -> Shred:
+    """By two people. Returns when everybody has deleted everything."""
+    alice, bob = await person(stack, cluster, "alice"), await person(stack, cluster, "bob")
+    asked = await alice.ask_shred(project.project_id, project.name, "the contract has ended")
+    await bob.approve_shred(project.project_id, project.name, asked.shred_id)
+
+    async def done() -> Shred | None:
+        found = await bob.shred(project.project_id)
+        return found if found.state == "done" else None
+
+    found = await wait_until(done, 30)
+    assert isinstance(found, Shred)
+    return found
+
+
+def snapshot(cluster: Cluster, target: Path) -> None:
+    """All that Keylake has on disk, at one moment: every process is stopped while it is copied, as by a power cut."""
+    metadata = int((cluster.layout.metadata / "postmaster.pid").read_text().split()[0])
+    family = [metadata, *(service.pid for service in cluster.services.values())]
+    stopped = family + [process.pid for each in family for process in below(each)]
+    try:
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        ignored = shutil.ignore_patterns("postmaster.pid")
+        shutil.copytree(cluster.layout.home, target, symlinks=True, ignore=ignored)
+    finally:
+        for pid in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+async def erase(cluster: Cluster, carol: KeylakeClient, project: Project, gone: str, alive: str, orphans: Path) -> None:
+    """The word ERASED, of a project that is shredded. Two CMKs have wrapped its KEKs; `gone` is destroyed already."""
+    home = cluster.layout.home
+    words = [
+        Attestation(subject="backups", text="the one that this test made is destroyed"),
+        Attestation(subject="key-copies", text="the material was made in the KMS"),
+    ]
+    # Objects that nobody knows of come back, and one of the CMKs is there: not erased, for just that.
+    shutil.copytree(orphans, home / "data" / "objects", dirs_exist_ok=True)
+    assert files_of(home, project)
+    early = await carol.verify_erasure(project.project_id, words)
+    assert early.state is KeyState.SHREDDED
+    assert {each.name for each in early.preconditions if not each.holds} == {
+        "every CMK that ever wrapped one is destroyed",
+        "a canary under the key does not open",
+    }
+    assert {key.identifier: key.destroyed for key in early.keys} == {gone: True, alive: False}
+    assert files_of(home, project) == [], "what was found was deleted"
+    with pytest.raises(ConflictError, match="not erased"):
+        await carol.receipt(project.project_id, kind="erasure")
+    await destroy(cluster, alive)
+    # Once more, at the very last moment: the look before the word finds them.
+    shutil.copytree(orphans, home / "data" / "objects", dirs_exist_ok=True)
+    report = await carol.verify_erasure(project.project_id, words)
+    assert report.state is KeyState.ERASED, [each for each in report.preconditions if not each.holds]
+    assert files_of(home, project) == []
+    assert (await cluster.client.project(project.project_id)).state is KeyState.ERASED
+    log = {event["requestID"] for event in await cluster.customer.audit_log()}
+    for key in report.keys:
+        assert key.destroyed
+        assert key.request_ids
+        assert set(key.request_ids) <= log, "the customer's own log has each question"
+    signed = SignedReceipt.parse(await carol.receipt(project.project_id, kind="erasure"))
+    signed.check(SignatureVerifier(TrustBundle.load(cluster.layout.trust_bundle)))
+    assert isinstance(signed.receipt, ErasureReceipt)
+    assert {key.identifier for key in signed.receipt.keys} == {gone, alive}
+    assert sum(text.startswith("attested, and not checked") for text in signed.receipt.not_verified) == 2
+    assert (await cluster.client.verify_audit()).intact
+
+
+async def destroy(cluster: Cluster, cmk: str) -> None:
+    await cluster.customer.schedule_deletion(cmk)
+    await asyncio.to_thread(cluster.customer.simulation.complete_deletion, cmk)
+
+
+async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path) -> None:
+    home, backup = tmp_path / "home", tmp_path / "backup"
+    async with Cluster(home, settings=SETTINGS) as cluster, AsyncExitStack() as stack:
+        cmk, other_cmk, earlier = [await cluster.customer.create_key(name) for name in ("doomed", "kept", "earlier")]
+        workspace = await cluster.create_workspace(earlier, "earlier")
+        kept_workspace = await cluster.create_workspace(other_cmk, "kept")
+        running = await cluster.create_project("shop", workspace.workspace_id)
+        kept = await cluster.create_project("kept", kept_workspace.workspace_id)
+        for each in (running, kept):
+            connection = await asyncpg.connect(**each.connection.asyncpg_arguments(), timeout=60)
+            await connection.execute("CREATE TABLE secret (text text)")
+            await connection.execute("INSERT INTO secret VALUES ($1)", SECRET)
+            await connection.close()
+        doomed = await cluster.create_key_configuration(cmk, "doomed")
+        project = await cluster.client.move_project(running.project.project_id, doomed.key_configuration_id)
+        snapshot(cluster, backup)
+        assert files_of(backup, project)
+
+        # Shredded: gone from every disk, and said so by everybody.
+        await rows(cluster, running.connection)  # a compute runs, and holds a lease
+        before = len(files_of(home, project))
+        done = await shred(stack, cluster, project)
+        assert [node.node_id for node in done.nodes] == ["pageserver", *(f"safekeeper-{n}" for n in (1, 2, 3))]
+        assert all(node.deleted_objects > 0 for node in done.nodes)
+        assert sum(node.deleted_objects for node in done.nodes) <= before
+        assert files_of(home, project) == []
+        assert done.revocation is not None
+        assert {each.outcome for each in done.revocation.instances} == {"acknowledged"}
+        assert {each.role.value for each in done.revocation.instances} >= {"compute", "pageserver", "safekeeper"}
+        with pytest.raises(asyncpg.PostgresError) as refused:
+            await rows(cluster, running.connection)
+        assert refused.value.sqlstate == ShreddedError.sqlstate
+        with pytest.raises(KeyAccessError):
+            await cluster.client.create_timeline(project.project_id, "another")
+        assert await rows(cluster, kept.connection) == [SECRET]
+        receipt = SignedReceipt.parse(await cluster.client.receipt(project.project_id, kind="shred"))
+        receipt.check(SignatureVerifier(TrustBundle.load(cluster.layout.trust_bundle)))
+        assert isinstance(receipt.receipt, ShredReceipt)
+        assert any("backup" in text for text in receipt.receipt.left)
+        assert "pageserver" in page(receipt)
+        # A backup of the objects alone opens nothing; and the next look removes it.
+        shutil.copytree(backup / "data" / "objects", home / "data" / "objects", dirs_exist_ok=True)
+        assert files_of(home, project)
+        with pytest.raises(asyncpg.PostgresError):
+            await rows(cluster, running.connection)
+        early = await (await person(stack, cluster, "carol")).verify_erasure(project.project_id)
+        assert early.state is KeyState.SHREDDED
+        assert {p.name for p in early.preconditions if p.outcome == "not met"} == {
+            "every CMK that ever wrapped one is destroyed",
+            "a canary under the key does not open",
+        }
+        assert files_of(home, project) == []
+
+    # The backup, as long as the customer's key is alive: everything is back.
+    copy_cloud(home, backup)
+    async with Cluster(backup, settings=SETTINGS) as cluster, AsyncExitStack() as stack:
+        assert (await cluster.client.project(project.project_id)).state is KeyState.ACTIVE
+        assert await rows(cluster, running.connection) == [SECRET]
+        # Now the customer destroys it.
+        await destroy(cluster, cmk)
+
+        async def revoked() -> bool:
+            newest = (await cluster.client.revocations(project.project_id))[:1]
+            return any(each.state is KeyState.REVOKED and each.sealed_after_s is not None for each in newest)
+
+        await wait_until(revoked, 20)
+        with pytest.raises(asyncpg.PostgresError) as refused:
+            await rows(cluster, running.connection)
+        assert refused.value.sqlstate == RevokedError.sqlstate
+        # And it is erased here as well: with a CMK that is gone and one, of before the move, that is not yet.
+        orphans = tmp_path / "orphans"
+        for path in files_of(backup / "data" / "objects", project):
+            target = orphans / path.relative_to(backup / "data" / "objects")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        await shred(stack, cluster, project)
+        assert files_of(backup, project) == []
+        await erase(cluster, await person(stack, cluster, "carol"), project, cmk, earlier, orphans)
+
+        async def said_to_be_shredded() -> bool:
+            with pytest.raises(asyncpg.PostgresError) as refused:
+                await rows(cluster, running.connection)
+            return refused.value.sqlstate == ShreddedError.sqlstate
+
+        await wait_until(said_to_be_shredded)  # the proxy knew it as revoked, and asks anew with its next renewal
+
+
+def copy_cloud(source: Path, target: Path) -> None:
+    """The customer's cloud is one: where it is, it is as it was last."""
+    shutil.rmtree(target / "data" / "customercloud")
+    shutil.copytree(source / "data" / "customercloud", target / "data" / "customercloud")

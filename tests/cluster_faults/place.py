@@ -1,0 +1,655 @@
+"""A cluster whose services can be cut off, the workspaces on it, and one round of faults."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
+from time import monotonic
+from typing import Any, Final
+
+import asyncpg
+import httpx
+
+from customercloud.aws.admin import RoleRequest, UserRequest
+from customercloud.aws.identity import trust_policy_document
+from customercloud.faults import ErrorKind, Faults, KeyFaults, Outage
+from keylake.cluster import Cluster, RunningProject
+from keylake.demo.ledger import CLIENT_ERRORS, Ledger, describe
+from keylake.ports import free_port
+from keylake.process import ServiceProcess
+from shared.api.keymanager import (
+    AwsKey,
+    CreateKeyConfiguration,
+    KeyConfiguration,
+    KeyState,
+    Project,
+    Revocation,
+    WorstCase,
+)
+from shared.auth import Scope, Service, TokenIssuer
+from shared.errors import KeylakeError, LeaseExpiredError, RevokedError, SuspendedError, UnavailableError
+from shared.http import ServiceClient
+from shared.ids import WorkspaceId
+from shared.keyspace import Fork, RelTag
+from shared.retry import RetryPolicy, retry
+from shared.tls import client_context, service_host_name
+from tests.cluster.bank import Bank, audit, open_bank
+from tests.cluster.pages import page_client
+from tests.cluster.primary import Session, caught_up, tag_of
+from tests.cluster.processes import ComputeProcesses, compute_of
+from tests.cluster_faults.history import History
+from tests.cluster_faults.schedule import Condition, Event, Part, Round
+from tests.fixtures.waiting import wait_until
+
+LEASE_TTL_S: Final = 10.0
+LEADER_TTL_S: Final = 2.5
+"""Room for a machine that has more to do: a takeover must end before a lease does. A leader that is cut off without a
+word is noticed by its clients two renewals later, at two thirds of the lease."""
+PROBE_INTERVAL_S: Final = 0.5
+BYSTANDER_GRACE_S: Final = 600.0
+AFTERMATH_S: Final = 0.7
+"""How long is looked for late answers, after everybody who was cut off or stopped is back."""
+RESTART_AFTER_S: Final = 0.5
+SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "keymanager": {
+        "lease_ttl_s": LEASE_TTL_S,
+        "leader_ttl_s": LEADER_TTL_S,
+    },
+    "compute": {"poll_interval_s": 0.5},
+}
+_READ_EVERY_S: Final = 0.1
+_WRITE_EVERY_S: Final = 0.05
+_RETRY_S: Final = 0.3
+_ACCOUNT: Final = "111122223333"
+
+
+class Place:
+    """The cluster, a second proxy that nothing happens to, and the faults of the customers' keys."""
+
+    def __init__(self, cluster: Cluster, ways: Mapping[str, int]) -> None:
+        self.cluster = cluster
+        self.ways = ways
+        """Proxies by name: the port for clients."""
+        self._key_faults: dict[str, KeyFaults] = {}
+        self._faulting = asyncio.Lock()  # what is set last stands
+        keymanagers = cluster.client.addresses.keymanager
+        issuer = TokenIssuer.load(cluster.layout.admin_key)
+        scopes = frozenset({Scope.STATUS_READ, Scope.SECURITY_ADMIN})
+        # Impatient: the keymanager that it asks first may be stopped.
+        self.keymanager = ServiceClient(
+            Service.KEYMANAGER, keymanagers, cluster.layout.ca_certificate, issuer, scopes, timeout_s=1.0
+        )
+
+    async def fault(self, key_arn: str, faults: KeyFaults | None) -> None:
+        """What requests that name this key see from now on; None: nothing."""
+        key_id = key_arn.rpartition("/")[2]
+        customer = self.cluster.customer
+        spared = frozenset({customer.bootstrap.customer.access_key_id})
+        async with self._faulting:
+            self._key_faults.pop(key_id, None)
+            if faults is not None:
+                self._key_faults[key_id] = faults
+            everything = Faults(of_keys=dict(self._key_faults), spared_access_key_ids=spared)
+            await asyncio.to_thread(customer.simulation.set_faults, everything)
+
+
+@asynccontextmanager
+async def open_place() -> AsyncIterator[Place]:
+    async with AsyncExitStack() as stack:
+        cluster = await stack.enter_async_context(Cluster(settings=SETTINGS, keymanagers=2, links=True))
+        # The vendor may assume any role that trusts it: each workspace here has one of its own.
+        policy = {"Effect": "Allow", "Action": "sts:AssumeRole", "Resource": "*"}
+        document = json.dumps({"Version": "2012-10-17", "Statement": [policy]})
+        admin = cluster.customer.simulation
+        await asyncio.to_thread(
+            admin.put_user, "444455556666", "keylake", UserRequest(policies={"bootstrap": document})
+        )
+        second, port = clone(cluster, "proxy", "proxy-2", node_id="proxy-2")
+        stack.push_async_callback(second.stop)
+        await second.start()
+        place = Place(cluster, {"proxy": cluster.ports.proxy, "proxy-2": port})
+        stack.push_async_callback(place.keymanager.aclose)
+        yield place
+
+
+def clone(cluster: Cluster, name: str, as_name: str, node_id: str) -> tuple[ServiceProcess, int]:
+    """A second instance of a service on ports of its own, not started: with a copy of its disk as it is now. Returns
+    its port for data, too. It is not behind a link: nothing cuts it off."""
+    layout = cluster.layout
+    values = json.loads((layout.config / f"{name}.json").read_text())
+    values |= {"node_id": node_id, "listen": {"host": "127.0.0.1", "port": free_port()}}
+    values["keymanager"] = [{"host": "127.0.0.1", "port": port} for port in cluster.ports.keymanagers.values()]
+    data_port = free_port()
+    for field_name in ("postgres_listen", "pages_listen", "wal_listen"):
+        if field_name in values:
+            values[field_name] = {"host": "127.0.0.1", "port": data_port}
+    if name == "proxy":
+        values["compute"] = {"host": "127.0.0.1", "port": cluster.ports.manager}
+    for field_name in ("data_dir", "cache_dir"):
+        if field_name in values:
+            copy = layout.data / as_name
+            shutil.rmtree(copy, ignore_errors=True)
+            with suppress(shutil.Error):  # of files that went away meanwhile
+                shutil.copytree(values[field_name], copy)
+            values[field_name] = str(copy)
+    service = Service(name.partition("-")[0])
+    module = "compute.proxy" if service is Service.PROXY else service.value
+    context = client_context(layout.ca_certificate)
+    url = f"https://127.0.0.1:{values['listen']['port']}/readyz"
+
+    async def ready() -> bool:
+        try:
+            async with httpx.AsyncClient(verify=context, trust_env=False, timeout=2) as http:
+                answer = await http.get(url, extensions={"sni_hostname": service_host_name(service.value)})
+                return answer.status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    config = layout.write_config(as_name, values)
+    return ServiceProcess(as_name, module, config, layout.logs / f"{as_name}.log", ready), data_port
+
+
+# --- workspaces ---
+
+
+@dataclass(slots=True)
+class Tenant:
+    """A project with a CMK and a role of its own, and its clients: a bank, and readers by every way."""
+
+    place: Place
+    name: str
+    key_arn: str
+    role: str
+    configuration: KeyConfiguration
+    project: RunningProject
+    ways: Sequence[str]
+    page: tuple[RelTag, int, int] = (RelTag(0, 0, 0, Fork.MAIN), 0, 0)
+    ledger: Ledger = field(default_factory=Ledger)
+    history: History = field(default_factory=History)
+    errors: list[tuple[float, str, str, str]] = field(default_factory=list)
+    """(when, SQLSTATE or class, message, detail) of every error that a reader saw."""
+    bank: Bank | None = None
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _next_way: Any = None
+    _banks: int = 0
+
+    async def connect(self, way: str | None = None) -> Session:
+        way = way or next(self._next_way)
+        arguments = self.project.connection.asyncpg_arguments() | {"port": self.place.ways[way]}
+        return await asyncpg.connect(**arguments, timeout=60)
+
+    @property
+    def role_arn(self) -> str:
+        return f"arn:aws:iam::{_ACCOUNT}:role/{self.role}"
+
+    async def open(self) -> None:
+        self._next_way = cycle(self.ways)
+        await open_bank(self.connect)
+        connection = await self.connect()
+        tag = await tag_of(connection, "account")
+        await connection.close()
+        info = await caught_up(self.place.cluster, self.project)
+        self.page = (tag, 0, info.last_record_lsn.value)
+        self._tasks = [asyncio.create_task(self._read(way)) for way in self.ways]
+        self._tasks.append(asyncio.create_task(self._read_pages()))
+        await self.open_bank()
+
+    async def open_bank(self) -> None:
+        self._banks += 1
+        self.bank = Bank(self.connect, self.ledger, f"{self.name}{self._banks}", clients=2, pause_s=_WRITE_EVERY_S)
+        await self.bank.__aenter__()
+
+    async def close(self) -> None:
+        if self.bank is not None:
+            await self.bank.stop(timeout_s=5)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def check(self) -> None:
+        """Nothing that was acknowledged is lost, nothing is there twice."""
+        assert self.bank is not None
+        await self.bank.stop()
+        connection = await self.connect()
+        problems = await audit(connection, self.ledger)
+        await connection.close()
+        assert not problems, f"{self.name}: {problems}"
+
+    async def works(self, since: float) -> None:
+        """Returns when its clients read and commit again by every way. Raises TimeoutError."""
+
+        def works() -> bool:
+            commits = sum(at > since for at in self.ledger.acknowledged.values())
+            return commits >= 5 and {*self.ways, "pages"} <= set(self.history.ways_since(since))
+
+        await wait_until(works, 60.0)
+
+    def check_errors(self, since: float) -> None:
+        """What its clients were told since then: only what docs/errors.md has, with whose key it is and what to do."""
+        reasons = {RevokedError, SuspendedError, LeaseExpiredError}
+        hints = {error.sqlstate: error.hint for error in reasons}
+        drivers = {"08003"}  # a connection that broke, in the driver's own words
+        told = [error for error in self.errors if error[0] >= since and len(error[1]) == 5 and error[1] not in drivers]
+        assert {code for _, code, *_ in told} <= {*hints, "57P01", "57P03", "08007"}, told
+        of_key = [error for error in told if error[1] in hints]
+        assert of_key, "nobody was told that it is the key"
+        for _, code, message, detail in of_key:
+            assert hints[code] in message, (code, message)
+            if code != LeaseExpiredError.sqlstate:
+                assert str(self.project.project.workspace_id) in detail, (code, message, detail)
+
+    def commits(self) -> list[float]:
+        return list(self.ledger.acknowledged.values())
+
+    async def state(self) -> KeyState:
+        path = f"/v1/projects/{self.project.project.project_id}"
+        return (await self.place.keymanager.call(Project, "GET", path)).state
+
+    async def unsealed(self) -> list[Revocation]:
+        params = {"project_id": str(self.project.project.project_id)}
+        answer = await self.place.keymanager.request("GET", "/v1/revocations", params=params)
+        found = [Revocation.model_validate(each) for each in json.loads(answer.content)]
+        return [each for each in found if each.sealed_after_s is None]
+
+    async def compute(self) -> ComputeProcesses:
+        return await compute_of(self.place.cluster, self.project.endpoint.endpoint_id)
+
+    def bound(self, event: Event) -> WorstCase:
+        """As the API says it."""
+        return next(case for case in self.configuration.worst_cases if case.cause is event.cause)
+
+    async def _read(self, way: str) -> None:
+        """One client that reads, and comes back for as long as it takes. It never gives up waiting for an answer: that
+        is what a late one would come to."""
+        while True:
+            connection: Session | None = None
+            try:
+                connection = await self.connect(way)
+                while True:
+                    assert await connection.fetchval("select opening from account where id = 1") is not None
+                    self.history.answered(monotonic(), way)
+                    await asyncio.sleep(_READ_EVERY_S)
+            except CLIENT_ERRORS as error:
+                code, message = describe(error)
+                cause = error.__cause__ or error
+                self.errors.append((monotonic(), code, message, getattr(cause, "detail", None) or ""))
+            finally:
+                if connection is not None:
+                    connection.terminate()
+            await asyncio.sleep(_RETRY_S)
+
+    async def _read_pages(self) -> None:
+        """The same at the pageserver's own port: what a compute that reads pages would be given."""
+        while True:
+            with suppress(KeylakeError, OSError, TimeoutError):
+                async with page_client(self.place.cluster, self.project) as client:
+                    while True:
+                        page = await client.page(*self.page)
+                        assert page != bytes(8192)
+                        self.history.answered(monotonic(), "pages")
+                        await asyncio.sleep(_READ_EVERY_S)
+            await asyncio.sleep(_RETRY_S)
+
+    # --- the customer ---
+
+    async def say_no(self, event: Event) -> None:
+        """Returns when the KMS says yes to nothing any more."""
+        customer, key = self.place.cluster.customer, self.key_arn
+        match event:
+            case Event.DISABLE:
+                await customer.disable(key)
+            case Event.DELETION:
+                await customer.schedule_deletion(key)
+            case Event.POLICY:
+                await asyncio.to_thread(customer.aws.remove_role, key, self.role_arn)
+            case Event.ROLE:
+                await asyncio.to_thread(customer.simulation.delete_role, _ACCOUNT, self.role)
+            case Event.TIMEOUT:
+                await self.place.fault(key, KeyFaults(outage=Outage.HANG))
+            case Event.SERVER_ERROR:
+                await self.place.fault(key, KeyFaults(error_rate=1, error_kind=ErrorKind.BAD_GATEWAY))
+            case Event.THROTTLE:
+                await self.place.fault(key, KeyFaults(throttle_rate=1))
+            case Event.FLAP:
+                await self.place.fault(key, KeyFaults(error_rate=0.5))
+                await customer.disable(key)
+
+    async def say_yes(self, event: Event) -> None:
+        customer, key = self.place.cluster.customer, self.key_arn
+        match event:
+            case Event.DISABLE:
+                await customer.enable(key)
+            case Event.DELETION:
+                await customer.cancel_deletion(key)
+                await customer.enable(key)
+            case Event.POLICY:
+                await asyncio.to_thread(customer.aws.allow_role, key, self.role_arn)
+            case Event.ROLE:
+                await put_role(self.place.cluster, self.role)
+                # A policy means the role that was there when it was written, and not another one of its name.
+                await asyncio.to_thread(customer.aws.allow_role, key, self.role_arn)
+            case Event.TIMEOUT | Event.SERVER_ERROR | Event.THROTTLE:
+                await self.place.fault(key, None)
+            case Event.FLAP:
+                await customer.enable(key)
+                await self.place.fault(key, None)
+
+
+async def put_role(cluster: Cluster, name: str) -> None:
+    bootstrap = cluster.customer.bootstrap
+    trust = trust_policy_document(["arn:aws:iam::444455556666:user/keylake"], bootstrap.external_id)
+    request = RoleRequest(trust_policy=trust)
+    await asyncio.to_thread(cluster.customer.simulation.put_role, _ACCOUNT, name, request)
+
+
+@asynccontextmanager
+async def new_tenant(
+    place: Place, name: str, *, grace_s: float, ways: Sequence[str], within: WorkspaceId | None = None
+) -> AsyncIterator[Tenant]:
+    """In a workspace of its own; or within somebody else's, under a key of its own."""
+    cluster, role = place.cluster, f"keylake-{name}"
+    await put_role(cluster, role)
+    role_arn = f"arn:aws:iam::{_ACCOUNT}:role/{role}"
+    key_arn = await asyncio.to_thread(cluster.customer.aws.create_key, name, role_arn=role_arn)
+    key = AwsKey(key_arn=key_arn, role_arn=role_arn, external_id=cluster.customer.bootstrap.external_id)
+    request = CreateKeyConfiguration(name=name, key=key, outage_grace_s=grace_s, probe_interval_s=PROBE_INTERVAL_S)
+    # A machine that has too much to do answers too late, and we are told so before anything was made.
+    configuration = await retry(
+        RetryPolicy(attempts=5),
+        lambda _: cluster.client.create_key_configuration(request),
+        retryable=lambda error: isinstance(error, UnavailableError),
+    )
+    configured = configuration.key_configuration_id
+    if within is None:
+        within = (await cluster.client.create_workspace(name, configured)).workspace_id
+    project = await cluster.client.create_project(within, name, configured)
+    timeline = await cluster.client.create_timeline(project.project_id)
+    endpoint = await cluster.client.create_endpoint(timeline)
+    running = RunningProject(project, timeline, endpoint, cluster.client.connection(endpoint))
+    tenant = Tenant(place, name, key_arn, role, configuration, running, ways)
+    try:
+        await tenant.open()
+        yield tenant
+    finally:
+        await tenant.close()
+
+
+# --- conditions ---
+
+
+class Trouble:
+    """Brings one part into a condition, step by step with the round."""
+
+    async def prepare(self) -> None:
+        """What takes a while. Nobody is in trouble yet."""
+
+    async def before(self) -> None:
+        """The customer has not said no yet."""
+
+    async def after_no(self) -> None:
+        """It just has."""
+
+    async def in_fan_out(self) -> None:
+        """Some project is not active any more."""
+
+    async def end(self) -> None:
+        """Everybody hears everybody again; the KMS still says no."""
+
+
+class ServiceTrouble(Trouble):
+    """Of a process that the cluster started."""
+
+    def __init__(self, place: Place, service: ServiceProcess, condition: Condition) -> None:
+        self._place = place
+        self._service = service
+        self._condition = condition
+        self._clone: ServiceProcess | None = None
+        self._stopped_at = 0.0
+
+    async def prepare(self) -> None:
+        if self._condition is Condition.RESTORED:
+            name = self._service.name
+            self._clone, _ = clone(self._place.cluster, name, f"{name}-clone", node_id=name)
+            await self._clone.start()
+
+    async def before(self) -> None:
+        cluster, name = self._place.cluster, self._service.name
+        match self._condition:
+            case Condition.PARTITIONED if name.startswith("keymanager"):
+                await cluster.partition(name)
+            case Condition.PARTITIONED:
+                for keymanager in cluster.ports.keymanagers:
+                    await cluster.partition(name, keymanager)
+            case Condition.PAUSED:
+                self._service.send_signal(signal.SIGSTOP)
+                self._stopped_at = monotonic()
+
+    async def after_no(self) -> None:
+        if self._condition is Condition.RESTARTED:
+            await self._service.kill()
+            await self._service.start()
+
+    async def in_fan_out(self) -> None:
+        if self._condition is Condition.KILLED:
+            await self._service.kill()
+            await asyncio.sleep(RESTART_AFTER_S)
+            await self._service.start()
+
+    async def end(self) -> None:
+        if self._condition is Condition.PAUSED:
+            # Longer than any lease that it may hold.
+            await asyncio.sleep(max(0.0, self._stopped_at + LEASE_TTL_S + 0.5 - monotonic()))
+            self._service.send_signal(signal.SIGCONT)
+        if self._clone is not None:
+            await self._clone.kill()
+            await self._service.kill()
+            await self._service.start()
+
+
+class ComputeTrouble(Trouble):
+    """Of the agents of some workspaces' computes. They end with their keys, so there is nothing to bring back."""
+
+    def __init__(self, place: Place, computes: Sequence[ComputeProcesses], condition: Condition) -> None:
+        self._place = place
+        self._computes = computes
+        self._condition = condition
+        self._stopped_at = 0.0
+
+    async def before(self) -> None:
+        cluster = self._place.cluster
+        match self._condition:
+            case Condition.PARTITIONED:
+                agents = [compute.agent.pid for compute in self._computes]
+                for keymanager in cluster.ports.keymanagers:
+                    await cluster.partition("compute", keymanager, pids=agents)
+            case Condition.PAUSED:
+                for compute in self._computes:
+                    compute.pause()
+                self._stopped_at = monotonic()
+
+    async def after_no(self) -> None:
+        if self._condition is Condition.RESTARTED:
+            self._kill()  # the next connection starts another one, if it still may
+
+    async def in_fan_out(self) -> None:
+        if self._condition is Condition.KILLED:
+            self._kill()
+
+    def _kill(self) -> None:
+        for compute in self._computes:
+            if compute.agent.exists:
+                os.kill(compute.agent.pid, signal.SIGKILL)
+
+    async def end(self) -> None:
+        if self._condition is Condition.PAUSED:
+            await asyncio.sleep(max(0.0, self._stopped_at + LEASE_TTL_S + 0.5 - monotonic()))
+            for compute in self._computes:
+                compute.resume()
+        await asyncio.gather(*(compute.gone() for compute in self._computes))
+
+
+async def troubles(place: Place, conditions: Mapping[Part, Condition], tenants: Sequence[Tenant]) -> list[Trouble]:
+    found: list[Trouble] = []
+    for part, condition in conditions.items():
+        match part:
+            case Part.KEYMANAGER:
+                found.append(ServiceTrouble(place, await place.cluster.leader(), condition))
+            case Part.SAFEKEEPER:
+                found.append(ServiceTrouble(place, place.cluster.service("safekeeper-1"), condition))
+            case Part.PAGESERVER | Part.PROXY:
+                found.append(ServiceTrouble(place, place.cluster.service(part.value), condition))
+            case Part.COMPUTE:
+                computes = [await tenant.compute() for tenant in tenants]
+                found.append(ComputeTrouble(place, computes, condition))
+    return found
+
+
+# --- one round ---
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What became of one event in one round."""
+
+    event: Event
+    last_answer_after_s: float
+    bound_s: float
+    state: KeyState
+
+
+async def play(place: Place, each: Round, tenants: Sequence[Tenant]) -> list[Measured]:
+    """Faults, the customers' noes, and everything back. `tenants`: one for each event, at work and well.
+
+    Raises AssertionError for what must not be.
+    """
+    for tenant in tenants:
+        await tenant.works(monotonic())
+    begun = monotonic()
+    pairs = list(zip(tenants, each.events, strict=True))
+    bounds = {tenant.name: _bound_s(tenant.bound(event), each.conditions) for tenant, event in pairs}
+    faults = await troubles(place, each.conditions, tenants)
+    try:
+        said_no = await _take_away(place, each, pairs, faults, bounds)
+        await asyncio.sleep(AFTERMATH_S)
+        # Whatever the bound allows: when it is sealed, and everybody has woken up, nothing comes any more.
+        states, settled = [await tenant.state() for tenant in tenants], monotonic()
+        await asyncio.sleep(AFTERMATH_S)
+        for tenant in tenants:
+            late = [what for at, what in tenant.history.answers if at > settled]
+            assert not late, f"{each}: {tenant.name} still gets answers: {late}"
+            assert not [at for at in tenant.commits() if at > settled], f"{each}: {tenant.name} still commits"
+        measured = _measure(each, pairs, states, bounds, begun)
+    finally:
+        for tenant, event in pairs:
+            if tenant.history.is_no:
+                tenant.history.will_say_yes(monotonic())
+                await tenant.say_yes(event)
+    restored = monotonic()
+    for tenant in tenants:
+        try:
+            await tenant.works(restored)
+        except TimeoutError:
+            ways = dict(tenant.history.ways_since(restored))
+            raise AssertionError(
+                f"{each}: {tenant.name} does not come back: state {await tenant.state()}, ways {ways}, "
+                f"errors {tenant.errors[-3:]} {tenant.ledger.errors[-2:]}"
+            ) from None
+    _print_round(each, measured, said_no - begun, restored - said_no, monotonic() - restored)
+    return measured
+
+
+async def _take_away(
+    place: Place,
+    each: Round,
+    pairs: Sequence[tuple[Tenant, Event]],
+    faults: Sequence[Trouble],
+    bounds: Mapping[str, float],
+) -> float:
+    """From the first trouble until everybody is back, with the keys gone. Returns when the customers had said no."""
+    try:
+        await asyncio.gather(*(trouble.prepare() for trouble in faults))
+        await asyncio.gather(*(trouble.before() for trouble in faults))
+        await asyncio.gather(*(_say_no(tenant, event, bounds[tenant.name]) for tenant, event in pairs))
+        said_no = monotonic()
+        await asyncio.gather(*(trouble.after_no() for trouble in faults))
+        tenants = [tenant for tenant, _ in pairs]
+        await eventually(partial(_any_inactive, tenants), f"{each}: no project is touched")
+        await asyncio.gather(*(trouble.in_fan_out() for trouble in faults))
+        for tenant, event in pairs:
+            await eventually(partial(is_over, tenant, event), f"{each}: {tenant.name} is not sealed after {event}")
+    finally:
+        # Who was cut off or asleep is back: the moment for late answers.
+        await asyncio.gather(*(trouble.end() for trouble in faults))
+        await place.cluster.heal()
+    return said_no
+
+
+def _measure(
+    each: Round,
+    pairs: Sequence[tuple[Tenant, Event]],
+    states: Sequence[KeyState],
+    bounds: Mapping[str, float],
+    begun: float,
+) -> list[Measured]:
+    measured = []
+    for (tenant, event), state in zip(pairs, states, strict=True):
+        violations = tenant.history.violations(tenant.commits())
+        assert not violations, f"{each}: {tenant.name}: {violations[:3]}"
+        assert state in event.ends_in, f"{each}: {tenant.name} is {state} after {event}"
+        assert "proxy-2" in tenant.history.ways_since(begun - 5.0), "somebody must have read before"
+        tenant.check_errors(begun)
+        last = tenant.history.last_answer_after_s(tenant.commits())
+        measured.append(Measured(event, last, bounds[tenant.name], state))
+    return measured
+
+
+async def _say_no(tenant: Tenant, event: Event, bound_s: float) -> None:
+    await tenant.say_no(event)
+    tenant.history.said_no(monotonic(), bound_s)
+
+
+def _print_round(each: Round, measured: Sequence[Measured], before_s: float, no_s: float, back_s: float) -> None:
+    """Into the captured output: pytest shows it with a failure, or with -s."""
+    print(f"{each} ({before_s:.1f} s, {no_s:.1f} s, back in {back_s:.1f} s)")  # noqa: T201
+    for one in measured:
+        print(f"  {one.event:9} last answer {one.last_answer_after_s:6.3f} s, bound {one.bound_s:6.3f} s, {one.state}")  # noqa: T201
+
+
+def _bound_s(case: WorstCase, conditions: Mapping[Part, Condition]) -> float:
+    if conditions[Part.KEYMANAGER] is not Condition.REACHABLE:
+        bound_s = case.keymanager_stalled_s
+    elif set(conditions.values()) != {Condition.REACHABLE}:
+        bound_s = case.partitioned_s
+    else:
+        bound_s = case.reachable_s
+    assert bound_s is not None
+    return bound_s
+
+
+async def _any_inactive(tenants: Sequence[Tenant]) -> bool:
+    return any([await tenant.state() is not KeyState.ACTIVE for tenant in tenants])
+
+
+async def is_over(tenant: Tenant, event: Event) -> bool:
+    return await tenant.state() in event.ends_in and not await tenant.unsealed()
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], otherwise: str) -> None:
+    async def look() -> bool:
+        try:
+            return await condition()
+        except KeylakeError:
+            return False  # the keymanagers are changing places
+
+    try:
+        await wait_until(look, 45.0)
+    except TimeoutError:
+        raise AssertionError(otherwise) from None

@@ -1,0 +1,239 @@
+"""Keys leave memory: all writable memory of every live process is searched for them, and for what ciphers make of them.
+
+While the customer allows it they must be found (the positive control), each in the one service that needs it. After a
+revocation, and after the last lease has run out by itself, they must not be found anywhere. The customer's cloud is
+not searched: it is the customer's HSM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from compute.sealed_log import read_batches
+from keylake.cluster import Cluster, RunningProject
+from shared.api.compute import EndpointState
+from shared.api.keymanager import KeyState
+from shared.crypto.aead import AeadKey, counter_nonce
+from shared.crypto.secret import SecretKey
+from shared.errors import IntegrityError, KeyAccessError, KeylakeError, UnavailableError
+from tests.cluster_secrecy import disks, memory
+from tests.cluster_secrecy.keys import plaintext_keys
+from tests.cluster_secrecy.storage import Place
+from tests.fixtures.waiting import wait_until
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(240),
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root reads the memory of processes that are not dumpable"),
+]
+
+CANARY = "pelican"
+"""300 times in a row, stored as they are. Pieces of up to 1 KiB may stay in memory until it is used again
+(shared/hardening.py), so more than that is searched for."""
+ROWS = "rows"
+OWNERS = {"KEK": "keymanager", "DEK of wal": "safekeeper", "DEK of projects": "pageserver"}
+"""Beginning of a key's name → the service that may have it."""
+
+
+LEASE_TTL_S = 2.0
+
+
+@dataclass(slots=True)
+class Tenant:
+    cluster: Cluster
+    key_arn: str
+    project: RunningProject
+    keys: dict[str, bytes] = field(default_factory=dict)
+    lsn: int = 0
+    """Both of the last `work`: every key that there was, and the end of the WAL."""
+
+    async def work(self) -> None:
+        """Rows in every cache: the compute's, the safekeepers' tail, the pageserver's memory and its object store."""
+        await wait_until(self.endpoint_starts, 30)
+        connection = await asyncpg.connect(**self.project.connection.asyncpg_arguments(), timeout=60)
+        await connection.execute("create table if not exists t (x text)")
+        await connection.execute("alter table t alter x set storage plain")
+        await connection.execute("insert into t select repeat($1, 300) from generate_series(1, 20)", CANARY)
+        await connection.close()
+        place = Place.of(self.cluster, self.project.timeline)
+        self.lsn = (await place.caught_up()).last_record_lsn.value
+        await place.checkpoint()
+        await place.everything(self.lsn)
+        self.keys = some(await plaintext_keys(self.cluster))
+
+    async def endpoint_starts(self) -> bool:
+        """False while somebody does not have the keys back yet."""
+        try:
+            await self.cluster.client.start_endpoint(self.project.endpoint.endpoint_id)
+        except KeylakeError:
+            return False
+        return True
+
+    def search(self) -> list[memory.Finding]:
+        """For all keys that there were when work was done last, and for the rows."""
+        patterns = {(name, form): data for name, key in self.keys.items() for form, data in forms(name, key).items()}
+        patterns[ROWS, "raw"] = (CANARY * 200).encode()
+        return memory.search(process_names(self.cluster), patterns)
+
+    async def refuses_everything(self) -> bool:
+        """Neither the pageserver nor a safekeeper gives a byte away."""
+        place = Place.of(self.cluster, self.project.timeline)
+        for index in range(len(self.cluster.ports.safekeepers)):
+            if not await refused(place.wal(index, self.lsn - 8, self.lsn)):
+                return False
+        return await refused(place.everything(self.lsn))
+
+    async def project_is(self, state: KeyState) -> None:
+        async def look() -> bool:
+            return (await self.cluster.client.project(self.project.project.project_id)).state is state
+
+        await wait_until(look, 30)
+
+    async def sealed(self) -> None:
+        """Returns when every instance has acknowledged the last revocation."""
+
+        async def look() -> bool:
+            found = await self.cluster.client.revocations(self.project.project.project_id)
+            return bool(found) and all(each.sealed_after_s is not None for each in found)
+
+        await wait_until(look, 30)
+
+
+async def refused(asked: Awaitable[object]) -> bool:
+    """False for who was cut off by the end of the lease, too: that is no answer."""
+    try:
+        await asked
+    except KeyAccessError:
+        return True
+    except UnavailableError:
+        pass
+    return False
+
+
+def opens_a_log(key: bytes, cluster: Cluster) -> bool:
+    """Is it the boot key of a compute whose sealed log lies here?"""
+    for path in (cluster.layout.data / "compute-logs").glob("*.log.*"):
+        aad = b"keylake compute log 1\0" + path.name.partition(".")[0].encode()
+        for counter, sealed in read_batches(path.read_bytes())[:1]:
+            with suppress(IntegrityError):
+                AeadKey(SecretKey(key)).open(counter_nonce(counter), sealed, aad)
+                return True
+    return False
+
+
+def some(keys: dict[str, bytes]) -> dict[str, bytes]:
+    """The KEK, what one safekeeper seals with, and the newest index and layer: each key makes a search slower."""
+    pieces = [name for name in keys if name.startswith("DEK of wal/safekeeper-1/")]
+    index = max(name for name in keys if "/index/" in name)
+    layer = max(name for name in keys if "/layers/delta-" in name)
+    keks = [name for name in keys if name.startswith("KEK")]
+    return {name: keys[name] for name in (*keks, *pieces, index, layer)}
+
+
+def forms(name: str, key: bytes) -> dict[str, bytes]:
+    found = memory.forms(key)
+    if not name.startswith("KEK"):
+        del found["base64"]  # DEKs are never text
+    return found
+
+
+def process_names(cluster: Cluster) -> dict[int, str]:
+    """pid → module, or program; without the customer's cloud."""
+    found = {}
+    for process in disks.processes(cluster):
+        words = process.argv.decode(errors="replace").split("\0")
+        name = words[words.index("-m") + 1] if "-m" in words else Path(words[0].split(":")[0]).name
+        if name != "customercloud":
+            found[process.pid] = name
+    return found
+
+
+def owner(key: str) -> str:
+    return next(service for beginning, service in OWNERS.items() if key.startswith(beginning))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def tenant() -> AsyncIterator[Tenant]:
+    settings = {"keymanager": {"lease_ttl_s": LEASE_TTL_S}, "compute": {"poll_interval_s": 0.2}}
+    async with Cluster(settings=settings) as cluster:
+        key_arn = await cluster.customer.create_key("remembered")
+        workspace = await cluster.create_workspace(key_arn, "remembered", probe_interval_s=0.2)
+        yield Tenant(cluster, key_arn, await cluster.create_project("remembered", workspace.workspace_id))
+
+
+async def test_the_schedule_that_is_searched_for_is_that_of_fips_197() -> None:
+    """The example of its appendix A.3."""
+    schedule = memory.key_schedule(bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4"))
+    assert len(schedule) == 240
+    assert schedule[32:36].hex() == "9ba35411"
+    assert schedule[-4:].hex() == "706c631e"
+
+
+async def test_keys_are_in_the_service_that_needs_them_and_nowhere_else(tenant: Tenant) -> None:
+    await tenant.work()
+    found = await asyncio.to_thread(tenant.search)
+    schedules = {each.key for each in found if each.form == "schedule"}
+    for beginning in OWNERS:
+        assert any(key.startswith(beginning) for key in schedules), f"{beginning}: the search must find what is there"
+    assert [each for each in found if each.key != ROWS and each.process != owner(each.key)] == []
+    assert {each.process for each in found if each.key == ROWS} >= {"safekeeper", "pageserver", "postgres"}
+    assert "base64" not in {each.form for each in found}, "what the KMS's client parsed is overwritten when it is freed"
+
+
+async def test_nothing_is_left_after_a_revocation(tenant: Tenant) -> None:
+    await tenant.work()
+    await tenant.cluster.customer.disable(tenant.key_arn)
+    try:
+        await tenant.project_is(KeyState.REVOKED)
+        await tenant.sealed()
+        assert await asyncio.to_thread(tenant.search) == []
+    finally:
+        await tenant.cluster.customer.enable(tenant.key_arn)
+        await tenant.project_is(KeyState.ACTIVE)
+
+
+async def test_nothing_is_left_when_the_last_lease_has_run_out(tenant: Tenant) -> None:
+    """Nobody is there to tell anybody: the keymanager is killed."""
+    await tenant.work()
+    keymanager = tenant.cluster.service("keymanager")
+    await keymanager.kill()
+    try:
+        await wait_until(tenant.refuses_everything, 30)
+
+        async def nothing_is_found() -> bool:
+            return await asyncio.to_thread(tenant.search) == []
+
+        await wait_until(nothing_is_found, 60)  # who refuses already may still be busy wiping
+    finally:
+        await keymanager.start()
+
+
+async def test_a_boot_key_is_in_its_agent_and_dies_with_it(tenant: Tenant) -> None:
+    """Every slot of the key arena is tried on the log that the boot key seals, as a thief with root would."""
+    await tenant.work()
+    connection = await asyncpg.connect(**tenant.project.connection.asyncpg_arguments(), timeout=60)
+    await connection.execute("do $$ begin raise warning 'for the log'; end $$")
+    agents = {pid: name for pid, name in process_names(tenant.cluster).items() if name == "compute.agent"}
+    [boot_key] = {key for pid in agents for key in memory.key_slots(pid) if opens_a_log(key, tenant.cluster)}
+    patterns = {("boot key", form): data for form, data in forms("boot key", boot_key).items()}
+    before = memory.search(process_names(tenant.cluster), patterns)
+    assert {(each.process, each.form) for each in before} == {("compute.agent", "raw"), ("compute.agent", "schedule")}
+    await tenant.cluster.client.kill_endpoint(tenant.project.endpoint.endpoint_id)
+    await connection.close(timeout=5)
+
+    async def stopped() -> bool:
+        endpoint = await tenant.cluster.client.endpoint(tenant.project.endpoint.endpoint_id)
+        return endpoint.state is EndpointState.STOPPED
+
+    await wait_until(stopped)
+    assert memory.search(process_names(tenant.cluster), patterns) == []

@@ -1,0 +1,252 @@
+"""What must hold of the containers. Each raises AssertionError, or returns what it has seen in a few words."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import secrets
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httpx
+
+from keylake.console.app import KEY_HEADER
+from keylake.console.container import ADDRESS_FILE
+from keylake.demo.evidence import search
+from keylake.provision import SERVICES
+from tests.compose.engine import docker
+from tests.compose.stack import Container, Stack
+
+UID: Final = "10001"
+_PSQL_TIMEOUT_S: Final = 90
+_LOG_IN: Final = """
+import asyncio, asyncpg
+async def main():
+    for user in ("postgres", "keymanager", "compute", "keylake"):
+        for password in ("", user, "postgres", "password", "keylake", "minioadmin"):
+            try:
+                await asyncpg.connect(host="/run/metadata", user=user, password=password, database="postgres")
+            except asyncpg.InvalidAuthorizationSpecificationError:
+                continue
+            raise SystemExit(f"{user} got in")
+    print("refused")
+asyncio.run(main())
+"""
+
+
+def published(stack: Stack, containers: list[Container]) -> str:
+    found = {
+        (each.name, binding["HostIp"], binding["HostPort"])
+        for each in containers
+        for bindings in (each.facts["NetworkSettings"]["Ports"] or {}).values()
+        for binding in bindings or ()
+    }
+    assert found == {
+        ("proxy", "127.0.0.1", str(stack.proxy_port)),
+        ("console", "127.0.0.1", str(stack.console_port)),
+    }, found
+    return "the proxy's and the console's, on 127.0.0.1"
+
+
+def _processes(container: Container) -> Iterator[dict[str, str]]:
+    """Of each process in it, /proc/<pid>/status (proc(5)) as this machine's kernel tells it."""
+    pids = [line.split()[0] for line in docker("top", container.id, "-eo", "pid").splitlines()[1:]]
+    for pid in pids:
+        try:
+            lines = Path("/proc", pid, "status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended meanwhile
+        yield {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _written(container: Container) -> list[str]:
+    """Paths of its root file system that differ from the image's, but for what the engine makes to mount things on."""
+    mounted = [each["Destination"] for each in container.facts["Mounts"]]
+    mounted += container.facts["HostConfig"]["Tmpfs"] or {}
+    mounted += ["/sbin/docker-init", "/usr/sbin/docker-init"]  # the engine's own, for `init: true`
+    changed = [line.split(maxsplit=1)[1] for line in docker("diff", container.id).splitlines()]
+    return [path for path in changed if not any(f"{where}/".startswith(f"{path}/") for where in mounted)]
+
+
+def powerless(containers: list[Container]) -> str:
+    seen = 0
+    for container in containers:
+        for status in _processes(container):
+            seen += 1
+            what = (container.name, status["Name"])
+            assert set(status["Uid"].split()) == set(status["Gid"].split()) == {UID}, (what, status["Uid"])
+            for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+                assert int(status[kind], 16) == 0, (what, kind, status[kind])
+            assert status["NoNewPrivs"] == "1", what
+            assert status["Seccomp"] == "2", what  # a filter
+        host = container.facts["HostConfig"]
+        assert host["ReadonlyRootfs"], container.name
+        assert not host["Privileged"], container.name
+        assert not host["Devices"], container.name
+        written = _written(container)
+        assert not written, (container.name, written)
+    assert seen > 2 * len(containers)  # docker-init and the service at least
+    return f"{seen} processes in {len(containers)} containers: uid {UID}, no capability, a read-only root"
+
+
+def room_for_objects(stack: Stack) -> str:
+    """What MinIO needs, as whom and where it would run: its volume, its keys, a place for what it makes in HOME."""
+    [minio] = [each for each in stack.containers() if each.name == "minio"]
+    script = (
+        "set -e; touch /data/x; rm /data/x; "
+        'test "$(wc -c < "$MINIO_ROOT_USER_FILE")" -gt 8; test "$(wc -c < "$MINIO_ROOT_PASSWORD_FILE")" -gt 24; '
+        'mkdir "$HOME/.minio"; rmdir "$HOME/.minio"; id -u'
+    )
+    assert docker("exec", minio.id, "sh", "-c", script).strip() == UID
+    return f"uid {UID} writes its volume and reads its keys"
+
+
+def one_of_each(stack: Stack) -> str:
+    """`--scale` of what has an identity makes no second container, whether or not it says so with its exit code."""
+    stack.compose("up", "--detach", "--no-deps", "--scale", "safekeeper-1=2", "safekeeper-1", check=False)
+    stack.compose("up", "--detach", "--no-deps", "--scale", "safekeeper=5", "safekeeper-1", check=False)
+    found = sorted(each.name for each in stack.wait_until_healthy() if each.name.startswith("safekeeper"))
+    assert found == ["safekeeper-1", "safekeeper-2", "safekeeper-3"], found
+    return "three safekeepers, as before"
+
+
+# --- secrets ---
+
+
+def _secrets(stack: Stack) -> dict[str, str]:
+    """Where → value: what `provision` has made and nobody else may know."""
+    found: dict[str, str] = {}
+    words = ("password", "secret", "token", "dsn", "database_url")
+
+    def settings(where: str, key: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for name, value in node.items():
+                settings(where, f"{key}.{name}", value)
+        elif isinstance(node, str) and any(word in key for word in words):
+            found[f"{where}: {key}"] = node
+
+    for name, directory in stack.volumes().items():
+        for path in directory.rglob("*") if name.endswith("-secrets") else ():
+            where = f"{name}/{path.relative_to(directory)}"
+            match path.parent.name, path.suffix:
+                case "config", ".json":
+                    settings(where, "", json.loads(path.read_text()))
+                case "pki", ".key":  # PEM: the first line is the same for all
+                    found[where] = path.read_text().splitlines()[1]
+                case "keys", ".json" if path.name != "trust.json":
+                    found[where] = json.loads(path.read_text())["private_key_pem"].splitlines()[1]
+                case "keys" | "customercloud", "" | ".token" if path.is_file() and not path.name.endswith("-user"):
+                    found[where] = path.read_text().strip()
+    return found
+
+
+def no_default_password(stack: Stack) -> str:
+    made = _secrets(stack)
+    assert len(made) > 30, sorted(made)
+    for where, value in made.items():
+        assert len(value) >= 24, where
+    by_service = {each.name: each for each in stack.containers()}
+    keymanager = by_service["keymanager"]  # it shares the database's socket
+    told = docker("exec", keymanager.id, "python", "-c", _LOG_IN)
+    assert told.strip() == "refused", told
+    return f"{len(made)} secrets are long and made here; the database refuses usual ones"
+
+
+def secrets_stay_where_they_are(stack: Stack) -> str:
+    made = _secrets(stack)
+    containers = stack.containers()
+    assert all(Path(each.facts["LogPath"]).exists() for each in containers)
+    looked_at = {
+        "docker inspect": json.dumps([each.facts for each in containers]),
+        "the image": docker("history", "--no-trunc", stack.image) + docker("inspect", stack.image),
+        **{f"the log of {each.name}": Path(each.facts["LogPath"]).read_text() for each in containers},
+    }
+    told = console_address(stack).partition("key=")[2]
+    for name, text in looked_at.items():
+        shown = [where for where, value in {**made, "the console's key": told}.items() if value in text]
+        assert not shown, (name, shown)
+    return f"none in {len(looked_at)} places where one could look"
+
+
+# --- the console ---
+
+
+def console_address(stack: Stack) -> str:
+    return stack.compose("exec", "-T", "console", "cat", str(ADDRESS_FILE)).stdout.strip()
+
+
+def console(stack: Stack) -> str:
+    parts = urlsplit(console_address(stack))
+    base = f"http://{parts.netloc}"
+    assert parts.netloc == f"127.0.0.1:{stack.console_port}"
+    key = {KEY_HEADER: parts.fragment.removeprefix("key=")}
+    with httpx.Client(base_url=base, timeout=30, trust_env=False) as client:
+        assert client.get("/").status_code == 200
+        assert client.get("/api/files").status_code == 401
+        assert client.get("/api/files", headers={**key, "Host": "console.example"}).status_code == 401
+        files = client.get("/api/files", headers=key).json()
+        assert {each["name"].split("/")[0] for each in files} >= {"safekeeper-1", "safekeeper-2", "safekeeper-3"}
+        with client.stream("GET", "/api/stream", params={"hat": "auditor"}, headers=key) as stream:
+            event = next(line for line in stream.iter_lines() if line.startswith("data: "))
+    seen = json.loads(event.removeprefix("data: "))
+    health = {each["name"]: each["health"] for each in seen["health"]}
+    assert health.keys() == {"customercloud", *SERVICES}
+    assert set(health.values()) <= {"ready", "standby"}, health
+    assert seen["parts"]["projects"]["value"], "it shows the demo's project"
+    return f"it shows {len(health)} parts and the projects, to whoever has the key"
+
+
+# --- from the host, and what of it lies on disk ---
+
+
+def psql(
+    made: dict[str, Any], ca: Path, statement: str, password: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    connection = (
+        f"host={made['host']} port={made['port']} user={made['user']} dbname={made['database']} sslmode=verify-full "
+        f"sslrootcert={ca} options={made['options']}"
+    )
+    return subprocess.run(
+        ["psql", connection, "--no-psqlrc", "--tuples-only", "--no-align", "--command", statement],
+        env={"PATH": "/usr/bin:/bin:/usr/local/bin", "PGPASSWORD": made["password"] if password is None else password},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_PSQL_TIMEOUT_S,
+        check=False,
+    )
+
+
+def postgres(stack: Stack, directory: Path) -> tuple[str, str, str]:
+    """A project by hand, as docs/compose.md says. Returns (its name, a canary that lies in it, what was seen)."""
+    name, canary = f"shop-{secrets.token_hex(6)}", f"canary-{secrets.token_hex(12)}"
+    made = json.loads(stack.operator("python", "-m", "keylake.compose", "project", name).stdout)
+    assert made["port"] == stack.proxy_port
+    ca = directory / "ca.crt"
+    ca.write_text(made["ca_certificate"])
+    for password in ("", "app", "postgres", "password", "keylake"):
+        refused = psql(made, ca, "SELECT 1", password)
+        assert refused.returncode != 0, password
+        assert "password" in refused.stderr, refused.stderr
+    fill = "CREATE TABLE t AS SELECT '%s-' || n AS word FROM generate_series(1, 1000) n"
+    written = psql(made, ca, fill % canary)
+    assert written.returncode == 0, written.stderr
+    read = psql(made, ca, "SELECT count(*), min(word) FROM t")
+    assert read.stdout.strip() == f"1000|{canary}-1", read.stdout + read.stderr
+    return name, canary, "psql, with the certificate verified; other passwords are refused"
+
+
+def no_plaintext(stack: Stack, name: str, canary: str) -> str:
+    """In volumes and logs. `name`, the project's, is no secret: that it is found shows that the search finds things."""
+    roots = [*stack.volumes().values(), *(Path(each.facts["LogPath"]) for each in stack.containers())]
+    words = [canary, base64.b64encode(canary.encode()).decode()[:-4], name]
+    findings = asyncio.run(search(roots, words))
+    assert not [found for found in findings.found if found[1] != name], findings.found
+    assert [found for found in findings.found if found[1] == name], "not even the project's name was found"
+    return (
+        f"{findings.size_bytes / 1e6:,.0f} MB in {findings.files} files of {len(stack.volumes())} volumes and the logs"
+    )

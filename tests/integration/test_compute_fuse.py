@@ -1,0 +1,338 @@
+"""The lazy volume under a real Postgres: everything that Postgres does to files, and what is left of it when it ends.
+
+Needs /dev/fuse and a mount namespace. Elsewhere it is skipped, but not in CI, where that would hide a broken volume.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import tempfile
+import zlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from shared.api.compute import CreatedEndpoint, Endpoint, EndpointState
+from shared.http import ServiceClient
+from shared.ids import ProjectId
+from shared.postgres import PG_BIN_VARIABLE, find_postgres
+from shared.sandbox import Isolation, detect_isolation
+from tests.cluster.processes import below
+from tests.fixtures.amcheck import postgres_with_amcheck
+from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
+from tests.fixtures.keymanager import metadata_dsn, metadata_server
+from tests.fixtures.npm import NotHereError
+from tests.fixtures.waiting import wait_until
+from tests.integration.test_compute_manager import CONNECTION_LOST, log_in, make_endpoint, reach, state_of
+
+__all__ = ["metadata_dsn", "metadata_server"]  # fixtures
+
+pytestmark = pytest.mark.integration
+
+_BLOCK = 8192
+CANARY = b"canary-5c1f77e0"
+
+
+@pytest.fixture
+def no_amcheck(monkeypatch: pytest.MonkeyPatch) -> NotHereError | None:
+    """Why there is none; otherwise computes run a Postgres that has it."""
+    try:
+        monkeypatch.setenv(PG_BIN_VARIABLE, str(postgres_with_amcheck().bin_dir))
+    except NotHereError as error:
+        return error
+    return None
+
+
+@pytest.fixture
+async def cluster(metadata_dsn: str, no_amcheck: NotHereError | None) -> AsyncIterator[ComputeCluster]:
+    if detect_isolation() is not Isolation.NAMESPACES or not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        message = "no FUSE here: /dev/fuse, or a mount namespace, is missing"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with tempfile.TemporaryDirectory(prefix="kl-") as scratch:
+        options = {"volume": "fuse", "superuser_owners": True}  # amcheck is not for everybody
+        async with compute_cluster(Path(scratch), metadata_dsn, pageserver=True, **options) as running:
+            yield running
+
+
+@pytest.fixture
+async def client(cluster: ComputeCluster) -> AsyncIterator[ServiceClient]:
+    async with cluster.client() as client:
+        yield client
+
+
+async def restarted(client: ServiceClient, endpoint: CreatedEndpoint, ending: str = "stop") -> tuple[Any, Endpoint]:
+    await client.request("POST", f"/v1/endpoints/{endpoint.endpoint_id}:{ending}")
+    connection = await log_in(await reach(client, endpoint), endpoint)
+    state = await state_of(client, endpoint)
+    assert state.volume.startswith("FUSE, pages on demand")
+    return connection, state
+
+
+async def content(connection: Any, *tables: str) -> dict[str, Any]:
+    return {
+        table: tuple(
+            await connection.fetchrow(
+                f"SELECT count(*), md5(string_agg(t::text, ',' ORDER BY t::text)) FROM {table} t"  # noqa: S608
+            )
+        )
+        for table in tables
+    }
+
+
+async def program(name: str, endpoint: CreatedEndpoint, host: str, *arguments: str) -> tuple[int | None, str]:
+    """(exit status, output) of one of Postgres's own."""
+    process = await asyncio.create_subprocess_exec(
+        find_postgres().program(name),
+        *arguments,
+        env={
+            "PATH": os.environ["PATH"],
+            "PGHOST": host,
+            "PGUSER": endpoint.user,
+            "PGPASSWORD": endpoint.password,
+            "PGDATABASE": endpoint.database,
+            "PGOPTIONS": "-c client_min_messages=warning",
+        },
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    return process.returncode, output.decode()
+
+
+async def pgbench(endpoint: CreatedEndpoint, host: str, *arguments: str) -> None:
+    status, output = await program("pgbench", endpoint, host, *arguments)
+    assert status == 0, output
+
+
+async def amcheck(endpoint: CreatedEndpoint, host: str, *arguments: str) -> tuple[int | None, str]:
+    """pg_amcheck: every page of tables and B-trees, each row's entry in each index, and the way to it from the root."""
+    strictly = ("--parent-check", "--rootdescend", "--heapallindexed", "--no-strict-names", "--install-missing")
+    return await program("pg_amcheck", endpoint, host, *strictly, *arguments)
+
+
+async def test_postgres_does_all_that_it_does_to_files(
+    cluster: ComputeCluster, client: ServiceClient, no_amcheck: NotHereError | None
+) -> None:
+    endpoint = await make_endpoint(client, ProjectId.new())
+    target = await reach(client, endpoint)
+    await pgbench(endpoint, target.compute.host, "-i", "-s", "1", "-q")
+    connection: Any = await log_in(target, endpoint)
+    await connection.execute(
+        """
+        CREATE TABLE big AS SELECT i, md5(i::text) AS m, repeat('f', i % 300) AS f FROM generate_series(1, 20000) i;
+        ALTER TABLE big ADD PRIMARY KEY (i);
+        CREATE UNLOGGED TABLE scratch (a int PRIMARY KEY);
+        INSERT INTO scratch SELECT generate_series(1, 1000);
+        CREATE TABLE gone AS SELECT i FROM generate_series(1, 10000) i;
+        """
+    )
+    connection, small = await restarted(client, endpoint)
+    assert await connection.fetchval("SELECT count(*) FROM scratch") == 0  # from its init fork
+    await connection.execute("INSERT INTO scratch SELECT generate_series(1, 500)")
+    before = await content(connection, "pgbench_accounts", "big")
+    assert before["big"][0] == 20000
+
+    # All of it on files that are still at their origin: written in part, rewritten, replaced, dropped.
+    await pgbench(endpoint, (await reach(client, endpoint)).compute.host, "-n", "-c", "2", "-t", "100")
+    await connection.execute("CREATE INDEX ON big (m)")
+    await connection.execute("UPDATE big SET f = f || 'u' WHERE i % 3 = 0")
+    await connection.execute("TRUNCATE gone")
+    await connection.execute("INSERT INTO gone SELECT generate_series(1, 10)")
+    await connection.execute("VACUUM FULL big")
+    await connection.execute("VACUUM pgbench_accounts")
+    await connection.execute("CREATE DATABASE wal_logged")
+    await connection.execute("CREATE DATABASE copied STRATEGY file_copy")
+    await connection.execute("DROP DATABASE wal_logged")
+    await connection.execute("SET work_mem = '64kB'")
+    assert await connection.fetchval("SELECT count(*) FROM (SELECT m FROM big ORDER BY m OFFSET 10) x") == 19990
+    assert await connection.fetchval("SELECT temp_bytes > 0 FROM pg_stat_database WHERE datname = 'app'") is not None
+    await connection.execute("CREATE TEMPORARY TABLE t AS SELECT * FROM big; DROP TABLE t")
+    assert await connection.fetchval("SELECT count(*) FROM scratch") == 500
+    after = await content(connection, "pgbench_accounts", "pgbench_history", "big", "gone")
+    if no_amcheck is None:
+        host = (await reach(client, endpoint)).compute.host
+        assert await amcheck(endpoint, host, "--schema", "public") == (0, "")
+
+    connection, large = await restarted(client, endpoint)
+    assert await content(connection, "pgbench_accounts", "pgbench_history", "big", "gone") == after
+    assert await connection.fetchval("SELECT i FROM big WHERE m = md5('777')") == 777
+
+    # The database has grown by more pages than a start reads, and the start reads as many as it did before.
+    await connection.execute(
+        "INSERT INTO big SELECT i, md5(i::text), repeat('g', 900) FROM generate_series(20001, 35000) i"
+    )
+    blocks = await connection.fetchval("SELECT sum(pg_relation_size(oid)) / 8192 FROM pg_class")
+    connection, larger = await restarted(client, endpoint)
+    assert await connection.fetchval("SELECT count(*) FROM big") == 35000
+    starts = [each.pages_at_start for each in (small, large, larger)]
+    assert all(pages is not None for pages in starts)
+    assert blocks > 4000
+    assert 0 < max(starts) < 1000  # type: ignore[type-var,operator]
+    assert larger.pages_at_start <= large.pages_at_start + 20  # type: ignore[operator]
+    [run] = cluster.manager._runs.values()
+    assert run._lsn_hold._renewing is not None  # the pages of its start stay readable
+    stages = [stage.stage for stage in larger.stages]
+    assert [name for name in stages if name in ("election", "basebackup", "mount", "postgres")] == [
+        "election", "basebackup", "mount", "postgres",
+    ]  # fmt: skip
+
+    # A backend that is shot takes Postgres with it, and the compute: the next one starts from storage.
+    backend = await connection.fetchval("SELECT pg_backend_pid()")
+    [run] = cluster.manager._runs.values()
+    assert run._agent is not None
+    victims = [each for each in below(run._agent.pid) if _inner_pid(each.pid) == backend]
+    assert len(victims) == 1
+    os.kill(victims[0].pid, signal.SIGKILL)
+    await wait_until(lambda: _stopped(client, endpoint))
+    connection = await log_in(await reach(client, endpoint), endpoint)
+    assert await connection.fetchval("SELECT count(*) FROM big") == 35000
+    assert await content(connection, "pgbench_accounts", "pgbench_history", "gone") == {
+        name: after[name] for name in ("pgbench_accounts", "pgbench_history", "gone")
+    }
+    if no_amcheck is None:
+        host = (await reach(client, endpoint)).compute.host
+        assert await amcheck(endpoint, host, "--all") == (0, "")
+        # An index that does not hold what its table does would be noticed.
+        await connection.execute(
+            """
+            CREATE FUNCTION changing(int) RETURNS int IMMUTABLE LANGUAGE sql RETURN $1;
+            CREATE INDEX wrong ON gone (changing(i));
+            CREATE OR REPLACE FUNCTION changing(int) RETURNS int IMMUTABLE LANGUAGE sql RETURN -$1;
+            """
+        )
+        status, output = await amcheck(endpoint, host, "--index", "wrong")
+        assert (status, "lacks matching index tuple" in output) == (2, True), output
+
+    # Revoked while pages are under way: whoever waits for one dies like everybody else.
+    scan = asyncio.create_task(connection.fetchval("SELECT sum(length(m)) FROM big"))
+    await cluster.leases.revoke(endpoint.project_id)
+    await wait_until(lambda: _stopped(client, endpoint))
+    await asyncio.gather(scan, return_exceptions=True)
+    connection.terminate()
+    await cluster.leases.restore(endpoint.project_id)
+    connection = await log_in(await reach(client, endpoint), endpoint)
+    assert await connection.fetchval("SELECT sum(length(m)) FROM big") == 32 * 35000
+    await connection.close()
+    if no_amcheck is not None:
+        no_amcheck.give_up()  # the rest is done
+
+
+async def _stopped(client: ServiceClient, endpoint: Endpoint) -> bool:
+    return (await state_of(client, endpoint)).state is EndpointState.STOPPED
+
+
+def _inner_pid(pid: int) -> int:
+    """As its own pid namespace numbers it (proc(5), NSpid)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1])
+
+
+class Volume:
+    """What somebody with all rights on the machine sees of a running compute's volume."""
+
+    def __init__(self, agent_pid: int, directory: Path, blocks_dir: Path) -> None:
+        self.server = next(each for each in below(agent_pid) if self.is_server(each.pid))
+        self.pgdata = Path(f"/proc/{self.server.pid}/root{directory}/pgdata")
+        opened = Path(f"/proc/{self.server.pid}/fd").iterdir()
+        # Without a name: the link in /proc is the only way to it.
+        [found] = [each for each in opened if os.readlink(each).startswith(f"{blocks_dir}/")]
+        assert os.readlink(found).endswith("(deleted)")
+        self.blocks = os.open(found, os.O_RDWR)
+
+    @staticmethod
+    def is_server(pid: int) -> bool:
+        return b"compute.volume" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+    def sealed(self) -> bytes:
+        return os.pread(self.blocks, os.fstat(self.blocks).st_size, 0)
+
+    @staticmethod
+    def flushed(path: Path) -> bytes:
+        """The file as Postgres sees it, once the kernel has written all of it."""
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+            return file.read()
+
+    def alter(self, path: Path) -> None:
+        """One bit of each block. Then read `path`, past the kernel's cache."""
+        sealed = self.sealed()
+        for at in range(100, len(sealed), 4096):
+            os.pwrite(self.blocks, bytes([sealed[at] ^ 1]), at)
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.pread(file.fileno(), _BLOCK, 0)
+
+
+def look_for_anything(known: bytes, sealed: bytes) -> None:
+    """Known plaintext, words, page headers: none of it. And nothing repeats, or can be made shorter."""
+    pieces = {known[at : at + 24] for at in range(0, 64 * _BLOCK, 24)}
+    assert not any(piece in sealed for piece in [CANARY, b"k" * 12, bytes(12), *list(pieces)[:100]])
+    sample = sealed[: 4 << 20]
+    assert len(zlib.compress(sample, 1)) >= len(sample) * 0.999
+    blocks = [sample[at : at + 16] for at in range(0, len(sample), 16)]
+    assert len(set(blocks)) == len(blocks)
+
+
+async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
+    cluster: ComputeCluster, client: ServiceClient
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a FUSE mount of a user namespace lets nobody in from outside, and the control looks in")
+    endpoint = await make_endpoint(client, ProjectId.new())
+    connection: Any = await log_in(await reach(client, endpoint), endpoint)
+    await connection.execute(
+        "CREATE TABLE t AS SELECT i, 'canary-5c1f77e0' || i AS c, repeat('k', 500) FROM generate_series(1, 40000) i"
+    )
+    await connection.execute("CREATE INDEX ON t (c)")
+    [run] = cluster.manager._runs.values()
+    assert run._agent is not None
+    agent_pid, agent_directory = run._agent.pid, run._agent.directory
+    volume = Volume(agent_pid, agent_directory, cluster.settings.blocks.directory)
+    path = volume.pgdata / await connection.fetchval("SELECT pg_relation_filepath('t')")
+
+    # The control: it is there, in plain text, for Postgres. And all of it reaches the file.
+    known = await asyncio.to_thread(volume.flushed, path)  # the pageserver that it may wait for is in this process
+    assert known.count(CANARY) > 30000  # the rest is in Postgres's own buffers
+    sealed = volume.sealed()
+    assert len(sealed) > len(known)
+    await asyncio.to_thread(look_for_anything, known, sealed)
+
+    # Altered on the disk: Postgres gets an I/O error, and the compute goes on.
+    assert await connection.fetchval("SELECT count(*) FROM t") == 40000
+    with pytest.raises(OSError, match="Input/output error"):
+        await asyncio.to_thread(volume.alter, path)
+    with pytest.raises(asyncpg.PostgresError) as refused:
+        await connection.fetchval("SELECT sum(length(c)) FROM t")
+    assert refused.value.sqlstate == "58030"  # io_error
+    assert await connection.fetchval("SELECT 1") == 1
+
+    os.kill(agent_pid, signal.SIGKILL)
+    await wait_until(lambda: _stopped(client, endpoint))
+    assert not volume.server.exists
+    assert CANARY not in volume.sealed()
+    assert not [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(agent_directory) in line]
+    assert not agent_directory.exists()
+    assert not list(cluster.settings.blocks.directory.glob("*.blocks"))
+    with pytest.raises(CONNECTION_LOST):
+        await connection.fetchval("SELECT 1")
+    os.close(volume.blocks)
+
+    # From storage: nothing was lost, and the copy that was altered is forgotten.
+    connection = await log_in(await reach(client, endpoint), endpoint)
+    assert await connection.fetchval("SELECT count(*) FROM t WHERE c LIKE 'canary-%'") == 40000
+
+    # Without its server the volume is dead, so the compute ends, and says why.
+    [run] = cluster.manager._runs.values()
+    assert run._agent is not None
+    server = next(each for each in below(run._agent.pid) if Volume.is_server(each.pid))
+    os.kill(server.pid, signal.SIGKILL)
+    await wait_until(lambda: _stopped(client, endpoint))
+    assert "the volume failed" in run.reason
+    connection.terminate()

@@ -1,0 +1,124 @@
+"""Keylake's pytest plugin as its users have it: the example's own suite in a process of its own, and what must fail."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "orders"
+
+MORE_CASES = """
+import asyncio
+
+import asyncpg
+import pytest
+
+from keylake.testing import assert_sealed
+
+
+def test_what_is_open_is_not_sealed(keylake_project):
+    with pytest.raises(AssertionError, match="not sealed after 0.2 s: its state is ACTIVE"):
+        assert_sealed(keylake_project, within=0.2)
+    keylake_project.start()
+    keylake_project.key.deny()
+    assert_sealed(keylake_project, within=5)
+    with pytest.raises(AssertionError, match="not active after 0.1 s: its state is REVOKED"):
+        keylake_project.wait_until_active(within=0.1)
+    assert keylake_project.receipt().startswith(b"{")
+    keylake_project.key.allow()
+    keylake_project.wait_until_active(within=5)
+
+
+def test_an_outage_suspends_and_ends(keylake_project):
+    keylake_project.start()
+    with keylake_project.key.outage():
+        sealed = assert_sealed(keylake_project, within=10)
+        assert (sealed.state, sealed.sqlstate) == ("SUSPENDED", "KL002")
+    keylake_project.wait_until_active(within=10)
+
+
+def test_pending_deletion_can_be_taken_back(keylake_project, customer_key, keylake_dsn):
+    assert keylake_dsn == keylake_project.dsn
+    customer_key.schedule_deletion()
+    assert_sealed(keylake_project, within=5)
+    customer_key.enable()
+    keylake_project.wait_until_active(within=5)
+    customer_key.schedule_deletion()
+    customer_key.destroy()
+    assert_sealed(keylake_project, within=5)
+
+
+def test_projects_have_keys_of_their_own(keylake_cluster, keylake_project, customer_key):
+    other = keylake_cluster.create_project()
+    customer_key.disable()
+    assert_sealed(keylake_project, within=5)
+    assert other.state == "ACTIVE"
+    shared = keylake_cluster.create_project(key=other.key)
+    assert shared.key is other.key
+
+
+async def test_from_a_coroutine(keylake_project):
+    connection = await asyncpg.connect(**keylake_project.connection.asyncpg_arguments())
+    await asyncio.to_thread(keylake_project.key.disable)
+    await asyncio.to_thread(assert_sealed, keylake_project, within=5)
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+        await connection.fetchval("select 1")
+    await connection.close(timeout=1)
+
+
+def test_its_processes_end_with_it(keylake_cluster, record_property):
+    for service in keylake_cluster.cluster.services.values():
+        record_property("pid", service.pid)
+    keylake_cluster.kill("proxy")
+    keylake_cluster.start("proxy")
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> ET.Element:
+    """What pytest says of the example's tests and of the cases above, in one session on one cluster."""
+    directory = tmp_path_factory.mktemp("example") / "orders"
+    shutil.copytree(EXAMPLE, directory, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
+    (directory / "tests" / "test_more.py").write_text(MORE_CASES)
+    results = directory / "results.xml"
+    command = [sys.executable, "-m", "pytest", f"--junit-xml={results}", "-p", "no:randomly"]
+    command += ["--basetemp", str(directory.parent / "tmp")]  # not the one that sessions share: they set its mode
+    command += ["-o", "asyncio_mode=auto", "-o", "junit_family=xunit1"]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=220)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return ET.parse(results).getroot()  # noqa: S314 - pytest has just written it
+
+
+def test_the_example_and_the_cases_pass(report: ET.Element) -> None:
+    suite = report[0]
+    assert (suite.get("errors"), suite.get("failures"), suite.get("skipped")) == ("0", "0", "0")
+    names = {case.get("name") for case in suite.iter("testcase")}
+    assert {"test_orders_stop_and_come_back_with_the_key", "test_what_is_open_is_not_sealed"} <= names
+
+
+def test_nothing_of_it_is_left(report: ET.Element) -> None:
+    pids = [entry.get("value") for entry in report.iter("property") if entry.get("name") == "pid"]
+    assert len(pids) > 5
+    for pid in pids:
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        assert b"keylake" not in command, "a service has outlived the session"
+
+
+def test_a_session_that_asks_for_nothing_starts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "test_plain.py").write_text(
+        "import sys\ndef test_plain():\n    assert not {'keylake.cluster', 'boto3'} & sys.modules.keys()\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    command += ["--basetemp", str(tmp_path / "tmp")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout

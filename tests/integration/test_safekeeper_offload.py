@@ -1,0 +1,290 @@
+"""WAL in the object store: it leaves the disk only when that is safe, and whoever needs it gets it back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from safekeeper.log_map import Place
+from safekeeper.remote_wal import RemotePiece, RemoteWal, project_prefix
+from shared.api.safekeeper import CreateTimeline
+from shared.errors import IntegrityError, KeyAccessError, UnavailableError
+from shared.key_upkeep import Pace, UpkeepTuning
+from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
+from shared.storage.faulty import FaultyObjectStore, Moment, Operation
+from shared.storage.memory import MemoryObjectStore
+from shared.wire.walstream import Feedback
+from tests.fixtures.safekeeper_nodes import NodeBench, elect, nodes
+from tests.fixtures.wal import SYSTEM_IDENTIFIER, WalBuilder
+
+START = WAL_SEGMENT_SIZE_BYTES + 40
+FAST = Pace(UpkeepTuning(rewraps_per_s=1e9, rekeyed_bytes_per_s=1e12))
+
+
+@dataclass
+class Bench:
+    """Three safekeepers and the object store of all of them."""
+
+    nodes: list[NodeBench]
+    store: FaultyObjectStore
+    wal: WalBuilder
+    term: int = 0
+
+    async def reign(self, voters: list[NodeBench] | None = None, size: int = 3000) -> None:
+        """A term in which some WAL is written, to `voters`; the pieces of the term before are closed by it."""
+        voters = voters or self.nodes
+        self.term += 1
+        chosen = await elect(voters, self.term)
+        before = len(self.wal.data)
+        assert chosen.start_lsn == START + before
+        for _ in range(3):
+            self.wal.append_noop(size)
+        for bench in voters:
+            await bench.write(self.term, chosen.start_lsn, bytes(self.wal.data[before:]))
+
+    async def feedback(self, bench: NodeBench, *, stored: bool = True) -> None:
+        """As from the pageserver: everything is committed, and perhaps in layers."""
+        end_lsn = bench.timeline.flush_lsn
+        bench.timeline.feedback(Feedback(end_lsn, end_lsn if stored else 0))
+
+    async def offload(self, bench: NodeBench, *, stored: bool = True) -> None:
+        await self.feedback(bench, stored=stored)
+        await bench.timeline.offload()
+
+    @property
+    def data(self) -> bytes:
+        return bytes(self.wal.data)
+
+    async def keys(self) -> list[str]:
+        return [info.key async for info in self.store.list()]
+
+    @property
+    def puts(self) -> int:
+        return sum(call.operation is Operation.PUT_IF_ABSENT for call in self.store.calls)
+
+    def remote(self) -> RemoteWal:
+        return RemoteWal(self.store, self.nodes[0].project_id, self.nodes[0].timeline_id)
+
+
+@contextlib.asynccontextmanager
+async def bench_of(directory: Path) -> AsyncIterator[Bench]:
+    store = FaultyObjectStore(MemoryObjectStore())
+    async with nodes(directory, START, objects=store) as made:
+        yield Bench(made, store, WalBuilder(START))
+
+
+def places(bench: NodeBench) -> list[Place]:
+    return [extent.place for extent in bench.timeline._control.state.log.extents]
+
+
+def piece_files(bench: NodeBench) -> int:
+    return sum(path.suffix != ".key" for path in bench.directory.glob("timelines/*/*/0*"))
+
+
+async def test_wal_leaves_the_disk_only_when_it_is_safe_and_is_read_from_anywhere(tmp_path: Path) -> None:
+    async with bench_of(tmp_path) as bench:
+        first, second, third = bench.nodes
+        await bench.reign()
+        await bench.reign()
+        await first.timeline.offload()
+        assert places(first) == [Place.LOCAL, Place.LOCAL], "nobody has said that it is committed"
+        await bench.offload(first, stored=False)
+        assert places(first) == [Place.BOTH, Place.LOCAL], "the pageserver has no layers of it yet"
+        assert piece_files(first) == 2
+        await bench.offload(first)
+        assert places(first) == [Place.REMOTE, Place.LOCAL], "open pieces stay"
+        assert piece_files(first) == 1
+        assert await first.log() == bench.data
+
+        # Others find what is there, and put nothing.
+        puts = bench.puts
+        await bench.offload(second)
+        assert bench.puts == puts
+        assert places(second) == [Place.REMOTE, Place.LOCAL]
+        assert await second.log() == bench.data, "sealed by the first, read by the second"
+
+        # It survives a crash, and an election: the end of the log is found as ever.
+        await first.crash()
+        await first.start()
+        await first.timeline.make_ready()
+        assert await first.log() == bench.data
+        await bench.reign([first, second])
+        assert await first.log() == bench.data
+
+        # One that was away for hours gets what nobody has on a disk any more.
+        for node in (first, second):
+            await bench.offload(node)
+        await third.timeline.aclose()
+        await third.crash()
+        await third.start()
+        await bench.reign()
+        assert await third.log() == bench.data
+        assert [e.term for e in third.timeline.status().term_history] == [1, 2, 3, 4]
+
+        # No lease, no plaintext, wherever it lies.
+        await first.keys.revoke(first.project_id)
+        with pytest.raises((KeyAccessError, UnavailableError)):
+            await first.timeline.read(START, 100)
+        await first.keys.restore(first.project_id)
+        assert await first.log() == bench.data
+
+
+async def test_a_lost_disk_is_filled_with_wal_that_is_in_the_object_store_only(tmp_path: Path) -> None:
+    async with bench_of(tmp_path) as bench:
+        first, second, _ = bench.nodes
+        for _ in range(3):
+            await bench.reign([first, second])
+        for node in (first, second):
+            await bench.offload(node)
+        empty = bench.nodes[2]
+        assert empty.node is not None
+        await empty.node.delete(empty.project_id, empty.timeline_id)
+        request = CreateTimeline(system_identifier=SYSTEM_IDENTIFIER, start_lsn=Lsn(START))
+        await empty.node.create(empty.project_id, empty.timeline_id, request)
+        await bench.reign()
+        assert await empty.log() == bench.data
+
+
+async def test_an_object_store_that_fails_is_slow_or_shows_old_lists(tmp_path: Path) -> None:
+    async with bench_of(tmp_path) as bench:
+        first, second, _ = bench.nodes
+        store = bench.store
+        await bench.reign()
+        await bench.reign()
+        for moment in Moment:
+            for operation in (Operation.LIST, Operation.PUT_IF_ABSENT, Operation.HEAD):
+                store.fail(operation, times=2, moment=moment)
+        store.delay(Operation.PUT_IF_ABSENT, 0.01)
+        failures = 0
+        while places(first) == [Place.LOCAL, Place.LOCAL]:
+            try:
+                await bench.offload(first)
+            except UnavailableError:
+                failures += 1
+            assert await first.log() == bench.data
+        assert failures >= 3
+        assert places(first) == [Place.REMOTE, Place.LOCAL]
+        assert len(await bench.keys()) == 2, "one piece and its envelope, however often it was tried"
+        store.heal()
+
+        await store.freeze_lists()
+        await bench.reign()
+        with pytest.raises(UnavailableError):
+            await bench.offload(second)
+        assert places(second)[1] is Place.LOCAL, "nobody would find it"
+        store.heal()
+        await bench.offload(second)
+        assert places(second) == [Place.REMOTE, Place.REMOTE, Place.LOCAL]
+
+        # Gone for a while: said so, and nothing is lost by it.
+        store.fail(Operation.LIST, times=2)
+        first.timeline._store.drop_keys()
+        with pytest.raises(UnavailableError):
+            await first.log()
+        store.heal()
+        assert await first.log() == bench.data
+
+
+async def test_altered_and_exchanged_objects_are_refused_and_the_node_goes_on(tmp_path: Path) -> None:
+    async with bench_of(tmp_path) as bench:
+        first = bench.nodes[0]
+        await bench.reign()
+        await bench.reign()
+        await bench.reign()
+        await bench.offload(first)
+        keys = [key for key in await bench.keys() if not key.endswith(".key")]
+        good = {key: await bench.store.get(key) for key in keys}
+        rng = random.Random(7)
+        for _ in range(20):
+            key = rng.choice(keys)
+            altered = bytearray(good[key])
+            altered[rng.randrange(len(altered))] ^= 1 << rng.randrange(8)
+            await bench.store.put(key, altered)
+            first.timeline._store.drop_keys()
+            with pytest.raises(IntegrityError):
+                await first.log()
+            await bench.store.put(key, good[key])
+        await bench.store.put(keys[0], good[keys[1]])
+        first.timeline._store.drop_keys()
+        with pytest.raises(IntegrityError):
+            await first.log()
+        await bench.store.put(keys[0], good[keys[0]])
+        assert await first.log() == bench.data
+        assert not first.timeline.fault
+        # An envelope of another piece.
+        envelope = await bench.store.get(keys[0] + ".key")
+        await bench.store.put(keys[0] + ".key", await bench.store.get(keys[1] + ".key"))
+        await first.keys.release(first.project_id)
+        with pytest.raises((IntegrityError, KeyAccessError)):
+            await first.log()
+        await bench.store.put(keys[0] + ".key", envelope)
+
+
+async def test_keys_of_offloaded_wal_are_renewed_by_whoever_is_there(tmp_path: Path) -> None:
+    async with bench_of(tmp_path) as bench:
+        first, second, _ = bench.nodes
+        await bench.reign()
+        await bench.reign()
+        await bench.reign()
+        for node in (first, second):
+            await bench.offload(node)
+        sealed_by = {piece.node_id for piece in await bench.remote().pieces()}
+        assert sealed_by == {"safekeeper-1"}
+        censuses = [await node.timeline.key_upkeep.census() for node in (first, second)]
+        assert censuses[0].shared() == censuses[1].shared(), "both say what is offloaded, as what others count, too"
+        assert sum(use.objects for use in censuses[0].shared()) == len(await bench.remote().pieces())
+
+        # Re-wrap: the first is gone; the second does it.
+        first.keys.rotate(first.project_id)
+        for node in bench.nodes:
+            node.keys._grant(node.keys._held[node.project_id])
+        before = {key: await bench.store.get(key) for key in await bench.keys() if not key.endswith(".key")}
+        await second.timeline.key_upkeep.rewrap(2, FAST)
+        versions = {envelope.kek_version for _, envelope, _ in await bench.remote().envelopes()}
+        assert versions == {2}
+        assert {key: await bench.store.get(key) for key in before} == before, "data is not touched"
+        assert {use.kek_version for use in (await second.timeline.key_upkeep.census()).uses()} == {2}
+        assert await first.log() == await second.log() == bench.data
+
+        # Re-key: new pieces, new DEKs, the old ones are gone; those who read find the new ones.
+        await second.timeline.key_upkeep.rekey(2, FAST)
+        assert not before.keys() & set(await bench.keys())
+        assert {use.dek_version for use in (await second.timeline.key_upkeep.census()).uses()} == {2}
+        assert {piece.node_id for piece in await bench.remote().pieces()} == {"safekeeper-2"}
+        first.timeline._store.drop_keys()
+        assert await first.log() == await second.log() == bench.data
+        await bench.reign()
+        assert await second.log() == bench.data
+
+        # A timeline that is deleted takes its own pieces with it, a project all of them.
+        assert second.node is not None
+        await second.node.delete(second.project_id, second.timeline_id)
+        assert await bench.keys() == []
+        await bench.offload(first)
+        await bench.store.put("wal/prj-ffffffffffffffff/other", b"of another project")
+        assert first.node is not None
+        assert (await first.node.delete_project(first.project_id)).deleted_objects >= 2
+        assert await bench.keys() == ["wal/prj-ffffffffffffffff/other"]
+        assert project_prefix(first.project_id) == f"wal/{first.project_id}/"
+
+
+def test_names_of_pieces_are_parsed_or_refused() -> None:
+    rng = random.Random(3)
+    name = "0000000000000001.0000000000000002.0000000001000028-0000000001000100.0003.safekeeper-1"
+    piece = RemotePiece.parse(name)
+    assert piece is not None
+    assert piece.name == name
+    assert piece.covers(2, 0x1000028, 0x1000100)
+    assert not piece.covers(3, 0x1000028, 0x1000100)
+    assert not piece.covers(2, 0x1000028, 0x1000101)
+    for _ in range(2000):
+        altered = bytearray(name.encode())
+        for _ in range(rng.randint(1, 3)):
+            altered[rng.randrange(len(altered))] = rng.randrange(32, 127)
+        found = RemotePiece.parse(altered.decode())
+        assert found is None or found.name == altered.decode()

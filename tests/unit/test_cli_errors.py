@@ -1,0 +1,168 @@
+"""Every error becomes one line on stderr and a documented exit code; never a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from keylake.attached import NotRunningError
+from keylake.cli.app import app
+from keylake.cli.common import ExitCode, KeylakeGroup, error_line, exit_code, home_dir, printable
+from keylake.cli.session import cloud_error
+from shared.errors import ERRORS_BY_CODE, KeylakeError
+
+EXPECTED = {
+    "internal": ExitCode.FAILED,
+    "invalid_input": ExitCode.USAGE,
+    "not_found": ExitCode.USAGE,
+    "conflict": ExitCode.FAILED,
+    "unauthenticated": ExitCode.REFUSED,
+    "permission_denied": ExitCode.REFUSED,
+    "unavailable": ExitCode.UNAVAILABLE,
+    "not_leader": ExitCode.UNAVAILABLE,
+    "overloaded": ExitCode.UNAVAILABLE,
+    "integrity": ExitCode.FAILED,
+    "corrupted": ExitCode.FAILED,
+    "key_access": ExitCode.REFUSED,
+    "lease_expired": ExitCode.UNAVAILABLE,
+    "key_suspended": ExitCode.UNAVAILABLE,
+    "key_revoked": ExitCode.REFUSED,
+    "key_shredded": ExitCode.REFUSED,
+}
+
+
+@pytest.mark.parametrize("code", EXPECTED)
+def test_exit_code_of_every_error(code: str) -> None:
+    error = ERRORS_BY_CODE[code]("it is so")
+    assert exit_code(error) is EXPECTED[code]
+    assert error_line(error).startswith("keylake: it is so")
+
+
+def test_nothing_of_the_error_tree_is_forgotten() -> None:
+    shared = {code for code, cls in ERRORS_BY_CODE.items() if cls.__module__ == "shared.errors"}
+    assert shared == set(EXPECTED)
+
+
+def test_not_running_says_what_to_do() -> None:
+    error = NotRunningError("no Keylake is running in /x")
+    assert exit_code(error) is ExitCode.NOT_RUNNING
+    assert "keylake up" in error_line(error)
+
+
+def test_a_line_is_one_line_without_control_characters() -> None:
+    line = error_line(KeylakeError("first\nsecond \x1b[31mred\x07"))
+    assert len(line.splitlines()) == 1
+    assert "\x1b" not in line
+    assert "\x07" not in line
+    assert printable("naïve ✓") == "naïve ✓"
+
+
+def test_an_error_in_a_command_is_no_traceback() -> None:
+    broken = typer.Typer(cls=KeylakeGroup)
+
+    @broken.command()
+    def fail() -> None:
+        raise ERRORS_BY_CODE["key_revoked"]("the key says no")
+
+    @broken.command()
+    def other() -> None: ...
+
+    result = CliRunner().invoke(broken, ["fail"])
+    assert result.exit_code == ExitCode.REFUSED
+    assert result.stdout == ""
+    assert result.stderr.startswith("keylake: the key says no; ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status"],
+        ["cloud", "key", "list"],
+        ["cloud", "key", "create"],
+        ["cloud", "key", "disable", "x"],
+        ["cloud", "fault", "show"],
+        ["cloud", "fault", "set", "--outage", "hang"],
+        ["key-config", "list"],
+        ["key-config", "create", "main"],
+        ["workspace", "list"],
+        ["workspace", "create", "main"],
+        ["project", "list"],
+        ["project", "create", "shop"],
+        ["project", "revoke", "shop"],
+        ["endpoint", "list"],
+        ["endpoint", "kill", "shop"],
+        ["psql", "shop", "--", "-c", "select 1"],
+        ["audit", "verify"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("home", ["absent", "empty"])
+def test_without_a_cluster(arguments: list[str], home: str, tmp_path: Path) -> None:
+    if home == "empty":
+        (tmp_path / home).mkdir()
+    result = CliRunner().invoke(app, arguments, env={"KEYLAKE_HOME": str(tmp_path / home)})
+    assert result.exit_code == ExitCode.NOT_RUNNING, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert "keylake up" in result.stderr
+    assert not (tmp_path / "absent").exists(), "looking changes nothing"
+
+
+def test_down_without_a_cluster_is_fine(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["down", "--home", str(tmp_path), "--json"])
+    assert result.exit_code == 0
+    assert '"stopped": false' in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["nope"], "nope"),
+        (["--nope"], "--nope"),
+        (["project", "create"], "name"),
+        (["project", "shwo"], "shwo"),
+        (["up", "--proxy-port", "x"], "--proxy-port"),
+        (["up", "--proxy-port", "70000"], "--proxy-port"),
+        (["cloud", "fault", "set"], "at least one fault"),
+        (["cloud", "fault", "set", "--outage", "perhaps"], "perhaps"),
+        (["cloud", "fault", "set", "--error-rate", "2"], "--error-rate"),
+        (["cloud", "key", "schedule-deletion", "x", "--days", "1"], "--days"),
+        (["project", "create", "n" * 101], "name"),
+        (["project", "revoke", "shop", "--reason", ""], "reason"),
+        (["key-config", "create", "x", "--outage-grace", "-1"], "--outage-grace"),
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], word: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, arguments, env={"KEYLAKE_HOME": str(tmp_path)})
+    assert result.exit_code == ExitCode.USAGE, result.output
+    assert len(result.stderr.splitlines()) == 1
+    assert word in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "exits"),
+    [
+        ("AccessDeniedException", ExitCode.REFUSED),
+        ("NotFoundException", ExitCode.USAGE),
+        ("ValidationException", ExitCode.USAGE),
+        ("KMSInvalidStateException", ExitCode.FAILED),
+        ("KMSInternalException", ExitCode.UNAVAILABLE),
+        ("ThrottlingException", ExitCode.UNAVAILABLE),
+        ("", ExitCode.UNAVAILABLE),
+    ],
+)
+def test_what_the_cloud_refuses(code: str, exits: ExitCode) -> None:
+    error = cloud_error({"Code": code, "Message": "because"})
+    assert exit_code(error) is exits
+    assert code in str(error)
+
+
+def test_home_is_absolute_and_relative_to_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert home_dir(None) == tmp_path / ".keylake"
+    assert home_dir(Path("x/../y")) == tmp_path / "y"
+    assert home_dir(Path("/srv/k")) == Path("/srv/k")

@@ -1,0 +1,148 @@
+"""The life cycle of a key: every state under every transition, visibility, rotation, and the JSON it is stored as."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from customercloud.aws.errors import AwsError
+from customercloud.aws.keys import Key, KeyPolicy, KeyState
+
+NOW = dt.datetime(2026, 11, 22, 2, 0, tzinfo=dt.UTC)
+NO_DELAY = dt.timedelta(0)
+POLICY = KeyPolicy(document="{}", binding={})
+
+
+def new_key() -> Key:
+    return Key.new("111122223333", "eu-central-1", "", POLICY, NOW)
+
+
+def in_state(state: KeyState) -> Key:
+    match state:
+        case KeyState.ENABLED:
+            return new_key()
+        case KeyState.DISABLED:
+            return new_key().disable(NOW, NO_DELAY)
+        case KeyState.PENDING_DELETION:
+            return new_key().schedule_deletion(7, NOW, NO_DELAY)
+
+
+TRANSITIONS = ("enable", "disable", "schedule", "cancel", "policy", "rotate", "enable rotation")
+
+
+def move(key: Key, transition: str, now: dt.datetime = NOW, delay: dt.timedelta = NO_DELAY) -> Key:
+    match transition:
+        case "enable":
+            return key.enable(now, delay)
+        case "disable":
+            return key.disable(now, delay)
+        case "schedule":
+            return key.schedule_deletion(7, now, delay)
+        case "cancel":
+            return key.cancel_deletion(now, delay)
+        case "policy":
+            return key.put_policy(POLICY, now, delay)
+        case "rotate":
+            return key.rotate_on_demand(now, delay)
+        case "enable rotation":
+            return key.enable_rotation(90, now)
+    raise ValueError(transition)
+
+
+E, D, P = KeyState.ENABLED, KeyState.DISABLED, KeyState.PENDING_DELETION
+# Key states of AWS KMS keys, KMS Developer Guide: transition → (from enabled, from disabled, from pending deletion).
+TABLE: dict[str, tuple[KeyState | str, KeyState | str, KeyState | str]] = {
+    "enable": (E, E, "KMSInvalidStateException"),
+    "disable": (D, D, "KMSInvalidStateException"),
+    "schedule": (P, P, "KMSInvalidStateException"),
+    "cancel": ("KMSInvalidStateException", "KMSInvalidStateException", D),
+    "policy": (E, D, P),
+    "rotate": (E, "DisabledException", "KMSInvalidStateException"),
+    "enable rotation": (E, "DisabledException", "KMSInvalidStateException"),
+}
+
+
+@pytest.mark.parametrize("transition", TRANSITIONS)
+@pytest.mark.parametrize(("column", "state"), list(enumerate((E, D, P))))
+def test_every_state_under_every_transition(transition: str, column: int, state: KeyState) -> None:
+    expected = TABLE[transition][column]
+    key = in_state(state)
+    if isinstance(expected, KeyState):
+        changed = move(key, transition)
+        assert changed.state is expected
+        assert changed.effective(NOW).state is expected
+        assert (changed.deletion_date is not None) == (expected is P)
+    else:
+        with pytest.raises(AwsError) as caught:
+            move(key, transition)
+        assert caught.value.code == expected
+
+
+def test_changes_become_visible_after_their_delay_and_in_order() -> None:
+    slow = new_key().disable(NOW, dt.timedelta(seconds=60))
+    both = slow.enable(NOW + dt.timedelta(seconds=1), NO_DELAY)
+    assert slow.state is D
+    for second, state in ((0, E), (59, E), (60, D)):
+        assert slow.effective(NOW + dt.timedelta(seconds=second)).state is state
+    # A later change never overtakes an earlier one: the disabling is not seen after the enabling.
+    assert [both.effective(NOW + dt.timedelta(seconds=s)).state for s in (0, 59, 60, 61)] == [E, E, E, E]
+
+
+def test_rotation_is_seen_with_its_material() -> None:
+    key = new_key()
+    rotated = key.rotate_on_demand(NOW, dt.timedelta(seconds=5))
+    assert rotated.effective(NOW).material_id == key.current_material.material_id
+    later = rotated.effective(NOW + dt.timedelta(seconds=5))
+    assert later.material_id == rotated.current_material.material_id != key.current_material.material_id
+    assert rotated.material(key.current_material.material_id) == key.current_material
+
+
+def test_automatic_rotation_when_it_is_due_and_enabled() -> None:
+    key = new_key().enable_rotation(90, NOW)
+    due = NOW + dt.timedelta(days=90)
+    assert key.automatic_rotation(due - dt.timedelta(seconds=1)) is None
+    assert key.disable(NOW, NO_DELAY).automatic_rotation(due) is None
+    rotated = key.automatic_rotation(due)
+    assert rotated is not None
+    assert rotated.current_material.rotation_type == "AUTOMATIC"
+    assert rotated.next_rotation == due + dt.timedelta(days=90)
+    assert rotated.automatic_rotation(due) is None
+
+
+def test_destruction_is_due_at_the_deletion_date_and_only_then() -> None:
+    key = new_key().schedule_deletion(7, NOW, NO_DELAY)
+    week = NOW + dt.timedelta(days=7)
+    assert not key.is_due_for_destruction(week - dt.timedelta(seconds=1))
+    assert key.is_due_for_destruction(week)
+    assert not key.cancel_deletion(NOW, NO_DELAY).is_due_for_destruction(week)
+
+
+_steps = st.lists(st.tuples(st.sampled_from(TRANSITIONS), st.integers(0, 100), st.integers(0, 50)), max_size=12)
+
+
+@given(_steps)
+def test_any_history_keeps_its_promises(steps: list[tuple[str, int, int]]) -> None:
+    """Whatever happens: views stay in order, end in the present state, and the stored form is the whole key."""
+    key, now = new_key(), NOW
+    for name, wait_s, delay_s in steps:
+        now += dt.timedelta(seconds=wait_s)
+        try:
+            key = move(key, name, now, dt.timedelta(seconds=delay_s))
+        except AwsError as error:
+            assert error.code in ("DisabledException", "KMSInvalidStateException")  # noqa: PT017 - either is right
+    times = [view.visible_at for view in key.views]
+    assert times == sorted(times)
+    settled = key.effective(now + dt.timedelta(days=1))
+    assert (settled.state, settled.material_id) == (key.state, key.current_material.material_id)
+    assert Key.model_validate_json(key.model_dump_json()) == key
+
+
+def test_key_material_stays_out_of_reprs() -> None:
+    key = new_key()
+    secret = key.current_material.secret
+    assert repr(secret) not in repr(key)
+    assert secret.hex() not in repr(key)
+    assert "secret" not in repr(key)

@@ -1,0 +1,115 @@
+"""One answer about a project's encryption out of many: what counts as done, and what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import pytest
+
+from keylake.encryption import Encryption, NodeKeys, join
+from shared.api.key_upkeep import KeyUpkeepStatus, TimelineKeyUses
+from shared.api.keymanager import KekStatus, KeyState, KeyStatus, KeyUse
+from shared.ids import KekId, KeyConfigurationId, ProjectId, TimelineId
+
+NOW = datetime(2026, 11, 26, tzinfo=UTC)
+PROJECT = ProjectId.new()
+
+
+def keys(versions: int, dek_floor: int = 0) -> KeyStatus:
+    return KeyStatus(
+        project_id=PROJECT,
+        state=KeyState.ACTIVE,
+        key_configuration_id=KeyConfigurationId.new(),
+        keks=[
+            KekStatus(
+                kek_id=KekId.new(),
+                kek_version=version,
+                cmk_key_version="1",
+                wraps=4096,
+                created_at=NOW,
+                last_unwrap_at=None,
+                destroyed_at=None,
+            )
+            for version in range(1, versions + 1)
+        ],
+        wraps_limit=1 << 24,
+        next_rotation_at=NOW,
+        dek_floor=dek_floor,
+        holders=[],
+    )
+
+
+Use = tuple[int, int, int]
+"""(KEK version, DEK version, bytes), one object each."""
+
+
+def node(
+    *uses: Use,
+    kek_version: int = 2,
+    dek_floor: int = 0,
+    name: str = "pageserver",
+    shared: Sequence[Use] = (),
+    timeline_id: TimelineId | None = None,
+) -> NodeKeys:
+    found, others = [
+        [KeyUse(kek_version=kek, dek_version=dek, objects=1, size_bytes=size) for kek, dek, size in each]
+        for each in (uses, shared)
+    ]
+    status = KeyUpkeepStatus(
+        node_id=name,
+        project_id=PROJECT,
+        kek_version=kek_version,
+        dek_floor=dek_floor,
+        timelines=[TimelineKeyUses(timeline_id=timeline_id or TimelineId.new(), uses=found, shared_uses=others)],
+        working=False,
+    )
+    return NodeKeys(node=name, status=status)
+
+
+SILENT = NodeKeys(node="safekeeper-1", status=None, problem="cannot be reached")
+ABSENT = NodeKeys(node="safekeeper-1", status=None)
+
+
+def test_shares_are_of_bytes_over_all_nodes() -> None:
+    found = join(keys(2), [node((1, 1, 300), (2, 1, 100)), node((2, 2, 600), name="safekeeper-1")])
+    assert (found.objects, found.size_bytes, found.outdated_objects, found.outdated_bytes) == (3, 1000, 1, 300)
+    assert found.current_share == pytest.approx(0.7)
+    assert [(kek.kek_version, kek.objects, kek.size_bytes) for kek in found.keks] == [(1, 1, 300), (2, 2, 700)]
+    assert join(keys(1), []).current_share == 1.0
+
+
+def test_offloaded_wal_is_counted_once_and_as_whoever_sees_most_left_to_do() -> None:
+    one, other = TimelineId.new(), TimelineId.new()
+    found = join(
+        keys(2),
+        [
+            node((2, 2, 10), name="safekeeper-1", shared=[(1, 1, 100), (2, 1, 50)], timeline_id=one),
+            node((2, 2, 20), name="safekeeper-2", shared=[(2, 1, 100), (2, 1, 50)], timeline_id=one),
+            node(name="safekeeper-3", shared=[(2, 1, 50)], timeline_id=one),  # a listing that lags
+            node(name="safekeeper-3", shared=[(2, 1, 7)], timeline_id=other),
+        ],
+    )
+    assert (found.objects, found.size_bytes) == (5, 187)
+    assert (found.outdated_objects, found.outdated_bytes) == (1, 100)
+    assert not found.rewrapped
+
+
+@pytest.mark.parametrize(
+    ("found", "rewrapped", "rekeyed"),
+    [
+        (join(keys(2), [node((2, 1, 1))]), True, True),
+        (join(keys(2), [node((1, 1, 1), (2, 1, 1))]), False, False),
+        (join(keys(2), [node((2, 1, 1)), ABSENT]), True, True),
+        (join(keys(2), [node((2, 1, 1)), SILENT]), False, False),
+        (join(keys(2), [node(kek_version=1)]), False, False),  # it does not know yet, and may write under version 1
+        (join(keys(2, 2), [node((2, 1, 1), dek_floor=2)]), True, False),
+        (join(keys(2, 2), [node((2, 2, 1), dek_floor=2)]), True, True),
+        (join(keys(2, 2), [node((2, 2, 1), dek_floor=0)]), True, False),  # nor of this
+    ],
+)
+def test_done_means_that_everybody_who_keeps_something_said_so(
+    found: Encryption, rewrapped: bool, rekeyed: bool
+) -> None:
+    assert found.rewrapped is rewrapped
+    assert found.rekeyed is rekeyed

@@ -1,0 +1,164 @@
+"""Receipts of every kind: one form, one signature, any flipped byte shows, and a page for people."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keylake.receipt_page import headline, page
+from shared.auth import SignatureVerifier, TokenIssuer, TrustBundle
+from shared.errors import IntegrityError
+from shared.ids import AccountId, KekId, KeyConfigurationId, ProjectId, WorkspaceId
+from shared.receipt import (
+    ErasureReceipt,
+    MalformedReceiptError,
+    Receipt,
+    ReceiptAudit,
+    ReceiptDestroyedKey,
+    ReceiptGrant,
+    ReceiptInstance,
+    ReceiptKek,
+    ReceiptKey,
+    ReceiptKmsCall,
+    ReceiptNode,
+    ReceiptPrecondition,
+    RestoreReceipt,
+    RevocationReceipt,
+    ShredReceipt,
+    SignedReceipt,
+)
+
+SIGNER = TokenIssuer.create("keymanager", [])
+VERIFIER = SignatureVerifier(TrustBundle.of([SIGNER]))
+AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+KC = KeyConfigurationId.new()
+COMMON: dict[str, Any] = {
+    "issued_at": AT,
+    "account_id": AccountId.new(),
+    "workspace_id": WorkspaceId.new(),
+    "project_id": ProjectId.new(),
+    "project_name": "shop <b>",
+    "reason": "because",
+    "detected_at": AT,
+    "key": ReceiptKey(key_configuration_id=KC, provider="aws", identifier="arn:key", principal="arn:role"),
+    "keks": [ReceiptKek(kek_id=KekId.new(), kek_version=1, cmk_key_version="v1", destroyed=True)],
+    "kms_calls": [ReceiptKmsCall(at=AT, operation="Decrypt", request_id="req-1", verdict="ok")],
+    "audit": ReceiptAudit(first_sequence=1, head_sequence=9, head_hash="0" * 64),
+    "verified": ["this"],
+    "not_verified": ["that"],
+    "kid": SIGNER.kid,
+}
+SEALING: dict[str, Any] = {
+    "revocation_id": "rev-1",
+    "keks_dropped_after_s": 0.001,
+    "sealed_after_s": 0.5,
+    "instances": [
+        ReceiptInstance(
+            node_id="pageserver", role="pageserver", generation=1, outcome="fenced", after_s=0.4, steps_s={"x": 0.1}
+        )
+    ],
+}
+NODE = ReceiptNode(
+    node_id="safekeeper-1",
+    looked_at=None,
+    deleted_objects=3,
+    deleted_size_bytes=9,
+    left_objects=1,
+    remains=["a layer: AccessDenied"],
+    not_checked=["old versions"],
+    holds_keys=False,
+)
+RECEIPTS: list[Receipt] = [
+    RevocationReceipt(**COMMON, **SEALING, state="REVOKED"),
+    RestoreReceipt(
+        **COMMON,
+        state="ACTIVE",
+        restoration_id="res-1",
+        revocation_id=None,
+        restored_after_s=0.2,
+        instances=[ReceiptGrant(node_id="pageserver", role="pageserver", generation=2, after_s=0.3)],
+    ),
+    ShredReceipt(
+        **COMMON,
+        **SEALING,
+        state="SHREDDED",
+        shred_id="shr-1",
+        asked_by="alice",
+        asked_at=AT,
+        approved_by="bob",
+        keks_destroyed=2,
+        staged_destroyed=1,
+        nodes=[NODE],
+        left=["backups"],
+    ),
+    ErasureReceipt(
+        **COMMON,
+        state="ERASED",
+        shred_id="shr-1",
+        checked_by="alice",
+        keys=[
+            ReceiptDestroyedKey(
+                key_configuration_id=KC,
+                provider="aws",
+                identifier="arn:key",
+                principal="arn:role",
+                destroyed=True,
+                evidence="NotFoundException",
+                request_ids=["req-2"],
+            )
+        ],
+        preconditions=[ReceiptPrecondition(name="p", outcome="attested", evidence=["said"])],
+        nodes=[NODE],
+    ),
+]
+
+
+@pytest.mark.parametrize("receipt", RECEIPTS, ids=lambda each: each.kind)
+def test_one_form_and_any_change_shows(receipt: Receipt) -> None:
+    content = receipt.sign(SIGNER).serialize()
+    signed = SignedReceipt.parse(content)
+    signed.check(VERIFIER)
+    assert (signed.receipt, signed.serialize()) == (receipt, content)
+    for position in range(len(content)):
+        twin = bytearray(content)
+        twin[position] ^= 1
+        with pytest.raises((MalformedReceiptError, IntegrityError)):
+            SignedReceipt.parse(bytes(twin)).check(VERIFIER)
+
+
+@pytest.mark.parametrize("receipt", RECEIPTS, ids=lambda each: each.kind)
+def test_a_kind_does_not_pass_for_another(receipt: Receipt) -> None:
+    content = receipt.sign(SIGNER).serialize()
+    for other in ("revocation", "restore", "shred", "erasure", "no such kind"):
+        if other != receipt.kind:
+            with pytest.raises(MalformedReceiptError):
+                SignedReceipt.parse(content.replace(f'"kind":"{receipt.kind}"'.encode(), f'"kind":"{other}"'.encode()))
+
+
+@pytest.mark.parametrize("receipt", RECEIPTS, ids=lambda each: each.kind)
+def test_the_page_says_everything_and_runs_nothing(receipt: Receipt) -> None:
+    html = page(receipt.sign(SIGNER))
+    assert "<b>" not in html
+    assert "<script" not in html
+    words = {"shop &lt;b&gt;", "arn:key", "req-1", "0" * 64, receipt.state, "this", "that"}
+    match receipt:
+        case RevocationReceipt():
+            words |= {"rev-1", "pageserver", "fenced"}
+        case RestoreReceipt():
+            words |= {"res-1", "pageserver", "allowed"}
+        case ShredReceipt():
+            words |= {"shr-1", "alice", "bob", "safekeeper-1", "AccessDenied", "backups", "old versions"}
+        case ErasureReceipt():
+            words |= {"shr-1", "attested", "said", "NotFoundException", "req-2", "safekeeper-1"}
+    assert [word for word in words if word not in html] == []
+    assert receipt.project_name in headline(receipt)
+
+
+@given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
+def test_whatever_is_no_receipt_is_refused(data: bytes) -> None:
+    with pytest.raises(MalformedReceiptError):
+        SignedReceipt.parse(data)
