@@ -1,0 +1,84 @@
+"""`python -m benchmarks [name …]`: every figure as a ratio against its peer in the same run.
+
+Machines are noisy, so the ratios are what to look at. Results are printed and written to
+benchmarks/results/latest.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.console import Console
+
+from benchmarks import (
+    cold_start,
+    commits,
+    compaction,
+    connections,
+    keys,
+    point_in_time,
+    proxy,
+    revocation,
+    rewrap,
+    storage,
+    volume,
+)
+from benchmarks.harness import Row, show
+
+BENCHMARKS: dict[str, Callable[[], Coroutine[Any, Any, list[Row]]]] = {
+    "commits": commits.measure,
+    "commits-apart": commits.measure_apart,
+    "compaction": compaction.measure,
+    "connections": connections.measure,
+    "ingest": storage.measure_ingest,
+    "redo": storage.measure_redo,
+    "reads": storage.measure_cluster,
+    "revocation": revocation.measure,
+    "keys": keys.measure,
+    "rewrap": rewrap.measure,
+    "point-in-time": point_in_time.measure,
+    "start": cold_start.measure,
+    "volume": volume.measure,
+    "volume-tpcb": volume.measure_tpcb,
+    "proxy": proxy.measure,
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+async def run_all(names: list[str], console: Console) -> list[Row]:
+    rows: list[Row] = []
+    for name in names:
+        console.print(f"{name} …")
+        rows += await BENCHMARKS[name]()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"which; default: all of {', '.join(BENCHMARKS)}")
+    names = parser.parse_args().names or list(BENCHMARKS)
+    if unknown := set(names) - set(BENCHMARKS):
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    console = Console(highlight=False)
+    rows = uvloop.run(run_all(names, console))
+    show(rows, console)
+    RESULTS.mkdir(exist_ok=True)
+    result = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}",
+        "python": platform.python_version(),
+        "rows": [row.as_dict() for row in rows],
+    }
+    (RESULTS / "latest.json").write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

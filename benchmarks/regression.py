@@ -1,0 +1,146 @@
+"""`make regression SQL=…/src/test/regress`: PostgreSQL's own suite against an endpoint, then every page compared.
+
+The suite is not ours and not shipped with the wheel: the directory is that of a PostgreSQL source tree. Its files run
+in the order of its schedule, those of a group side by side, as a superuser owner (docs/conformance.md). What they
+answer is compared with what the suite expects for information only: the suite may be of another major version, and its
+C library is not built. What counts: nothing breaks the compute or the pageserver, and after it all every page of every
+database is the one that the compute had on its own volume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+
+import uvloop
+
+from keylake.cluster import Cluster, RunningProject
+from keylake.tls_relay import SOCKET_PORT, TlsRelay
+from pageserver.redo.build import prepare
+from pageserver.redo.worker import RedoWorker
+from shared.postgres import find_postgres
+from tests.cluster.primary import connect, shut_down
+from tests.cluster.test_workloads import Place, differences
+
+DATABASE = "regression"
+_FILE_TIMEOUT_S = 300.0
+
+
+def groups_of(schedule: Path) -> list[list[str]]:
+    lines = [line.partition("#")[0].strip() for line in schedule.read_text().splitlines()]
+    return [line.partition(":")[2].split() for line in lines if line.startswith("test:")]
+
+
+async def run_file(suite: Path, results: Path, name: str, env: Mapping[str, str]) -> str:
+    """Returns "as expected", "different" or "no end"."""
+    with (suite / "sql" / f"{name}.sql").open("rb") as sql, (results / f"{name}.out").open("wb") as out:
+        process = await asyncio.create_subprocess_exec(
+            find_postgres().program("psql"), "-X", "-a", "-q", "-d", DATABASE, "-v", "HIDE_TABLEAM=on",
+            "-v", "HIDE_TOAST_COMPRESSION=on", stdin=sql, stdout=out, stderr=asyncio.subprocess.STDOUT, env=env,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(_FILE_TIMEOUT_S):
+                status = await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            return "no end"
+    if status not in (0, 3):
+        return "no end"
+    content = (results / f"{name}.out").read_bytes()
+    expected = [file.read_bytes() for file in (suite / "expected").glob(f"{name}*.out")]
+    return "as expected" if content in expected else "different"
+
+
+async def run_suite(project: RunningProject, suite: Path, results: Path) -> Counter[str]:
+    connection = await connect(project)
+    await connection.execute(f"CREATE DATABASE {DATABASE} TEMPLATE template0")
+    for name, value in (("lc_messages", "C"), ("lc_monetary", "C"), ("lc_numeric", "C"), ("lc_time", "C"),
+                        ("bytea_output", "hex"), ("timezone_abbreviations", "Default")):  # fmt: skip
+        await connection.execute(f"ALTER DATABASE {DATABASE} SET {name} TO '{value}'")
+    await connection.close()
+    target = project.connection
+    outcomes: Counter[str] = Counter()
+    async with TlsRelay(target.host, target.port, target.ssl_context()) as relay:
+        env = {
+            **os.environ,
+            "PGHOST": str(relay.socket_dir),
+            "PGPORT": str(SOCKET_PORT),
+            "PGUSER": target.user,
+            "PGPASSWORD": target.password,
+            # The proxy takes the endpoint out; the rest is what pg_regress sets.
+            "PGOPTIONS": f"endpoint={target.endpoint_id}",
+            "PGTZ": "PST8PDT",
+            "PGDATESTYLE": "Postgres, MDY",
+            "PG_ABS_SRCDIR": str(suite.absolute()),
+            "PG_ABS_BUILDDIR": str(results),
+            "PG_LIBDIR": str(results),
+            "PG_DLSUFFIX": ".so",
+            "LC_ALL": "C",
+        }
+        for group in groups_of(suite / "parallel_schedule"):
+            found = await asyncio.gather(*(run_file(suite, results, name, env) for name in group))
+            outcomes.update(found)
+            print(
+                " ".join(
+                    f"{name}{'' if end == 'as expected' else f' ({end})'}"
+                    for name, end in zip(group, found, strict=True)
+                )
+            )
+    return outcomes
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", type=Path, help="src/test/regress of a PostgreSQL source tree")
+    suite: Path = parser.parse_args().suite
+    if not (suite / "parallel_schedule").is_file():
+        parser.error(f"{suite} has no parallel_schedule")
+    settings = {
+        "pageserver": {"checkpoint_distance_mb": 32},
+        "compute": {"superuser_owners": True, "volume_size_mb": 4096, "max_connections": 60},
+    }
+    with tempfile.TemporaryDirectory(prefix="keylake-regression-") as results:
+        os.chmod(results, 0o777)  # noqa: S103 - the compute's Postgres writes there, as somebody else
+        (Path(results) / "results").mkdir(mode=0o777)
+        async with Cluster(settings=settings) as cluster:
+            project = await cluster.create_project("regression")
+            redo = await RedoWorker.start(await prepare())
+            begun = perf_counter()
+            outcomes = await run_suite(project, suite, Path(results))
+            print(f"{dict(outcomes)} in {perf_counter() - begun:.0f} s")
+            connection = await connect(project)
+            rows = await connection.fetch(
+                "SELECT datname FROM pg_database WHERE datallowconn AND datname <> 'template0'"
+            )
+            await connection.close()
+            primary = await shut_down(cluster, project, [row["datname"] for row in rows])
+            counts: Counter[str] = Counter()
+            different = await differences(Place(cluster, project, redo, {}, primary), primary, counts)
+            await redo.close()
+            # The next compute comes up from storage, and reads all of it.
+            connection = await connect(project, DATABASE)
+            rows = await connection.fetch(
+                "SELECT oid::regclass::text AS name FROM pg_class WHERE relkind IN ('r', 'm') AND relpersistence = 'p'"
+            )
+            for row in rows:
+                await connection.execute(f"SELECT count(*) FROM {row['name']}")  # noqa: S608
+            await connection.close()
+            for each in different:
+                print(f"DIFFERENT: {each}")
+            print(f"{counts['pages']} pages compared, {counts['equal']} equal to the byte, {len(different)} different;"
+                  f" {len(rows)} tables read by the next compute")  # fmt: skip
+            status = await cluster.client.pageserver_status()
+            faults = [timeline.fault for timeline in status.timelines if timeline.fault]
+            if different or faults or outcomes["no end"] or not counts["pages"]:
+                raise SystemExit(f"not equal, or broken: {faults}")
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
