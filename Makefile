@@ -14,7 +14,7 @@ COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs docs-reference docs-metrics demo test test-unit test-integration example lint fmt types check bench bench-keys fuzz-keys docs-roles lock up down logs clean docs-lifecycle docs-errors fault-matrix regression console-test bench-revocation bench-simulation sim-consensus model-consensus crash-anywhere compose-test
+.PHONY: help setup docs docs-reference docs-metrics demo test test-again test-unit test-integration example lint fmt types check bench bench-keys fuzz-keys docs-roles lock up down logs clean docs-lifecycle docs-errors fault-matrix regression console-test bench-revocation bench-simulation sim-consensus model-consensus crash-anywhere compose-test
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -53,8 +53,13 @@ docs: $(VENV)/.docs ## the documentation as a site, in build/site; warnings are 
 demo: $(VENV)/.runtime ## the main job on an embedded local cluster, start to end, in under 3 minutes
 	@$(BIN)/keylake demo
 
-test: $(VENV)/.dev ## all tests, with every server that they need; JOBS=2 modules at a time
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.dev ## all tests, with every server that they need; JOBS=2 modules at a time, in a new order unless SEED=N
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  $(if $(SEED),--randomly-seed=$(SEED))
+
+# Failures stand in .pytest_cache. One that is gone when nothing else runs is printed as such, and still has a cause.
+test-again: $(VENV)/.dev ## the tests that failed, once more, alone: tells a mistake from a machine that was too busy
+	@$(BIN)/python -m pytest --last-failed --last-failed-no-failures none --maxfail 1 -rA
 
 test-unit: $(VENV)/.dev ## the tests that start no server
 	@$(BIN)/python -m pytest tests/unit tests/property tests/vectors tests/simulation tests/simulation_wal
