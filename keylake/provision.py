@@ -2,7 +2,7 @@
 
     python -m keylake.provision secrets    first of all: everything that can be made without another service
     python -m keylake.provision account    once the customer's cloud is up: its accounts, and Keylake's access key there
-    python -m keylake.provision objects    once the object store is up: the keymanager's user there, for audit anchors
+    python -m keylake.provision objects    once the object store is up: the bucket, and who may do what in it
 
 Each service has a *bundle*: a volume of its own, at /provision/<name> here and at /etc/keylake there, with its own
 keys and nobody else's. A bundle is laid out like the home of a local cluster (`keylake.layout`), as far as it goes.
@@ -72,7 +72,7 @@ OPERATOR: Final = "operator"
 CONSOLE: Final = "console"
 BUNDLES: Final = ("customercloud", "metadata", "minio", *SERVICES, CONSOLE, OPERATOR)
 
-_NO_ADMIN_API: Final = "this S3 server has not MinIO's admin API: make the user of the audit chain's anchors by hand"
+_NO_ADMIN_API: Final = "this S3 server has not MinIO's admin API: make the users of storage and anchors by hand"
 ACCOUNT_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.5
 
@@ -84,6 +84,8 @@ class Secrets:
     metadata_passwords: Mapping[str, str]
     objects_user: str
     objects_password: str
+    storage_user: str
+    storage_password: str
     anchors_user: str
     anchors_password: str
     cloud_admin_token: str
@@ -95,6 +97,8 @@ class Secrets:
             # URL-safe, so that they can stand in connection strings and in SQL as they are.
             {role: secrets.token_urlsafe(24) for role in (METADATA_SUPERUSER, *METADATA_ROLES)},
             f"keylake-{secrets.token_hex(4)}",
+            secrets.token_urlsafe(30),
+            f"keylake-storage-{secrets.token_hex(4)}",
             secrets.token_urlsafe(30),
             f"keylake-anchors-{secrets.token_hex(4)}",
             secrets.token_urlsafe(30),
@@ -119,9 +123,9 @@ def service_settings(made: Secrets) -> dict[str, dict[str, Any]]:
 
     keymanager = [at(name, HTTP_PORT) for name in KEYMANAGER_NAMES]
     object_store = {
-        "url": f"s3://{BUCKET}?endpoint={OBJECTS_URL}",
-        "access_key_id": made.objects_user,
-        "secret_access_key": made.objects_password,
+        "url": f"s3://{BUCKET}?endpoint={OBJECTS_URL}&create_bucket=false",
+        "access_key_id": made.storage_user,
+        "secret_access_key": made.storage_password,
     }
     settings: dict[str, dict[str, Any]] = {
         "customercloud": {
@@ -220,7 +224,9 @@ def make_secrets(root: Path) -> bool:
     for name in ("minio", OPERATOR):
         write_secret(bundles[name].keys / "objects-user", made.objects_user)
         write_secret(bundles[name].keys / "objects-password", made.objects_password)
-    # The operator makes the keymanager's own user there (`open_objects`), which may do nothing but keep anchors.
+    # The operator makes the services' users there (`open_objects`).
+    write_secret(operator.keys / "storage-user", made.storage_user)
+    write_secret(operator.keys / "storage-password", made.storage_password)
     write_secret(operator.keys / "anchors-user", made.anchors_user)
     write_secret(operator.keys / "anchors-password", made.anchors_password)
     for name in (CONSOLE, OPERATOR):  # both play the customer
@@ -340,14 +346,41 @@ ANCHORS_POLICY: Final[Mapping[str, Any]] = {
     ],
 }
 """What the keymanager may do in the object store."""
-_ANCHORS_POLICY_NAME: Final = "keylake-anchors"
+
+STORAGE_POLICY: Final[Mapping[str, Any]] = {
+    "Version": "2012-10-17",
+    "Statement": [
+        {
+            "Effect": "Allow",
+            "Action": ["s3:ListBucket", "s3:ListBucketVersions"],
+            "Resource": [f"arn:aws:s3:::{BUCKET}"],
+        },
+        {
+            "Effect": "Allow",
+            "Action": [
+                "s3:PutObject",
+                "s3:GetObject",
+                "s3:GetObjectVersion",
+                "s3:DeleteObject",
+                "s3:DeleteObjectVersion",
+            ],
+            "Resource": [f"arn:aws:s3:::{BUCKET}/*"],
+        },
+        # An explicit deny beats every allow: who stores pages cannot touch what proves the audit chain.
+        {"Effect": "Deny", "Action": ["s3:*"], "Resource": [f"arn:aws:s3:::{BUCKET}/{ANCHOR_PREFIX}*"]},
+    ],
+}
+"""What safekeepers and pageserver may do there: objects and their old versions, none of the bucket's own settings."""
+
+_USERS: Final = {"storage": STORAGE_POLICY, "anchors": ANCHORS_POLICY}
+"""Users of the object store beside its root. Name: of their policy, and of their secrets in the operator's bundle."""
 
 
 def open_objects(root: Path, endpoint: str = OBJECTS_URL) -> bool:
-    """Make the bucket and the keymanager's user of the object store, by MinIO's admin API. Idempotent.
+    """Make the bucket and the services' users of the object store, by MinIO's admin API. Idempotent.
 
-    False: this server has no such API, and whoever runs it has to make a user with ANCHORS_POLICY. Until then the audit
-    chain is not anchored, which the keymanager's status says. Raises UnavailableError.
+    False: this server has no such API, and whoever runs it has to make users with STORAGE_POLICY and ANCHORS_POLICY.
+    Until then nothing is stored, and the audit chain is not anchored; both say so. Raises UnavailableError.
     """
     from minio import Minio
     from minio.credentials.providers import StaticProvider
@@ -363,9 +396,10 @@ def open_objects(root: Path, endpoint: str = OBJECTS_URL) -> bool:
     try:
         if not store.bucket_exists(BUCKET):
             store.make_bucket(BUCKET)
-        admin.policy_add(_ANCHORS_POLICY_NAME, policy=dict(ANCHORS_POLICY))
-        admin.user_add(operator.secret("anchors-user"), operator.secret("anchors-password"))
-        admin.policy_set(_ANCHORS_POLICY_NAME, user=operator.secret("anchors-user"))
+        for name, policy in _USERS.items():
+            admin.policy_add(f"keylake-{name}", policy=dict(policy))
+            admin.user_add(operator.secret(f"{name}-user"), operator.secret(f"{name}-password"))
+            admin.policy_set(f"keylake-{name}", user=operator.secret(f"{name}-user"))
     except MinioAdminException:
         return False
     except (MinioException, HTTPError) as error:
@@ -392,7 +426,7 @@ def main() -> int:
                 print("the keymanagers have their access key")  # noqa: T201
             case "objects":
                 made = open_objects(arguments.directory)
-                print("the keymanager can anchor the audit chain" if made else _NO_ADMIN_API)  # noqa: T201
+                print("storage and the keymanager have users of their own" if made else _NO_ADMIN_API)  # noqa: T201
     except (KeylakeError, OSError) as error:
         print(f"provision: {error}", file=sys.stderr)  # noqa: T201
         return 1

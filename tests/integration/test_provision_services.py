@@ -287,7 +287,7 @@ async def test_the_keymanager_gets_its_access_key_and_keeps_its_settings(tmp_pat
 async def test_an_s3_server_without_an_admin_api_gets_the_bucket_and_no_user(
     tmp_path: Path, s3_server: S3Server
 ) -> None:
-    """A real MinIO is not to be had here; what it would be asked is in `ANCHORS_POLICY`, which has a test."""
+    """A real MinIO is not to be had here; its users' policies, in keylake.provision, have tests of their own."""
     make_secrets(tmp_path)
     keys = Layout(tmp_path / OPERATOR).keys
     (keys / "objects-user").write_text(s3_server.access_key)

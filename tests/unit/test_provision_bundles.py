@@ -21,10 +21,12 @@ from keylake.layout import Layout
 from keylake.metadata import MetadataSettings
 from keylake.provision import (
     ANCHORS_POLICY,
+    BUCKET,
     BUNDLES,
     KEYMANAGER_NAMES,
     SAFEKEEPER_NAMES,
     SERVICES,
+    STORAGE_POLICY,
     Secrets,
     make_secrets,
 )
@@ -140,7 +142,12 @@ def test_who_knows_which_password(root: Path) -> None:
     assert holders(made["postgres"]) == {"metadata"}
     assert holders(made["keymanager"]) == {"metadata", *KEYMANAGER_NAMES}
     assert holders(made["compute"]) == {"metadata", "compute"}
-    assert holders(objects) == {"minio", "pageserver", "operator", *SAFEKEEPER_NAMES}
+    assert holders(objects) == {"minio", "operator"}
+    assert holders(Layout(root / "operator").secret("storage-password")) == {
+        "pageserver",
+        "operator",
+        *SAFEKEEPER_NAMES,
+    }
     assert holders(token) == {"customercloud", "console", "operator"}
     # Anchors of the audit chain: a user of its own, which the operator makes.
     assert holders(Layout(root / "operator").secret("anchors-password")) == {*KEYMANAGER_NAMES, "operator"}
@@ -157,6 +164,18 @@ def test_the_keymanager_may_do_nothing_in_the_object_store_but_keep_anchors() ->
     for statement in statements:
         limited = statement["Resource"] + statement.get("Condition", {}).get("StringLike", {}).get("s3:prefix", [])
         assert any(where.endswith(f"{ANCHOR_PREFIX}*") for where in limited)
+
+
+def test_who_stores_pages_cannot_touch_the_anchors_or_the_bucket_itself() -> None:
+    """Actions of IAM; the last statement decides, as a deny does wherever it stands."""
+    *allowed, denied = STORAGE_POLICY["Statement"]
+    actions = {action for statement in allowed for action in statement["Action"]}
+    assert {statement["Effect"] for statement in allowed} == {"Allow"}
+    objects = {"s3:PutObject", "s3:GetObject", "s3:GetObjectVersion", "s3:DeleteObject", "s3:DeleteObjectVersion"}
+    assert actions == objects | {"s3:ListBucket", "s3:ListBucketVersions"}
+    assert denied["Effect"] == "Deny"
+    assert denied["Action"] == ["s3:*"]
+    assert denied["Resource"] == [f"arn:aws:s3:::{BUCKET}/{ANCHOR_PREFIX}*"]
 
 
 def test_the_key_of_no_ca_is_kept(root: Path) -> None:
