@@ -35,6 +35,7 @@ from compute.agent.protocol import (
 )
 from compute.volume.base import VolumeKind
 from shared.api.common import ApiModel
+from shared.crypto.aead import NULL_CIPHER_VARIABLE
 from shared.errors import InvalidInputError, KeylakeError, UnavailableError
 from shared.hardening import hardened_environment
 from shared.postgres import PG_BIN_VARIABLE, unprivileged
@@ -46,7 +47,7 @@ _log = get_logger(__name__)
 TOKEN_REFRESH_S: Final = 15.0
 _EXIT_TIMEOUT_S: Final = 5.0
 _MESSAGE_TIMEOUT_S: Final = 10.0
-_INHERITED: Final = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR", PG_BIN_VARIABLE, "KEYLAKE_UNSAFE_NULL_CIPHER")
+_INHERITED: Final = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR", PG_BIN_VARIABLE, NULL_CIPHER_VARIABLE)
 
 T = TypeVar("T")
 TokenMint = Callable[[], Tokens]

@@ -37,6 +37,7 @@ from keylake.process import ServiceProcess
 from shared.api.compute import CreatedEndpoint, Timeline
 from shared.api.keymanager import AwsKey, CreateKeyConfiguration, KeyConfiguration, Project, Workspace
 from shared.auth import Service, TokenIssuer
+from shared.crypto.aead import NULL_CIPHER_VARIABLE
 from shared.errors import ConflictError, UnavailableError
 from shared.ids import WorkspaceId
 from shared.postgres import Auth, PostgresServer, initdb
@@ -126,7 +127,7 @@ class Cluster:
         self._temporary = home is None
         self.layout = Layout(home or Path(tempfile.mkdtemp(prefix="keylake-")))
         self._overrides = {name: dict(values) for name, values in (settings or {}).items()}
-        self._environment = {"KEYLAKE_UNSAFE_NULL_CIPHER": "1"} if null_cipher else {}
+        self._environment = {NULL_CIPHER_VARIABLE: "1"} if null_cipher else {}
         self._progress = progress or (lambda _: None)
         self._proxy_port = proxy_port
         self._exit = AsyncExitStack()

@@ -12,12 +12,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from shared.crypto.aead import NULL_CIPHER_VARIABLE
 from shared.errors import UnavailableError
 from shared.hardening import hardened_environment
 from shared.roles import TOKEN_VARIABLES
 
 READY_POLL_S: Final = 0.05
 _LOG_TAIL_BYTES: Final = 2000
+# Whose shell it was says nothing about how data is sealed: only a caller that asks for the null cipher gets it.
+_NOT_INHERITED: Final = frozenset({*TOKEN_VARIABLES, NULL_CIPHER_VARIABLE})
 
 
 def _die_with_parent() -> list[str]:
@@ -83,7 +86,7 @@ class ServiceProcess:
             raise UnavailableError(f"{self.name} was not ready within {timeout_s:g} s: {self._tail()}") from None
 
     def _child_environment(self) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if name not in TOKEN_VARIABLES}
+        inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         environment = {**inherited, **self._environment, "PYTHONUNBUFFERED": "1"}
         return hardened_environment(environment, small_objects=self._module == "keymanager")
 

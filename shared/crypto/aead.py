@@ -23,6 +23,7 @@ from shared.errors import IntegrityError
 
 NONCE_SIZE_BYTES: Final = 12
 TAG_SIZE_BYTES: Final = 16
+NULL_CIPHER_VARIABLE: Final = "KEYLAKE_UNSAFE_NULL_CIPHER"
 MAX_NONCE_COUNTER: Final = (1 << 64) - 1
 
 Buffer = bytes | bytearray | memoryview
@@ -36,7 +37,7 @@ class Suite(enum.IntEnum):
 
 
 def null_cipher_allowed() -> bool:
-    return os.environ.get("KEYLAKE_UNSAFE_NULL_CIPHER") == "1"
+    return os.environ.get(NULL_CIPHER_VARIABLE) == "1"
 
 
 def default_suite() -> Suite:
