@@ -224,14 +224,16 @@ def _ports(proxy_port: int | None) -> Iterator[Finding]:
 
 def _fuse() -> Iterator[Finding]:
     """For `volume = fuse` only. Without it nothing is amiss."""
+    in_memory = "computes keep their files in memory, as they do by default"
     try:
         os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         why = f"{FUSE_DEVICE} cannot be opened: {os.strerror(error.errno or 0)}"
-        yield Finding("fuse", Verdict.OK, f"{why}; computes keep their files in memory, as they do by default")
+        how = "to have pages fetched on demand: modprobe fuse (in a container: --device /dev/fuse --cap-add SYS_ADMIN)"
+        yield Finding("fuse", Verdict.OK, f"{why}; {in_memory}; {how}")
         return
     if detect_isolation() is not Isolation.NAMESPACES:
-        yield Finding("fuse", Verdict.OK, "no private mount namespaces; computes keep their files in memory")
+        yield Finding("fuse", Verdict.OK, f"no private mount namespaces, see above; {in_memory}")
         return
     yield Finding("fuse", Verdict.OK, "works: computes may fetch pages on demand (KEYLAKE_COMPUTE_VOLUME=auto)")
 
@@ -244,7 +246,11 @@ def _docker() -> Iterator[Finding]:
             version = (done.stdout.decode(errors="replace").splitlines() or ["?"])[0]
             yield Finding("containers", Verdict.OK, version)
             return
-    yield Finding("containers", Verdict.OK, "no Docker with Compose: `make up` needs it, nothing else does")
+    yield Finding(
+        "containers",
+        Verdict.OK,
+        "no Docker with Compose, which `make up` needs and nothing else does: apt-get install docker.io docker-compose",
+    )
 
 
 def _mib(size_bytes: int) -> str:

@@ -317,10 +317,12 @@ class Story:
         self._report.check("the project is REVOKED", project.state is KeyState.REVOKED, project.state.value)
         try:
             await self._client.start_endpoint(self._endpoint.endpoint_id)
-            started = True
-        except KeylakeError:
-            started = False
-        self._report.check("no compute can be started: the objects do not open", not started)
+            refusal = ""
+        except KeylakeError as error:
+            refusal = error.code
+        self._report.check(
+            "no compute can be started: the objects do not open", refusal == RevokedError.code, refusal or "started"
+        )
         status = await self._client.keymanager_status()
         mine = self._project.project_id
         self._report.check("the keymanager holds no plaintext KEK of the project", mine not in status.plaintext_keks)
