@@ -23,6 +23,7 @@ from benchmarks import (
     commits,
     compaction,
     connections,
+    fixtures,
     keys,
     point_in_time,
     proxy,
@@ -49,6 +50,7 @@ BENCHMARKS: dict[str, Callable[[], Coroutine[Any, Any, list[Row]]]] = {
     "volume": volume.measure,
     "volume-tpcb": volume.measure_tpcb,
     "proxy": proxy.measure,
+    "fixtures": fixtures.measure,
 }
 RESULTS = Path(__file__).parent / "results"
 
