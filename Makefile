@@ -85,9 +85,9 @@ types: $(VENV)/.dev ## mypy, strict
 	@$(BIN)/mypy
 	@MYPYPATH=examples/orders $(BIN)/mypy --strict examples/orders/app.py examples/orders/tests
 
-check: lint types test ## what CI runs
+check: lint types docs demo test ## what CI runs
 
-bench: $(VENV)/.dev ## every figure of docs/benchmarks.md, as ratios against a peer in the same run
+bench: $(VENV)/.dev ## the figures of docs/benchmarks.md, as ratios against a peer in the same run (fleets and simulations: bench-*)
 	@$(BIN)/python -m benchmarks
 
 regression: $(VENV)/.dev ## SQL=…/src/test/regress: Postgres's own suite against an endpoint, then every page compared
@@ -147,7 +147,9 @@ lock: $(VENV)/.dev ## lock the newest versions that pyproject.toml allows
 up: ## the same services as containers
 	$(COMPOSE) up --build --detach
 	@echo "Postgres clients connect to $$($(COMPOSE) port proxy 5432). The console, for whoever has this address:"
-	@$(COMPOSE) exec -T console sh -c 'until test -s /run/keylake/console; do sleep 0.2; done; cat /run/keylake/console'
+	@$(COMPOSE) exec -T console timeout 120 \
+	  sh -c 'until test -s /run/keylake/console; do sleep 0.2; done; cat /run/keylake/console' || \
+	  { echo "not there after two minutes; see what the others say: make logs"; exit 1; }
 
 down: ## end them and remove their data
 	$(COMPOSE) down --volumes --remove-orphans
