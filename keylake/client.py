@@ -11,6 +11,7 @@ import asyncio
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
@@ -22,13 +23,27 @@ from shared.api import compute as compute_api
 from shared.api import keymanager as key_api
 from shared.api import shredding
 from shared.api.key_upkeep import KeyUpkeepStatus
-from shared.api.pageserver import InspectObject, ObjectContent, PageserverStatus, ScrubReport, TimelineInfo
+from shared.api.pageserver import (
+    Compact,
+    FindLsn,
+    Garbage,
+    InspectObject,
+    LeaseLsn,
+    LsnByTimestamp,
+    LsnLease,
+    ObjectContent,
+    PageserverStatus,
+    RetentionWindow,
+    ScrubReport,
+    TimelineInfo,
+)
 from shared.api.safekeeper import InspectWal, SafekeeperStatus, WalContent
 from shared.auth import BearerToken, PersonRole, Service, TokenIssuer
 from shared.config import Address
 from shared.errors import KeylakeError, NotFoundError, PermissionDeniedError, UnavailableError
 from shared.http import ServiceClient
 from shared.ids import EndpointId, KeyConfigurationId, ProjectId, TimelineId, TokenId, WorkspaceId
+from shared.lsn import Lsn
 from shared.point_in_time import PointInTime
 from shared.roles import OWNER_SCOPES
 from shared.tls import client_context
@@ -462,6 +477,42 @@ class KeylakeClient:
 
     async def pageserver_status(self) -> PageserverStatus:
         return await self._pageserver.call(PageserverStatus, "GET", "/v1/status")
+
+    async def timeline_info(self, timeline: compute_api.Timeline) -> TimelineInfo:
+        """What the pageserver has of it."""
+        path = f"/v1/projects/{timeline.project_id}/timelines/{timeline.timeline_id}"
+        return await self._pageserver.call(TimelineInfo, "GET", path)
+
+    async def checkpoint(self, timeline: compute_api.Timeline) -> TimelineInfo:
+        """Seal and upload everything that was ingested."""
+        return await self._of_timeline(TimelineInfo, timeline, "checkpoint")
+
+    async def compact(self, timeline: compute_api.Timeline, *, force: bool = False) -> TimelineInfo:
+        """Merge layers and make images: what is due, with `force` all that a read would gain from."""
+        return await self._of_timeline(TimelineInfo, timeline, "compact", Compact(force=force))
+
+    async def collect_garbage(self, timeline: compute_api.Timeline) -> Garbage:
+        """Remove what nobody can read any more."""
+        return await self._of_timeline(Garbage, timeline, "gc")
+
+    async def set_retention(self, timeline: compute_api.Timeline, window: RetentionWindow) -> TimelineInfo:
+        """How much history is kept from now on."""
+        return await self._of_timeline(TimelineInfo, timeline, "retention", window)
+
+    async def lsn_by_timestamp(self, timeline: compute_api.Timeline, timestamp: datetime) -> LsnByTimestamp:
+        """Where it stood at a time, which has a zone."""
+        return await self._of_timeline(LsnByTimestamp, timeline, "lsn-by-timestamp", FindLsn(timestamp=timestamp))
+
+    async def lease_lsn(self, timeline: compute_api.Timeline, read_lsn: Lsn, ttl_s: float) -> LsnLease:
+        """Keep one version readable for `ttl_s`, however far the retention window moves on."""
+        return await self._of_timeline(LsnLease, timeline, "lease-lsn", LeaseLsn(read_lsn=read_lsn, ttl_s=ttl_s))
+
+    async def _of_timeline(
+        self, model: type[Model], timeline: compute_api.Timeline, action: str, body: BaseModel | None = None
+    ) -> Model:
+        """Takes as long as reading or writing all of it may take."""
+        path = f"/v1/projects/{timeline.project_id}/timelines/{timeline.timeline_id}:{action}"
+        return await self._pageserver.call(model, "POST", path, body=body, timeout_s=_SCRUB_TIMEOUT_S)
 
     async def scrub(self, timeline: TimelineInfo) -> ScrubReport:
         """The object store against a timeline's index, by the pageserver. Takes as long as reading all of it."""

@@ -59,36 +59,37 @@ def create_app(
     authorize = Authorizer(verifier)
     may_admin = Depends(authorize(Scope.STORAGE_ADMIN))
     admin = [may_admin]
-    reader = [Depends(authorize(Scope.STATUS_READ, Scope.STORAGE_ADMIN))]
+    historian = [Depends(authorize(Scope.STORAGE_HISTORY, Scope.STORAGE_ADMIN))]
+    reader = [Depends(authorize(Scope.STATUS_READ, Scope.STORAGE_HISTORY, Scope.STORAGE_ADMIN))]
 
     # The verb before the plain path, which would match `{timeline_id}:checkpoint` as an id.
-    @app.post(_TIMELINE + ":checkpoint", dependencies=admin)
+    @app.post(_TIMELINE + ":checkpoint", dependencies=historian)
     async def checkpoint(ids: Ids) -> TimelineInfo:
         """Seal and upload everything ingested so far."""
         attached = tenants.attached(*ids)
         await attached.timeline.checkpoint()
         return attached.info()
 
-    @app.post(_TIMELINE + ":lsn-by-timestamp", dependencies=admin)
+    @app.post(_TIMELINE + ":lsn-by-timestamp", dependencies=historian)
     async def get_lsn_by_timestamp(ids: Ids, body: FindLsn) -> LsnByTimestamp:
         """Where the timeline stood at a time. Everything that is ingested counts; nothing is waited for."""
         found = await lsn_by_timestamp(tenants.timeline(*ids), body.timestamp)
         return LsnByTimestamp(kind=found.kind, lsn=Lsn(found.lsn))
 
-    @app.post(_TIMELINE + ":compact", dependencies=admin)
+    @app.post(_TIMELINE + ":compact", dependencies=historian)
     async def compact(ids: Ids, body: Compact) -> TimelineInfo:
         """Merge layers and make images; returns when it is done. Goes on by itself in any case."""
         attached = tenants.attached(*ids)
         await attached.timeline.compactor.compact(force=body.force)
         return attached.info()
 
-    @app.post(_TIMELINE + ":gc", dependencies=admin)
+    @app.post(_TIMELINE + ":gc", dependencies=historian)
     async def collect_garbage(ids: Ids) -> Garbage:
         """Remove what nobody can read any more. Goes on by itself in any case."""
         done = await tenants.timeline(*ids).history.collect()
         return Garbage(oldest_lsn=Lsn(done.cutoff_lsn), layers=done.layers, size_bytes=done.size_bytes)
 
-    @app.post(_TIMELINE + ":retention", dependencies=admin)
+    @app.post(_TIMELINE + ":retention", dependencies=historian)
     async def set_retention(ids: Ids, body: RetentionWindow) -> TimelineInfo:
         """How much history is kept from now on. What is gone stays gone."""
         attached = tenants.attached(*ids)
@@ -111,7 +112,7 @@ def create_app(
         timeline.lease.check()
         return ObjectContent(object_name=body.object_name, content=content)
 
-    @app.post(_TIMELINE + ":lease-lsn", dependencies=admin)
+    @app.post(_TIMELINE + ":lease-lsn", dependencies=historian)
     async def lease_lsn(ids: Ids, body: LeaseLsn) -> LsnLease:
         """Keep one version readable, however far the retention window moves on. Leases end with the process: whoever
         holds one asks again, and nothing is removed after a start before there was time to."""

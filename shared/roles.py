@@ -34,6 +34,7 @@ class Scope(enum.StrEnum):
     KEYS_SESSION = "keys:session"  # hold leases
     KEYS_USE = "keys:use"  # generate and unwrap DEKs: safekeepers and pageservers, nobody else
     STORAGE_ADMIN = "storage:admin"  # create and drop timelines
+    STORAGE_HISTORY = "storage:history"  # how much of the past is kept, and when layers are made; no contents
     STORAGE_READ = "storage:read"  # GetPage, basebackup
     STORAGE_INSPECT = "storage:inspect"  # what sealed objects hold: counts, keys, positions; no values
     WAL_ELECT = "wal:elect"  # votes, elections, stream control
@@ -60,7 +61,7 @@ class PersonRole(enum.StrEnum):
 PERSON_SCOPES: Final[Mapping[PersonRole, frozenset[Scope]]] = {
     PersonRole.ACCOUNT_ADMIN: frozenset({Scope.ACCOUNT_ADMIN}),
     PersonRole.SECURITY_ADMIN: frozenset({Scope.SECURITY_ADMIN}),
-    PersonRole.WORKSPACE_ADMIN: frozenset({Scope.WORKSPACE_ADMIN}),
+    PersonRole.WORKSPACE_ADMIN: frozenset({Scope.WORKSPACE_ADMIN, Scope.STORAGE_HISTORY}),
     PersonRole.DATA_USER: frozenset({Scope.DATA_USE}),
     PersonRole.AUDITOR: frozenset({Scope.AUDIT_READ, Scope.STATUS_READ, Scope.STORAGE_INSPECT}),
 }

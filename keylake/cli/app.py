@@ -16,6 +16,7 @@ from keylake.cli import (
     demo,
     drill,
     endpoints,
+    history,
     inspect,
     keys,
     projects,
@@ -85,6 +86,7 @@ psql.register(app)
 completion.register(app)
 storage.register(app)
 app.add_typer(projects.app, name="project", rich_help_panel="Data")
+history.register(branches.app)
 app.add_typer(branches.app, name="branch", rich_help_panel="Data")
 app.add_typer(endpoints.app, name="endpoint", rich_help_panel="Data")
 app.add_typer(safekeepers.app, name="safekeeper", rich_help_panel="Data")

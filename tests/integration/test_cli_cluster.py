@@ -103,6 +103,19 @@ def test_branches_of_a_project(keylake: KeylakeCommand) -> None:
     assert [each["name"] for each in shown["branches"]] == ["twig"]
     assert {each["name"] for each in shown["endpoints"]} == {"rescue", "past"}
     assert "twig" in keylake("branch", "show", "rescue", "--project", "trunk")
+    assert keylake("branch", "at", "main", time, "--project", "trunk").split()[0] == listed["rescue"]["start_lsn"]
+    of_main = ("main", "--project", "trunk")
+    held = keylake.json("branch", "hold", of_main[0], listed["rescue"]["start_lsn"], *of_main[1:], "--for", "1h")
+    assert held["ttl_s"] == pytest.approx(3600)
+    kept = keylake.json("branch", "retain", *of_main, "--for", "8h", "--wal-mb", "7")
+    assert kept["retention"] == {"age_s": 8 * 3600, "lsn_bytes": 7_000_000}
+    sealed = keylake.json("branch", "checkpoint", *of_main)
+    assert sealed["in_memory_size_bytes"] == 0
+    assert keylake.json("branch", "compact", *of_main, "--force")["l0_layers"] == 0
+    collected = keylake.run("branch", "gc", *of_main)  # not in a pageserver's first minutes
+    assert "every version is kept from" in collected.stdout or "LSN leases from before" in collected.stderr
+    assert listed["rescue"]["timeline_id"] in keylake.json("branch", "storage", *of_main)["branches"]
+    assert keylake.run("branch", "hold", "main", time, "--project", "trunk").returncode == 2
     delete = ("branch", "delete", "rescue", "--project", "trunk", "--yes")
     kept = keylake.run(*delete)
     assert kept.returncode == 1
