@@ -16,11 +16,11 @@ from prometheus_client import CollectorRegistry
 from pageserver.page_service import PAGES_SCOPE, PageService
 from pageserver.project_redo import ProjectRedo
 from pageserver.redo.build import RedoBinaries
-from pageserver.tenants import AttachedTimeline, Environment, _Project
+from pageserver.tenants import AttachedTimeline, Environment, _Branched, _Project
 from pageserver.timeline import Timeline
 from shared.api.keymanager import KeyState
 from shared.auth import Principal
-from shared.errors import KeyAccessError, LeaseExpiredError
+from shared.errors import KeyAccessError, LeaseExpiredError, RevokedError
 from shared.framed_tcp import FramedConnection
 from shared.ids import ProjectId, TimelineId
 from shared.lease import KeyLoss, Lease
@@ -117,6 +117,20 @@ def test_a_client_that_has_read_everything_hears_why(run: Run, tmp_path: Path) -
             assert (farewell.request_id, type(farewell.exception()).__name__) == (0, "RevokedError")
 
     run(scenario())
+
+
+async def test_a_branch_of_another_project_is_cut_with_its_ancestor(tmp_path: Path) -> None:
+    async with pair(tmp_path, own_project=True) as two:
+        told: list[KeyAccessError] = []
+        project = project_of(two.parent)
+        branch = _Branched(AttachedTimeline(two.child, cast("Environment", None)), project.redo)
+        project._branches_elsewhere = lambda: [branch]
+        with two.child.readers.reading(told.append):
+            two.process.lease.revoked(KeyState.REVOKED, "the KMS said DisabledException")
+            project.cut(KeyLoss(project.project_id, KeyState.REVOKED, "the KMS said DisabledException", "rev-1"))
+            assert [type(error) for error in told] == [RevokedError]
+            assert not two.child.is_live
+        assert await lose(two.process.lease, project)
 
 
 # --- acknowledged means dropped ---
