@@ -30,8 +30,10 @@ _HEAD: Final = """\
 ## When it is the key
 
 One SQLSTATE, one HTTP status and one code each. The message ends with the reason: what the KMS answered, or what the
-operator said. DETAIL says `The key is that of workspace ws-….`, HINT what to do; over HTTP these are `message`,
-`workspace_id` and `hint` of the body. SQLSTATEs of class `KL` are ours. Severity is FATAL: the session ends behind it.
+operator said. DETAIL says `The key is that of workspace ws-….`, and, to a session that was not idle, `Whether a COMMIT
+that was under way took effect is not known.`; HINT says what to do. Over HTTP these are `message`, `workspace_id` and
+`hint` of the body. SQLSTATEs of class `KL` are ours. Severity is FATAL: the session ends behind it. A client that has
+not read what it was sent so far is cut off without a word: nothing that waits to be sent leaves when the key is gone.
 
 """
 

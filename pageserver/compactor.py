@@ -333,12 +333,12 @@ class _Writer:
         if builder.size_bytes:
             keys = covering_range(*builder.key_span)
             # In a thread: for a large layer it would hold the loop for tens of milliseconds.
-            plaintext, index = await self._services.pool.run(builder.finish, lsn_start, lsn_end)
+            plaintext, index = await self._services.pool.run_to_end(builder.finish, lsn_start, lsn_end)
             self.live.check()
             await self._write(Built(plaintext, index, keys))
 
     async def write_image(self, builder: ImageBuilder, key_range: KeyRange, lsn: int) -> None:
-        plaintext, index = await self._services.pool.run(builder.finish, lsn)
+        plaintext, index = await self._services.pool.run_to_end(builder.finish, lsn)
         self.live.check()
         await self._write(Built(plaintext, index, key_range))
 

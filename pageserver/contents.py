@@ -77,7 +77,7 @@ class Inspector:
                 return {"void": True}
             kind = INDEX_KIND if layer_kind is None else layer_kind.object_kind
             key, context = await live.remote.stored_key(object_key, kind)
-            found = await self._services.pool.run(_describe, layer_kind, key, context, sealed)
+            found = await self._services.pool.run_to_end(_describe, layer_kind, key, context, sealed)
             live.check()  # Invariant: after decrypting, before anything leaves
             return found
 

@@ -255,7 +255,7 @@ async def seal_layer(
     key, envelope = await remote.new_layer_key(object_key, footer.kind)
     context = remote.object_context(object_key, footer.kind)
     started = perf_counter()
-    sealed = await pool.run(seal_object, key, context, built.plaintext, chunk_size_bytes)
+    sealed = await pool.run_to_end(seal_object, key, context, built.plaintext, chunk_size_bytes)
     stats.seal_s = perf_counter() - started
     stats.plaintext_size_bytes = len(built.plaintext)
     built.plaintext.clear()

@@ -141,7 +141,7 @@ class TimelineKeys:
             plaintext = await self._open(live, key, old)
             live.check()
             pool = self._services.pool
-            sealed = await pool.run(seal_object, new_key, context, plaintext, self._config.chunk_size_bytes)
+            sealed = await pool.run_to_end(seal_object, new_key, context, plaintext, self._config.chunk_size_bytes)
             del plaintext
             live.check()
         new = replace(old, name=name, size_bytes=len(sealed))
@@ -168,11 +168,11 @@ class TimelineKeys:
         object_key = live.remote.layer_object_key(layer.name)
         context = live.remote.object_context(object_key, layer.kind)
         try:
-            return await pool.run(open_object, key, context, await files.read(object_key, 0, layer.size_bytes))
+            return await pool.run_to_end(open_object, key, context, await files.read(object_key, 0, layer.size_bytes))
         except IntegrityError:
             await files.drop(object_key)
             sealed = await files.read(object_key, 0, layer.size_bytes, remote=True)
-            return await pool.run(open_object, key, context, sealed)
+            return await pool.run_to_end(open_object, key, context, sealed)
 
     @staticmethod
     def _take_over(live: Live, old: LayerDescriptor, new: LayerDescriptor, opener: ObjectOpener) -> None:

@@ -31,8 +31,11 @@ from shared.lease import KeySource
 from shared.retry import RetryPolicy
 from shared.storage.base import ObjectStore
 from shared.storage.threads import BlockingPool
+from shared.telemetry import get_logger
 
+_log = get_logger(__name__)
 _MAX_RETIRED: Final = 4
+_LOST: Final = "the keys were lost meanwhile"
 _NO_SNAPSHOT: Final = 1 << 62
 """A generation of snapshots that never grows old."""
 
@@ -75,7 +78,7 @@ class TimelineConfig:
     retry_delay_s: float = 1.0
     """Pause after a flush that failed and may be tried again."""
     drain_timeout_s: float = 1.0
-    """How long dropping plaintext waits for reads under way to notice."""
+    """How long dropping plaintext waits for reads under way to notice, before they are thrown out."""
     store_retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
@@ -102,6 +105,16 @@ class Frozen:
     prev_record_lsn: int
     stored: SealedLayer | None = None
     """Its sealed layer, once that is durable: when only the index failed, only the index is tried again."""
+
+
+@dataclass(eq=False, slots=True)
+class _Use:
+    """Somebody who is inside of `in_use` or `working`."""
+
+    task: asyncio.Task[object] | None
+    cancelling: int
+    """How often the task had been asked to end when it came in."""
+    thrown_out: bool = False
 
 
 @dataclass(slots=True)
@@ -135,6 +148,8 @@ class Live:
     _generation: int = 0
     _leaving: list[tuple[int, asyncio.Event]] = field(default_factory=list)
     _users: dict[int, int] = field(default_factory=dict)
+    _inside: dict[int, _Use] = field(default_factory=dict)
+    """In the order in which they came."""
     _retired: list[tuple[int, InMemoryLayer]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -249,11 +264,20 @@ class Live:
 
     @contextmanager
     def _counted(self, generation: int) -> Iterator[None]:
+        self.check()  # nobody comes in any more when it is waited for the last to leave
+        task = asyncio.current_task()
+        use = _Use(task, 0 if task is None else task.cancelling())
+        self._inside[id(use)] = use
         self._users[generation] = self._users.get(generation, 0) + 1
         self.idle.clear()
         try:
             yield
+        except asyncio.CancelledError:
+            if use.thrown_out and task is not None and task.uncancel() <= use.cancelling:
+                raise LeaseExpiredError(_LOST) from None  # it was we who cancelled it, and nobody else
+            raise
         finally:
+            del self._inside[id(use)]
             self._users[generation] -= 1
             if not self._users[generation]:
                 del self._users[generation]
@@ -267,7 +291,35 @@ class Live:
     def check(self) -> None:
         """Raises LeaseExpiredError when the plaintext was dropped meanwhile."""
         if self.closed:
-            raise LeaseExpiredError("the keys were lost meanwhile")
+            raise LeaseExpiredError(_LOST)
+
+    async def drained(self, patience_s: float) -> None:
+        """Return when nobody is inside of `in_use` or `working` any more, after `close`.
+
+        Whoever is still there after `patience_s`, in a call that does not come back, is thrown out: the call is
+        cancelled, and raises LeaseExpiredError. There is no other bound: who says that nothing is held has to wait
+        until it is true.
+        """
+        try:
+            async with asyncio.timeout(patience_s):
+                await self.idle.wait()
+        except TimeoutError:
+            _log.warning(
+                "reads were under way long after their keys were lost: cancelled",
+                timeline_id=str(self.index.timeline_id),
+                reads=self._throw_out(),
+            )
+            await self.idle.wait()
+
+    def _throw_out(self) -> int:
+        """Returns how many tasks were cancelled."""
+        # Of a task that is in here more than once the innermost use: it is the one that the cancellation meets first.
+        innermost = {use.task: use for use in self._inside.values() if use.task is not None}
+        hanging = {task: use for task, use in innermost.items() if not use.thrown_out}
+        for task, use in hanging.items():
+            use.thrown_out = True
+            task.cancel()
+        return len(hanging)
 
     def close(self) -> None:
         """Forget all plaintext, also that of branches. Idempotent. No await in here."""

@@ -154,7 +154,7 @@ class OpenLayers:
         if (footer.kind, footer.lsn_start, footer.lsn_end) != (layer.kind, layer.lsn_start, layer.lsn_end):
             raise CorruptedError("a layer's footer contradicts the timeline's index")
         data = await self._plain(layer, opener, *footer.index_range(size))
-        index = await self._pool.run(PARSE_INDEX[layer.kind], footer, data)
+        index = await self._pool.run_to_end(PARSE_INDEX[layer.kind], footer, data)
         opened = OpenLayer(layer, opener, index)
         self._check_open()
         self._open.put(layer.name, opened, index.memory_size_bytes)

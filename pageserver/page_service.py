@@ -1,6 +1,9 @@
 """GetPage@LSN and basebackup over TCP (shared/wire/pagestream.py), pipelined.
 
 Requests of one connection run side by side, up to MAX_REQUESTS_IN_FLIGHT; then the connection is not read any further.
+Answers leave one after the other, each under a lease that is live at that moment: of a client that reads slowly, one
+answer and the buffers of the transport (`shared.framed_tcp`) wait to be sent, and when the lease is lost that is
+dropped with the connection (readers.py).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from pageserver.basebackup import basebackup, relation_sizes
 from pageserver.timeline import Timeline
 from shared.auth import Principal, Scope
-from shared.errors import KeylakeError, NotFoundError, UnavailableError
+from shared.errors import KeyAccessError, KeylakeError, NotFoundError, UnavailableError
 from shared.framed_tcp import FramedConnection
 from shared.ids import ProjectId, TimelineId
 from shared.lsn import Lsn
@@ -85,16 +88,21 @@ class PageService:
         principal.require(PAGES_SCOPE, opened.project_id)
         timeline = await self._find(opened.project_id, opened.timeline_id, self._wait_lsn_timeout_s)
         slots = asyncio.Semaphore(MAX_REQUESTS_IN_FLIGHT)
-        try:
-            async with asyncio.TaskGroup() as group:
-                while frames := await connection.receive():
-                    for kind, payload in frames:
-                        await slots.acquire()
-                        task = group.create_task(self._answer(connection, timeline, kind, payload))
-                        task.add_done_callback(lambda _: slots.release())
-        except ExceptionGroup as errors:
-            # The reading loop's own: requests answer with theirs.
-            raise errors.exceptions[0] from None
+
+        def abort(error: KeyAccessError) -> None:
+            connection.abort(ErrorFrame.of(0, error).pack())
+
+        with timeline.readers.reading(abort):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    while frames := await connection.receive():
+                        for kind, payload in frames:
+                            await slots.acquire()
+                            task = group.create_task(self._answer(connection, timeline, kind, payload))
+                            task.add_done_callback(lambda _: slots.release())
+            except ExceptionGroup as errors:
+                # The reading loop's own: requests answer with theirs.
+                raise errors.exceptions[0] from None
 
     async def _answer(self, connection: FramedConnection, timeline: Timeline, kind: int, payload: bytes) -> None:
         request_id = int.from_bytes(payload[:4], "big")
@@ -127,7 +135,7 @@ class PageService:
         if blocks is None or request.block >= blocks:
             raise NotFoundError(f"block {request.block} does not exist at {Lsn(request.lsn)}")
         page = await timeline.get_page(request.rel, request.block, request.lsn)
-        await connection.send(pack_page(request.request_id, page))
+        await connection.send(pack_page(request.request_id, page), timeline.check_lease)
         self._latency.observe(perf_counter() - started)
 
     async def _get_pages(self, connection: FramedConnection, timeline: Timeline, request: BlocksRequest) -> None:
@@ -137,22 +145,22 @@ class PageService:
         if blocks is None or request.block + request.count > blocks:
             raise NotFoundError(f"not all of the blocks exist at {Lsn(request.lsn)}")
         pages = await timeline.get_pages(request.rel, range(request.block, request.block + request.count), request.lsn)
-        await connection.send(pack_pages(request.request_id, pages))
+        await connection.send(pack_pages(request.request_id, pages), timeline.check_lease)
         self._latency.observe(perf_counter() - started)
 
     async def _relations(self, connection: FramedConnection, timeline: Timeline, request: BasebackupRequest) -> None:
         await timeline.wait_lsn(request.lsn, self._wait_lsn_timeout_s)
         sizes = await relation_sizes(timeline, request.lsn)
         for start in range(0, len(sizes), MAX_RELATIONS_PER_FRAME):
-            timeline.check_lease()  # it may have ended while the client was slow
             some = sizes[start : start + MAX_RELATIONS_PER_FRAME]
-            await connection.send(pack_relation_sizes(request.request_id, some))
+            await connection.send(pack_relation_sizes(request.request_id, some), timeline.check_lease)
         await connection.send(pack_relation_sizes(request.request_id, []))
 
     async def _rel_size(self, connection: FramedConnection, timeline: Timeline, request: BlockRequest) -> None:
         await timeline.wait_lsn(request.lsn, self._wait_lsn_timeout_s)
         blocks = await timeline.rel_size(request.rel, request.lsn)
-        await connection.send(pack_size(request.request_id, NO_SUCH_FORK if blocks is None else blocks))
+        size = pack_size(request.request_id, NO_SUCH_FORK if blocks is None else blocks)
+        await connection.send(size, timeline.check_lease)
 
     async def _basebackup(
         self,
@@ -172,8 +180,7 @@ class PageService:
                     chunk = memoryview(piece)[start : start + _CHUNK_SIZE_BYTES]
                     # Invariant: the pages in it were read under a live lease; it may have ended while the client was
                     # slow.
-                    timeline.check_lease()
-                    await connection.send(pack_chunk(request.request_id, chunk))
+                    await connection.send(pack_chunk(request.request_id, chunk), timeline.check_lease)
                 size += len(piece)
         await connection.send(pack_basebackup_end(request.request_id, size))
         _log.info(

@@ -128,7 +128,7 @@ class Scrubber:
             sealed = await self._services.store.get(object_key)
             key = await live.remote.layer_key(layer)
             context = live.remote.object_context(object_key, layer.kind)
-            await self._services.pool.run(_verify, key, context, layer, sealed)
+            await self._services.pool.run_to_end(_verify, key, context, layer, sealed)
         except ObjectNotFoundError:
             return Finding(kind=FindingKind.MISSING, object=name)
         except IntegrityError as error:

@@ -52,7 +52,7 @@ from shared.errors import (
 )
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import KeyUpkeep, UpkeepTuning
-from shared.lease import KeyLoss, KeySource, Lease
+from shared.lease import KeyLoss, KeySource, Lease, key_access_error
 from shared.lsn import Lsn
 from shared.postgres import initdb
 from shared.sandbox import SHARED_MEMORY_DIR
@@ -237,19 +237,32 @@ class _Project:
     def timeline_keys(self) -> dict[TimelineId, TimelineKeys]:
         return {timeline_id: attached.timeline.keys for timeline_id, attached in self.timelines.items()}
 
+    def cut(self, loss: KeyLoss) -> None:
+        """CutHandler of the project: no page of it leaves, and no plaintext is in a cache, when this returns."""
+        workspace_id = None if self.lease is None else self.lease.workspace_id
+        error = key_access_error(loss.state, loss.reason, workspace_id)
+        for attached in self._lost_with_it(self._branches_elsewhere()):
+            attached.timeline.cut(error)
+
+    def _lost_with_it(self, elsewhere: Sequence[_Branched]) -> list[AttachedTimeline]:
+        """Pages of a branch are made of its ancestor's: they go, too."""
+        return [*self.timelines.values(), *(each.attached for each in elsewhere)]
+
     async def on_loss(self, loss: KeyLoss) -> dict[str, float]:
         """KeyLossHandler of the project."""
         started = perf_counter()
-        steps_s: dict[str, float] = {}
-        # Pages of a branch are made of its ancestor's: they go, too, and the workers that made them.
+        self.cut(loss)
+        steps_s = {"connections and plaintext dropped": perf_counter() - started}
         elsewhere = self._branches_elsewhere()
-        for attached in (*self.timelines.values(), *(each.attached for each in elsewhere)):
-            steps_s |= await attached.lose()
-        lost = perf_counter()
-        for redo in (self.redo, *{each.redo for each in elsewhere}):
-            await redo.kill()
+        redos = {self.redo, *(each.redo for each in elsewhere)}  # the workers, too, that made them
+        losing = asyncio.gather(*(attached.lose() for attached in self._lost_with_it(elsewhere)))
+        await asyncio.gather(*(redo.kill() for redo in redos))  # meanwhile: reads under way may wait for them
+        steps_s["redo worker killed"] = perf_counter() - started
+        for done in await losing:
+            for step, seconds in done.items():
+                steps_s[step] = max(seconds, steps_s.get(step, 0.0))
+        for redo in redos:
             redo.allow()  # a new worker starts only for a read, and a read needs the lease
-        steps_s["redo worker killed"] = perf_counter() - lost
         # Cancelled tasks and their tracebacks refer to each other, and to the batch of WAL that they had at hand.
         gc.collect()
         steps_s["all plaintext gone"] = perf_counter() - started
@@ -371,7 +384,7 @@ class Tenants:
     async def _lease(self, project: _Project) -> Lease:
         self._check_there(project.project_id)
         if project.lease is None:
-            project.lease = await self._environment.keys.acquire(project.project_id, project.on_loss)
+            project.lease = await self._environment.keys.acquire(project.project_id, project.on_loss, project.cut)
         project.lease.check()
         return project.lease
 

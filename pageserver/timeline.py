@@ -45,6 +45,7 @@ from pageserver.layer.in_memory import KeyedValue
 from pageserver.layer.name import LayerKind
 from pageserver.live import Live, TimelineConfig, TimelineServices
 from pageserver.lsn_waiters import LsnWaiters
+from pageserver.readers import Readers
 from pageserver.remote_timeline import FencedError, RemoteTimeline, TimelineExistsError
 from pageserver.retention import HistoryPoint, Retention
 from pageserver.scrub import Scrubber
@@ -131,7 +132,9 @@ class Timeline:
         self._services = services
         self._find = find
         self._live: Live | None = None
+        self._leaving: list[Live] = []  # closed, and somebody may be inside still
         self._index: IndexPart | None = None  # the last durable one: known without keys, too
+        self.readers = Readers()
         self._waiters = LsnWaiters()
         self._flusher = Flusher(services, config, lambda: self._live, self._published)
         self.compactor = Compactor(services, config, self._flusher, lambda: self._live)
@@ -638,24 +641,37 @@ class Timeline:
 
     # --- losing keys ---
 
-    async def drop_plaintext(self) -> dict[str, float]:
-        """The keys are lost: forget all plaintext, now. Returns the steps and what they took, in seconds.
+    def cut(self, error: KeyAccessError) -> None:
+        """The keys are lost: in one step, end all connections by which its pages leave, which say `error` if they can,
+        and forget all plaintext. No await in here; `drop_plaintext` has to follow."""
+        self.readers.cut(error)
+        self._forget()
 
-        Reads and waits under way fail; what was ingested but not durable is forgotten. Idempotent. `reopen` undoes it.
-        """
+    def _forget(self) -> None:
         live, self._live = self._live, None
         if live is None:
-            return {}
-        started = perf_counter()
+            return
+        self._leaving.append(live)
         live.close()
         self._flusher.reset()
         self._waiters.fail(self._loss())
+
+    async def drop_plaintext(self) -> dict[str, float]:
+        """The keys are lost: forget all plaintext, now. Returns the steps and what they took, in seconds.
+
+        Reads and waits under way fail; what was ingested but not durable is forgotten. When this returns, nobody holds
+        any of it: what does not end by itself within `drain_timeout_s` is cancelled, and its end waited for, however
+        long it takes. Idempotent. `reopen` undoes it.
+        """
+        started = perf_counter()
+        self._forget()
         dropped = perf_counter()
-        try:
-            async with asyncio.timeout(self.config.drain_timeout_s):
-                await live.idle.wait()
-        except TimeoutError:
-            _log.warning("reads are still under way after their keys were lost", timeline_id=str(self.timeline_id))
+        leaving = list(self._leaving)
+        if not leaving and not self.readers.leaving:
+            return {}
+        patience_s = self.config.drain_timeout_s
+        await asyncio.gather(*(live.drained(patience_s) for live in leaving), self.readers.gone(patience_s))
+        self._leaving = [live for live in self._leaving if not live.idle.is_set()]
         return {"plaintext dropped": dropped - started, "reads drained": perf_counter() - dropped}
 
     async def close(self) -> None:

@@ -257,7 +257,7 @@ class SafekeeperNode:
     def _keys_of(self, project_id: ProjectId) -> ProjectKeys:
         keys = self._projects.get(project_id)
         if keys is None:
-            keys = self._projects[project_id] = ProjectKeys(self._key_source, project_id, self._on_key_loss)
+            keys = self._projects[project_id] = ProjectKeys(self._key_source, project_id, self._on_key_loss, self._cut)
         return keys
 
     def projects(self) -> list[ProjectUpkeep]:
@@ -295,6 +295,12 @@ class SafekeeperNode:
         )
 
     # --- keys ---
+
+    def _cut(self, loss: KeyLoss) -> None:
+        """CutHandler of every project."""
+        for key, timeline in self._timelines.items():
+            if key.project_id == loss.project_id:
+                timeline.cut(loss)
 
     async def _on_key_loss(self, loss: KeyLoss) -> dict[str, float]:
         """KeyLossHandler of every project: all its timelines at once; the slowest counts."""

@@ -11,16 +11,19 @@ from shared.crypto.aead import AeadKey
 from shared.crypto.envelope import Envelope
 from shared.errors import LeaseExpiredError
 from shared.ids import ProjectId, TimelineId
-from shared.lease import KeyLossHandler, KeySource, Lease
+from shared.lease import CutHandler, KeyLossHandler, KeySource, Lease, nothing_to_cut
 
 
 class ProjectKeys:
     """The lease on one project's keys, asked for when it is first needed."""
 
-    def __init__(self, source: KeySource, project_id: ProjectId, on_loss: KeyLossHandler) -> None:
+    def __init__(
+        self, source: KeySource, project_id: ProjectId, on_loss: KeyLossHandler, cut: CutHandler = nothing_to_cut
+    ) -> None:
         self.source = source
         self.project_id = project_id
         self._on_loss = on_loss
+        self._cut = cut
         self._lease: Lease | None = None
         self._acquiring = asyncio.Lock()
 
@@ -29,7 +32,7 @@ class ProjectKeys:
         if self._lease is None:
             async with self._acquiring:
                 if self._lease is None:
-                    self._lease = await self.source.acquire(self.project_id, self._on_loss)
+                    self._lease = await self.source.acquire(self.project_id, self._on_loss, self._cut)
         self._lease.check()
         return self._lease
 

@@ -15,6 +15,7 @@ from safekeeper.piece_keys import PieceKeys
 from safekeeper.wal_segment import PieceCipher, PieceId
 from shared.crypto.secret import KeyWipedError
 from shared.errors import UnavailableError
+from shared.storage.threads import until_ended
 
 _CAPACITY: Final = 8
 
@@ -61,7 +62,7 @@ class PiecePool:
                     self._executor, piece_file.open_closed, self._directory, cipher, end_lsn
                 )
             self.add(piece)
-            return await loop.run_in_executor(self._executor, piece.read, lsn, end_lsn, max_size_bytes)
+            return await until_ended(self._executor.submit(piece.read, lsn, end_lsn, max_size_bytes))
         except KeyWipedError:
             self.forget(extent.piece)
             raise

@@ -17,8 +17,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, assert_never
@@ -74,7 +74,8 @@ SEQUENCES_BITS: Final = 20
 """So many piece numbers, as a power of two, has each disk of a node."""
 
 _SUBSCRIPTION_END_S: Final = 1.0
-"""Bound of the wait for subscriptions that were aborted, which takes them a few turns of the event loop."""
+"""Subscriptions that were aborted end within a few turns of the event loop, unless the disk hangs. After this long that
+is logged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -532,16 +533,21 @@ class Timeline:
 
     # --- loss of keys ---
 
+    def cut(self, loss: KeyLoss) -> None:
+        """No WAL leaves when this returns. Idempotent. No await in here."""
+        error = key_access_error(loss.state, loss.reason)
+        for subscription in self._subscriptions:
+            subscription.abort(error)
+
     async def drop_plaintext(self, loss: KeyLoss) -> dict[str, float]:
-        """What a KeyLossHandler does for one timeline. Idempotent. Returns step → seconds since the call."""
+        """What a KeyLossHandler does for one timeline. Idempotent. Returns step → seconds since the call, when nothing
+        is held any more, however long that takes."""
         started_s = time.monotonic()
         steps_s = {}
+        subscriptions = list(self._subscriptions)
+        self.cut(loss)
         writer = self._writer
         stopping = None if writer is None else asyncio.create_task(writer.stop())
-        error = key_access_error(loss.state, loss.reason)
-        subscriptions = list(self._subscriptions)
-        for subscription in subscriptions:
-            subscription.abort(error)
         steps_s["subscriptions_ended"] = time.monotonic() - started_s
         self._store.drop_keys()
         steps_s["plaintext_dropped"] = time.monotonic() - started_s
@@ -552,11 +558,22 @@ class Timeline:
         self._store.drop_keys()  # again: an append that was under way has ended now
         await self.key_upkeep.plaintext_gone()
         steps_s["stream_stopped"] = time.monotonic() - started_s
-        with suppress(TimeoutError):  # they send nothing any more; but what they were about to send is still in memory
-            async with asyncio.timeout(_SUBSCRIPTION_END_S):
-                await asyncio.gather(*(subscription.finished.wait() for subscription in subscriptions))
+        await self._finished(subscriptions)
         steps_s["subscriptions_gone"] = time.monotonic() - started_s
         return steps_s
+
+    async def _finished(self, aborted: Sequence[Subscription]) -> None:
+        """They send nothing any more; but what they were about to send is in memory until they have finished. They have
+        cancelled it themselves; what a thread still reads from a disk ends when it ends."""
+        finished = asyncio.gather(*(subscription.finished.wait() for subscription in aborted))
+        done, _ = await asyncio.wait([finished], timeout=_SUBSCRIPTION_END_S)
+        if not done:
+            _log.warning(
+                "subscriptions do not end with their keys: nothing is acknowledged before they have",
+                timeline_id=str(self.timeline_id),
+                subscriptions=sum(not subscription.finished.is_set() for subscription in aborted),
+            )
+        await finished
 
 
 def _term_starts(history: TermHistory) -> list[TermStart]:

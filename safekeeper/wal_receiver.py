@@ -182,7 +182,8 @@ class WalReceiver:
     def _acknowledge(self, connection: ReplicationConnection, *, reply_requested: bool = False) -> None:
         with self._gate:
             self._check_not_stopped()
-            # Invariant: no acknowledgement without a lease that is live now.
+            # Invariant: no acknowledgement without a lease that is live now. (Whoever is stopped between this line and
+            # the next makes one: docs/honesty.md.)
             self._keys.check()
             connection.send_status(self._acknowledgeable(), reply_requested=reply_requested)
 

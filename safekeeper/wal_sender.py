@@ -92,10 +92,10 @@ class Subscription:
                     # Without its traceback: the frames in there hold the WAL that was being sent.
                     raise error.with_traceback(None)
         finally:
-            self._log.unsubscribe(self)
             for task in (sending, listening):
                 task.cancel()
             await asyncio.gather(sending, listening, return_exceptions=True)
+            self._log.unsubscribe(self)  # not before: whoever drops plaintext has to wait for us
             self.finished.set()
 
     async def _listen(self) -> None:

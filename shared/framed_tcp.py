@@ -11,21 +11,33 @@ from typing import Final
 from shared.auth import MAX_TOKEN_SIZE_BYTES, Principal, Scope, Service, TokenVerifier
 from shared.config import Address
 from shared.errors import KeylakeError, UnauthenticatedError, UnavailableError
+from shared.sockets import stop_sending
 from shared.telemetry import get_logger
 from shared.tls import service_host_name
 from shared.wire.frames import ERROR, HELLO, HELLO_OK, ErrorFrame, FrameDecoder, ProtocolError, pack_frame
 
 HELLO_TIMEOUT_S: Final = 10.0
 _READ_SIZE_BYTES: Final = 256 * 1024
+WRITE_BUFFER_HIGH_BYTES: Final = 64 * 1024
+"""More than that of what was sent waits in the TLS layer only as the end of one `send`. (Transports below it have as
+much again.)"""
 _log = get_logger(__name__)
 
 
+def _no_objection() -> None:
+    """What is sent may always be sent."""
+
+
 class FramedConnection:
-    """Frames over one TLS stream. One reader and one writer at a time; `send` applies back-pressure by `drain`."""
+    """Frames over one TLS stream. One reader at a time; any number may `send`, one after the other, each when what
+    came before has left but for WRITE_BUFFER_HIGH_BYTES."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_frame_size_bytes: int) -> None:
         self._reader = reader
         self._writer = writer
+        self._turn = asyncio.Lock()
+        if not writer.is_closing():
+            writer.transport.set_write_buffer_limits(high=WRITE_BUFFER_HIGH_BYTES)
         self._decoder = FrameDecoder(max_frame_size_bytes)
         self._ready: list[tuple[int, bytes]] = []
 
@@ -53,15 +65,21 @@ class FramedConnection:
         self._ready = frames[1:] + self._ready
         return frames[0]
 
-    async def send(self, data: bytes) -> None:
-        """Write packed frames and wait while the peer reads too slowly. Raises UnavailableError."""
-        if self._writer.is_closing():
-            raise UnavailableError("connection lost")
-        try:
-            self._writer.write(data)
-            await self._writer.drain()
-        except (OSError, ssl.SSLError) as error:
-            raise UnavailableError(f"connection lost: {type(error).__name__}") from None
+    async def send(self, data: bytes, check: Callable[[], None] = _no_objection) -> None:
+        """Write packed frames and wait while the peer reads too slowly. Raises UnavailableError.
+
+        `check` is called when it is this call's turn, with nothing between it and the write: what it raises is raised,
+        and nothing is written then.
+        """
+        async with self._turn:
+            if self._writer.is_closing():
+                raise UnavailableError("connection lost")
+            check()
+            try:
+                self._writer.write(data)
+                await self._writer.drain()
+            except (OSError, ssl.SSLError) as error:
+                raise UnavailableError(f"connection lost: {type(error).__name__}") from None
 
     def write(self, data: bytes) -> None:
         """Write without waiting; the caller bounds how much. Into nothing once the connection is closing: whoever
@@ -70,13 +88,21 @@ class FramedConnection:
             self._writer.write(data)
 
     async def close(self) -> None:
-        self._writer.close()
+        if not self._writer.is_closing():
+            self._writer.close()
         with contextlib.suppress(OSError, ssl.SSLError):
             await self._writer.wait_closed()
 
-    def abort(self) -> None:
-        """Drop the connection now, unsent bytes included."""
-        self._writer.transport.abort()
+    def abort(self, farewell: bytes = b"") -> None:
+        """Drop the connection now: nothing that waits to be sent leaves after the return of this. `farewell` does if
+        nothing waits; a peer that reads too slowly to be told anything is told nothing. Idempotent."""
+        transport = self._writer.transport
+        if farewell and not transport.is_closing():
+            # With nothing before it, what is written goes to the kernel within the call; so does TLS's close_notify.
+            self._writer.write(farewell)
+            self._writer.close()
+        stop_sending(transport)
+        transport.abort()
 
 
 ConnectionHandler = Callable[[FramedConnection, Principal], Awaitable[None]]

@@ -5,12 +5,13 @@ all held leases are renewed in one message every ttl/3. Another task, the watchd
 ran out loses its keys whatever the network does. So keys go away in three ways, and all three end in `_lose`:
 
     Revoke pushed ────────────┐
-    renewal answered "no" ────┼──► lease ended, DEKs wiped (at once, in the same step of the event loop)
+    renewal answered "no" ────┼──► lease ended, DEKs wiped, the service's `cut` (in the same step of the event loop)
     lease ran out (watchdog) ─┘         └──► the service's `on_loss` awaited ──► Acknowledge, if it was a revocation
 
 Invariant: between the arrival of a Revoke and the wiped DEKs there is no `await`. A key that was asked for before a
 loss and arrives after it is thrown away (`HeldProject.epoch`), and a lease is not granted anew before its `on_loss` has
-finished.
+finished, successfully: one that fails is called again until it does not, and until then nothing is acknowledged. A
+project that was released and is acquired again waits for that, too.
 
 What may interleave: everything here runs on one event loop. Between awaits, `_held` may lose or gain projects and the
 session may be another one; each place that awaits looks again.
@@ -68,7 +69,7 @@ from shared.keysession import (
     TokenSource,
     dial_over_tls,
 )
-from shared.lease import RENEWALS_PER_TTL, KeyLoss, KeyLossHandler, Lease, key_access_error
+from shared.lease import RENEWALS_PER_TTL, CutHandler, KeyLoss, KeyLossHandler, Lease, key_access_error, nothing_to_cut
 from shared.retry import RetryPolicy
 from shared.telemetry import get_logger
 from shared.tls import client_context
@@ -80,6 +81,8 @@ _RECONNECT: Final = RetryPolicy(attempts=1, first_delay_s=0.05, max_delay_s=1.0)
 _GOOD_SESSION_S: Final = 5.0
 """A session that lasted this long was a good one: the next failure is the first again."""
 _DELETE_AGAIN_S: Final = 1.0
+_DROP_AGAIN_S: Final = 1.0
+"""Between two calls of an `on_loss` that fails."""
 _PEOPLE_TIMEOUT_S: Final = 1.0
 """A person waits so long while the keymanager cannot be asked about them."""
 _WATCHDOG_PERIOD_S: Final = 0.5
@@ -125,6 +128,7 @@ class KeyClient:
         self._request_timeout_s = request_timeout_s
         self._rng = rng or random.SystemRandom()
         self._held: dict[ProjectId, HeldProject] = {}
+        self._released: dict[ProjectId, HeldProject] = {}  # with plaintext that is still to be dropped
         self._session: KeySession | None = None
         self._changed = asyncio.Event()  # set and replaced whenever the session or its failure changes
         self._leases_changed = asyncio.Event()
@@ -152,7 +156,8 @@ class KeyClient:
         main, self._main = self._main, None
         if main is None:
             return
-        session, projects = self._session, list(self._held)
+        # Not those of which something may be left: a revocation that comes now has to count us in until they run out.
+        session, projects = self._session, [each for each, held in self._held.items() if not held.handling]
         self._end("the key client was closed")
         if session is not None and projects:
             try:
@@ -186,19 +191,22 @@ class KeyClient:
 
     # --- KeySource ---
 
-    async def acquire(self, project_id: ProjectId, on_loss: KeyLossHandler) -> Lease:
-        """See `KeySource.acquire`. The first caller's `on_loss` stays until `release`. Raises also ConflictError when
+    async def acquire(self, project_id: ProjectId, on_loss: KeyLossHandler, cut: CutHandler = nothing_to_cut) -> Lease:
+        """See `KeySource.acquire`. The first caller's handlers stay until `release`. Raises also ConflictError when
         this instance was replaced, UnauthenticatedError and PermissionDeniedError when our token is refused."""
         deadline_s = self._deadline_s()
         while True:
             self._check_open()
-            held = self._held.get(project_id)
-            if held is None:
-                break
-            if held.granted:
+            held, released = self._held.get(project_id), self._released.get(project_id)
+            if held is not None and held.granted:
                 return held.lease
-            await held.settled.wait()  # somebody else is asking; if they fail, it is our turn
-        held = HeldProject(project_id, on_loss, self._clock, self._cache_capacity, self._cache_ttl_s)
+            if held is not None:
+                await held.settled.wait()  # somebody else is asking; if they fail, it is our turn
+            elif released is not None:
+                await self._dropped(released, deadline_s)
+            else:
+                break
+        held = HeldProject(project_id, on_loss, self._clock, self._cache_capacity, self._cache_ttl_s, cut)
         self._held[project_id] = held
         try:
             while not held.granted:
@@ -226,9 +234,20 @@ class KeyClient:
         if held is None:
             return
         held.close("released")
+        if held.handling:  # something may be left: it is not given back, and runs out by itself
+            self._released[project_id] = held
+            return
         if self._session is not None:
             with contextlib.suppress(UnavailableError):  # it runs out by itself
                 await self._session.release([project_id])
+
+    async def _dropped(self, released: HeldProject, deadline_s: float) -> None:
+        """Return when what a released lease protected is gone. Raises UnavailableError."""
+        try:
+            async with asyncio.timeout(self._remaining_s(deadline_s)):
+                await released.handled.wait()
+        except TimeoutError:
+            raise UnavailableError("plaintext under the last lease is still being dropped") from None
 
     async def generate(self, project_id: ProjectId, objects: Sequence[ObjectName]) -> list[tuple[AeadKey, Envelope]]:
         held, deadline_s = self._live(project_id), self._deadline_s()
@@ -347,6 +366,8 @@ class KeyClient:
         loss = KeyLoss(revoke.project_id, revoke.state, revoke.reason, revoke.revocation_id)
         held = self._held.get(revoke.project_id)
         if held is None or not held.granted:
+            held = self._released.get(revoke.project_id)
+        if held is None:
             self._spawn_acknowledge(loss, {})  # nothing is held, so there is nothing to drop
         else:
             self._lose(held, loss)
@@ -388,7 +409,7 @@ class KeyClient:
     async def _delete(self, project_id: ProjectId, delete: DeleteProject) -> None:
         done = await delete(project_id)
         await self.release(project_id)
-        holds_keys = project_id in self._held
+        holds_keys = project_id in self._held or project_id in self._released
         _log.warning(
             "deleted a shredded project",
             project_id=str(project_id),
@@ -416,25 +437,37 @@ class KeyClient:
         first = held.lose(loss)
         if loss.revocation_id is None and not first:
             return  # known already: a renewal says the same every ttl/3
+        try:
+            held.cut(loss)
+        except Exception as error:  # `on_loss` is called until it has made up for it
+            _log.error("cutting a project's connections failed", project_id=str(loss.project_id), exc_info=error)
         if self._tasks is not None:
-            held.handling += 1
+            held.handle()
             self._tasks.create_task(self._handle_loss(held, loss))
 
     async def _handle_loss(self, held: HeldProject, loss: KeyLoss) -> None:
         steps_s = self._acknowledged.get(loss.revocation_id or "")  # pushed again after a reconnect?
-        try:
-            async with held.handler_lock:
-                if steps_s is None:
-                    steps_s = await held.on_loss(loss)
-        except Exception as error:
-            # Not acknowledged, so the keymanager will say "fenced", which is what is true.
-            _log.error("dropping a project's plaintext failed", project_id=str(loss.project_id), exc_info=error)
-            return
-        finally:
-            held.handling -= 1
+        async with held.handler_lock:
+            while steps_s is None:
+                steps_s = await self._drop(held, loss)
+        held.was_handled()
+        if not held.handling and self._released.get(loss.project_id) is held:
+            del self._released[loss.project_id]
         await self._acknowledge(loss, steps_s)
         if not held.closed:
             await self._renew([loss.project_id])  # it may have been restored meanwhile
+
+    @staticmethod
+    async def _drop(held: HeldProject, loss: KeyLoss) -> dict[str, float] | None:
+        """One call of `on_loss`. None, after a pause, when it failed: plaintext may be left then, so the loss is
+        neither acknowledged nor over. The keymanager will say "fenced" when the lease has run out, which is what is
+        true."""
+        try:
+            return await held.on_loss(loss)
+        except Exception as error:
+            _log.error("dropping a project's plaintext failed", project_id=str(loss.project_id), exc_info=error)
+        await asyncio.sleep(_DROP_AGAIN_S)
+        return None
 
     def _spawn_acknowledge(self, loss: KeyLoss, steps_s: dict[str, float]) -> None:
         if self._tasks is not None:

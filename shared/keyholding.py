@@ -13,7 +13,7 @@ from shared.crypto.transport import KeyTransport
 from shared.errors import IntegrityError, KeylakeError, LeaseExpiredError
 from shared.ids import ProjectId
 from shared.keycache import DEFAULT_TTL_S, DekCache
-from shared.lease import KeyLoss, KeyLossHandler, Lease
+from shared.lease import CutHandler, KeyLoss, KeyLossHandler, Lease, nothing_to_cut
 
 
 class Missing:
@@ -68,9 +68,11 @@ class HeldProject:
         clock: Clock,
         cache_capacity: int,
         cache_ttl_s: float = DEFAULT_TTL_S,
+        cut: CutHandler = nothing_to_cut,
     ) -> None:
         self.project_id = project_id
         self.on_loss = on_loss
+        self.cut = cut
         self.lease = Lease(project_id, clock)
         self.cache = DekCache(cache_capacity, cache_ttl_s, clock.monotonic_s)
         self.granted = False
@@ -83,7 +85,10 @@ class HeldProject:
         self.epoch = 0
         """Counts losses: a key that was asked for in an earlier epoch must not be taken in."""
         self.handling = 0
-        """Calls of `on_loss` that have not returned yet."""
+        """Losses for which `on_loss` has not succeeded yet."""
+        self.handled = asyncio.Event()
+        """Set while there are none."""
+        self.handled.set()
         self.handler_lock = asyncio.Lock()
         self.pumping = False
         self.missing: dict[tuple[str, str, str, Envelope], Missing] = {}
@@ -110,6 +115,16 @@ class HeldProject:
         self.cache.wipe()
         self.fail_missing(LeaseExpiredError("the lease ended while a key was unwrapped"))
         return first
+
+    def handle(self) -> None:
+        """`on_loss` is to be called: no grant is taken in before `was_handled`."""
+        self.handling += 1
+        self.handled.clear()
+
+    def was_handled(self) -> None:
+        self.handling -= 1
+        if not self.handling:
+            self.handled.set()
 
     def close(self, reason: str) -> None:
         """The lease was given back: wipe, and never grant again."""

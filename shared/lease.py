@@ -15,7 +15,7 @@ This file is a core: no I/O and no clock of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -145,9 +145,20 @@ class KeyLossHandler(Protocol):
     async def __call__(self, loss: KeyLoss) -> dict[str, float]:
         """Get rid of every plaintext of the project, and return what was done (step → seconds).
 
-        DEKs of the lease are wiped already. Must be idempotent; the acknowledgement is sent when it returns.
+        DEKs of the lease are wiped already. The acknowledgement is sent when it returns, so it must not return before
+        it is true, however long that takes. If it raises, it is called again, until it does not; before that no lease
+        is granted anew. Must be idempotent.
         """
         ...
+
+
+CutHandler = Callable[[KeyLoss], None]
+"""Ends the connections by which plaintext of the project leaves: nothing of it does when it returns. Called in the very
+step in which the lease ends, before the KeyLossHandler, which makes up for it if it raises. Idempotent."""
+
+
+def nothing_to_cut(loss: KeyLoss) -> None:
+    """A CutHandler for those who let no plaintext out."""
 
 
 class KeySource(Protocol):
@@ -156,7 +167,7 @@ class KeySource(Protocol):
     DEKs that it returns are cached under the lease and wiped with it: using one later raises KeyWipedError.
     """
 
-    async def acquire(self, project_id: ProjectId, on_loss: KeyLossHandler) -> Lease:
+    async def acquire(self, project_id: ProjectId, on_loss: KeyLossHandler, cut: CutHandler = nothing_to_cut) -> Lease:
         """Hold a lease from now on, renewed in the background, until `release`. Returns when first granted.
 
         Raises KeyAccessError when it is refused, UnavailableError when the keymanager cannot be reached in time.

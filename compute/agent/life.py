@@ -56,6 +56,7 @@ from compute.agent.protocol import (
     ancestor_node_id,
 )
 from compute.agent.roles import bootstrap_sql, ensure_database
+from compute.agent.steps import Steps
 from compute.agent.tunnel import Tunnel
 from compute.sealed_log import SealedLog
 from compute.volume.base import Source, Volume
@@ -111,7 +112,12 @@ class Agent:
         self._lease_news: asyncio.Task[None] | None = None
         self._replay_news: asyncio.Task[None] | None = None
         self._stages: list[StageTiming] = []
-        self._steps_s: dict[str, float] | None = None
+        self._steps = Steps(
+            kill_postgres=self._kill,
+            wipe_boot_key=self._boot_key.wipe,
+            remove_volume=volume.wipe,
+            remove_log_and_socket=self._remove_files,
+        )
 
     async def run(self) -> Ended:
         """Returns when nothing of the project is left."""
@@ -141,10 +147,12 @@ class Agent:
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 reason, asked_for, crashed = await self._why()
             finally:
-                self._clean_up()
-                for task in waiting:
-                    task.cancel()
-                await asyncio.gather(*waiting, return_exceptions=True)
+                try:
+                    self._clean_up()
+                finally:
+                    for task in waiting:
+                        task.cancel()
+                    await asyncio.gather(*waiting, return_exceptions=True)
                 kill_descendants()  # a process that was being started while we cleaned up
                 if self._postgres is not None:
                     await self._postgres.close()
@@ -384,30 +392,18 @@ class Agent:
         return "stopped" if stopping.result() else "stopped, after its graceful shutdown took too long"
 
     async def _on_loss(self, loss: KeyLoss) -> dict[str, float]:
-        steps_s = self._clean_up()
-        if not self._lost.done():
-            self._lost.set_result(loss)
-        return steps_s
+        try:
+            return self._clean_up()
+        finally:  # if it failed, this process ends unacknowledged, and its sandbox with it
+            if not self._lost.done():
+                self._lost.set_result(loss)
 
     def _clean_up(self) -> dict[str, float]:
-        """Nothing of the project is left when this returns: seconds per step. Does its work once. No await in here."""
-        if self._steps_s is not None:
-            return self._steps_s
+        """Nothing of the project is left when this returns: seconds per step. Raises as `Steps.run`. No await here."""
         for task in (self._work, self._lease_news, self._replay_news):
             if task is not None:
                 task.cancel()
-        steps_s: dict[str, float] = {}
-        self._steps_s = steps_s
-        for name, step in (
-            ("kill_postgres", self._kill),
-            ("wipe_boot_key", self._boot_key.wipe),
-            ("remove_volume", self._volume.wipe),
-            ("remove_log_and_socket", self._remove_files),
-        ):
-            began = time.monotonic()
-            step()
-            steps_s[name] = round(time.monotonic() - began, 6)
-        return steps_s
+        return self._steps.run()
 
     def _kill(self) -> None:
         if self._tunnel is not None:

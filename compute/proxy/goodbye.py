@@ -5,12 +5,16 @@ Severity is always FATAL: the connection closes behind it. SQLSTATEs of class KL
 
 from __future__ import annotations
 
+from typing import Final
+
 from shared.errors import KeyAccessError, KeylakeError
 from shared.wire.pgproto import ErrorResponse
 
+_NOT_KNOWN: Final = "Whether a COMMIT that was under way took effect is not known."
 
-def of_error(error: KeylakeError) -> bytes:
-    """The error as it is; key errors with whose key it is and what to do.
+
+def of_error(error: KeylakeError, *, under_way: bool = False) -> bytes:
+    """The error as it is; key errors with whose key it is and what to do. `under_way`: the session was not idle.
 
     The SQLSTATE stands in the text, too: libpq does not tell its users that of a connection that was refused.
     """
@@ -19,6 +23,8 @@ def of_error(error: KeylakeError) -> bytes:
     detail = f"SQLSTATE {error.sqlstate}."
     if error.workspace_id is not None:
         detail += f" The key is that of workspace {error.workspace_id}."
+    if under_way:
+        detail += f" {_NOT_KNOWN}"
     return _fatal(error.sqlstate, str(error), detail=detail, hint=error.hint)
 
 
@@ -39,7 +45,7 @@ def compute_stopped() -> bytes:
     return _fatal(
         "57P01",
         "terminating connection: the compute has stopped",
-        detail="Whether a COMMIT that was under way took effect is not known.",
+        detail=_NOT_KNOWN,
         hint="Reconnect: the compute is started again, with everything that was committed.",
     )
 
@@ -48,7 +54,7 @@ def proxy_stops() -> bytes:
     return _fatal(
         "57P01",
         "terminating connection: the proxy is shutting down",
-        detail="Whether a COMMIT that was under way took effect is not known.",
+        detail=_NOT_KNOWN,
         hint="Reconnect.",
     )
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Protocol
 
-from compute.proxy import goodbye
+from shared.errors import KeyAccessError
 from shared.ids import ProjectId
 from shared.lease import KeyLoss, KeySource, Lease, key_access_error
 
@@ -17,6 +16,11 @@ class Endable(Protocol):
 
     def end(self, farewell: bytes) -> None:
         """Say this and close. Idempotent."""
+        ...
+
+    def cut(self, error: KeyAccessError) -> None:
+        """The keys are gone: say so if it can be said at once, and close; nothing that waits to be sent leaves any
+        more. Idempotent."""
         ...
 
     def abort(self) -> None:
@@ -42,7 +46,7 @@ class Projects:
         """Register a session under a live lease. Raises KeyAccessError, UnavailableError."""
         self._sessions.setdefault(project_id, set()).add(session)
         try:
-            lease = await self._keys.acquire(project_id, self._on_loss)
+            lease = await self._keys.acquire(project_id, self._on_loss, self._cut)
             self._leases[project_id] = lease
             lease.check()
         except BaseException:
@@ -84,29 +88,33 @@ class Projects:
             return not lease.live
         return True
 
+    def _cut(self, loss: KeyLoss) -> None:
+        lease = self._leases.get(loss.project_id)
+        error = key_access_error(loss.state, loss.reason, None if lease is None else lease.workspace_id)
+        for session in list(self._sessions.get(loss.project_id, ())):
+            session.cut(error)
+
     async def _on_loss(self, loss: KeyLoss) -> dict[str, float]:
         began = time.monotonic()
         event = self._lost.get(loss.project_id)
         if event is not None:
             event.set()
-        lease = self._leases.get(loss.project_id)
-        workspace_id = None if lease is None else lease.workspace_id
-        farewell = goodbye.of_error(key_access_error(loss.state, loss.reason, workspace_id))
-        await self._end(list(self._sessions.get(loss.project_id, ())), lambda session: session.end(farewell))
+        self._cut(loss)
+        await self._closed(list(self._sessions.get(loss.project_id, ())))
         return {"close_connections": round(time.monotonic() - began, 6)}
 
     async def end_all(self, farewell: bytes) -> None:
         """For the proxy's own end."""
         sessions = [session for each in self._sessions.values() for session in each]
-        await self._end(sessions, lambda session: session.end(farewell))
+        for session in sessions:
+            session.end(farewell)
+        await self._closed(sessions)
         for task in list(self._releases):
             task.cancel()
         await asyncio.gather(*self._releases, return_exceptions=True)
 
-    async def _end(self, sessions: list[Endable], how: Callable[[Endable], None]) -> None:
-        """End them and wait until they are closed; what does not flush in time is dropped."""
-        for session in sessions:
-            how(session)
+    async def _closed(self, sessions: list[Endable]) -> None:
+        """Return when they are closed, which have ended; what does not flush in time is dropped."""
         closing = asyncio.gather(*(session.wait_closed() for session in sessions))
         try:
             async with asyncio.timeout(self._drain_timeout_s):

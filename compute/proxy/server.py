@@ -303,27 +303,22 @@ class ProxyServer:
         if client.broke_protocol:
             server.abort()
             raise ProtocolViolationError("the client went on before it was answered")
-        client.begin(
-            server,
-            first_words,
-            target.compute,
-            lease,
-            goodbye.of_error,
-        )
+        client.begin(server, first_words, target.compute, lease)
         try:
             async with asyncio.timeout(self._settings.auth_timeout_s):
                 await asyncio.shield(client.logged_in)
         except TimeoutError:
             client.end(goodbye.took_too_long("logging in"))
-            return
-        await client.wait_server_gone()
-        # The compute vanished without a word. If that was because of the keys, the client has a right to know.
+        else:
+            await client.wait_server_gone()
+            await self._compute_is_gone(client, target, lease)
+        await client.wait_closed()  # rows may wait to be sent: until they are, a loss of the keys has to find it
+
+    async def _compute_is_gone(self, client: ClientSide, target: ConnectTarget, lease: Lease) -> None:
+        """It vanished without a word. If that was because of the keys, the client has a right to know."""
         self._directory.forget(target)
-        if await self._projects.lost_within(lease, self._settings.stop_grace_s):
-            try:
-                lease.check()
-            except KeyAccessError as error:
-                client.end(goodbye.of_error(error))
+        if await self._projects.lost_within(lease, self._settings.stop_grace_s) and not lease.live:
+            client.cut(lease.error())
         client.end(goodbye.compute_stopped())
 
     # --- cancel ---

@@ -8,14 +8,19 @@ message headers, and past the lease: a chunk that arrives when the lease is not 
 transport whose write buffer is full pauses the reading of the other one, so memory per session is bounded by the
 buffers' limits.
 
-States: WAITING (the client has said whom it wants) → RELAYING → ENDED. `end` may be called at any time, from anywhere.
+States: WAITING (the client has said whom it wants) → RELAYING → ENDED. `end` and `cut` may be called at any time, from
+anywhere.
+
+**What waits to be sent.** `end` lets it out first. When the keys are gone nothing may leave any more, so `cut` shuts
+the socket's sending side in the same step: what the kernel has not taken by then stays here. The farewell cannot
+overtake what waits, since TLS numbers its records: a client that has read up to now is told why, and one that has not
+is cut off without a word, which TLS lets it see.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Callable
 from typing import Final, cast
 
 from compute.proxy import goodbye
@@ -25,6 +30,7 @@ from shared.api.safekeeper import ComputeAddress
 from shared.errors import KeyAccessError
 from shared.ids import ProjectId
 from shared.lease import Lease
+from shared.sockets import stop_sending
 from shared.telemetry import get_logger
 from shared.wire.buffer import ProtocolViolationError
 from shared.wire.pgproto import BackendKeyData, Terminate
@@ -137,7 +143,6 @@ class ClientSide(Receiver):
         self._arrived = asyncio.Event()
         self._server: ServerSide | None = None
         self._lease: Lease | None = None
-        self._farewell_of: Callable[[KeyAccessError], bytes] | None = None
         self._compute: ComputeAddress | None = None
         self._key_data: BackendKeyData | None = None
         self._server_gone: asyncio.Future[None] = loop.create_future()
@@ -205,20 +210,13 @@ class ClientSide(Receiver):
     def broke_protocol(self) -> bool:
         return bool(self._buffer)
 
-    def begin(
-        self,
-        server: ServerSide,
-        first_words: bytes,
-        compute: ComputeAddress,
-        lease: Lease,
-        farewell_of: Callable[[KeyAccessError], bytes],
-    ) -> None:
-        """Relay from now on. `farewell_of`: what a client is told when the keys are gone."""
+    def begin(self, server: ServerSide, first_words: bytes, compute: ComputeAddress, lease: Lease) -> None:
+        """Relay from now on, for as long as the lease is live."""
         if self.phase is not Phase.WAITING:
             server.abort()
             return
         self.phase = Phase.RELAYING
-        self._server, self._compute, self._lease, self._farewell_of = server, compute, lease, farewell_of
+        self._server, self._compute, self._lease = server, compute, lease
         if self._buffer and server.transport is not None:
             server.transport.write(bytes(self._buffer))
             self._buffer.clear()
@@ -232,7 +230,7 @@ class ClientSide(Receiver):
         if self.phase is not Phase.RELAYING or transport is None or lease is None:
             return
         if not lease.live:
-            self._keys_gone(lease)
+            self.cut(lease.error())
             return
         stream = server.stream
         try:
@@ -275,13 +273,6 @@ class ClientSide(Receiver):
         """Returns when the compute went away without a word, or never."""
         await asyncio.shield(self._server_gone)
 
-    def _keys_gone(self, lease: Lease) -> None:
-        assert self._farewell_of is not None  # noqa: S101 - relaying
-        try:
-            lease.check()
-        except KeyAccessError as error:
-            self.end(self._farewell_of(error))
-
     def pause_reading(self) -> None:
         if self.transport is not None:
             self.transport.pause_reading()
@@ -300,8 +291,13 @@ class ClientSide(Receiver):
         self._draining = True
         if self.phase is Phase.WAITING:
             self.end(goodbye.proxy_takes_no_more())
-        elif self._server is not None and self._server.stream.idle and not self._asked:
+        elif self._server is not None and not self._under_way:
             self.end(goodbye.proxy_stops_idle())
+
+    @property
+    def _under_way(self) -> bool:
+        """Is Postgres at work for the client, or in a transaction of its?"""
+        return self._server is not None and (self._asked or not self._server.stream.idle)
 
     def end(self, farewell: bytes) -> None:
         """Say `farewell`, if it can still be understood, and close. Idempotent: the first one counts."""
@@ -315,6 +311,13 @@ class ClientSide(Receiver):
                 transport.write(farewell)
             transport.close()
         self._drop_server()
+
+    def cut(self, error: KeyAccessError) -> None:
+        """The keys are gone: nothing leaves when this returns, of a session that is closing already, too. The client is
+        told `error` if nothing waits to be sent before it. Idempotent."""
+        self.end(goodbye.of_error(error, under_way=self._under_way and self.logged_in.done()))
+        if self.transport is not None:
+            stop_sending(self.transport)
 
     def abort(self) -> None:
         self.phase = Phase.ENDED

@@ -94,6 +94,11 @@ class Tenant:
     async def read_page(self, client: PageClient) -> bytes:
         return await client.page(*self.page)
 
+    async def read_page_anew(self) -> bytes:
+        """By a connection of its own: one that was there when the keys were lost has ended with them."""
+        async with page_client(self.cluster, self.project) as client:
+            return await self.read_page(client)
+
     async def flushed(self) -> list[Lsn]:
         """flush_lsn of every safekeeper."""
         return [t.flush_lsn for t in (await safekeeper_timelines(self.cluster, self.project)).values()]
@@ -166,12 +171,12 @@ async def asleep(cluster: Cluster, *names: str) -> AsyncIterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-async def refused(tenant: Tenant, client: PageClient, expected: type[KeyAccessError]) -> None:
+async def refused(tenant: Tenant, expected: type[KeyAccessError]) -> None:
     """Returns when the page is not served any more, for this reason."""
 
     async def look() -> bool:
         try:
-            await tenant.read_page(client)
+            await tenant.read_page_anew()
         except expected:
             return True
         return False
@@ -257,7 +262,7 @@ async def test_the_customer_takes_the_key_away_and_gives_it_back(
         await bank.commits(50)
         await bank.stop()
         await tenant.check()
-        assert await tenant.read_page(client), "the very connection that was refused is good again"
+        assert await tenant.read_page_anew()
         assert not bystander.ledger.errors_since(begun), "another workspace must notice nothing"
         await others.stop()
         await bystander.check()
@@ -423,7 +428,6 @@ async def test_without_the_keymanager_leases_run_out_and_come_back(cluster: Clus
     keymanager = cluster.service("keymanager")
     async with (
         new_tenant(cluster, "orphan") as tenant,
-        page_client(cluster, tenant.project) as client,
         tenant.bank() as bank,
     ):
         await bank.commits(50)
@@ -432,7 +436,7 @@ async def test_without_the_keymanager_leases_run_out_and_come_back(cluster: Clus
         killed = monotonic()
         try:
             await bank.commits(20)  # the leases are good for a while yet
-            await asyncio.gather(compute.gone(), refused(tenant, client, LeaseExpiredError))
+            await asyncio.gather(compute.gone(), refused(tenant, LeaseExpiredError))
             assert monotonic() < killed + LEASE_TTL_S + 2.0
             flushed = await tenant.flushed()
             with pytest.raises(TimeoutError):
@@ -444,7 +448,7 @@ async def test_without_the_keymanager_leases_run_out_and_come_back(cluster: Clus
         await bank.commits(50)
         await bank.stop()
         await tenant.check()
-        assert await tenant.read_page(client)
+        assert await tenant.read_page_anew()
 
 
 # --- a pageserver that was asleep ---
@@ -469,7 +473,7 @@ async def test_a_pageserver_that_slept_through_its_lease_answers_nothing_it_was_
 
         async def awake() -> bool:
             try:
-                return await tenant.read_page(client) == page
+                return await tenant.read_page_anew() == page
             except KeylakeError:
                 return False
 
@@ -489,5 +493,5 @@ async def test_a_pageserver_that_slept_through_a_revocation_answers_nothing(clus
 
         with pytest.raises(KeyAccessError):
             await tenant.read_page(client)  # whether or not it has heard by now
-        await refused(tenant, client, RevokedError)
+        await refused(tenant, RevokedError)
         await restored(tenant)

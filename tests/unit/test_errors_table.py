@@ -36,6 +36,17 @@ def test_every_state_has_codes_of_its_own_and_says_whose_key_and_what_to_do() ->
         assert told.get(ErrorField.HINT) == error.hint != ""
 
 
+def test_a_session_that_was_not_idle_hears_that_the_outcome_is_not_known() -> None:
+    not_known = ErrorResponse.parse(goodbye.compute_stopped()[5:]).get(ErrorField.DETAIL) or ""
+    assert "COMMIT" in not_known
+    for error in dict(key_errors()).values():
+        idle = ErrorResponse.parse(goodbye.of_error(error)[5:])
+        at_work = ErrorResponse.parse(goodbye.of_error(error, under_way=True)[5:])
+        assert not_known not in (idle.get(ErrorField.DETAIL) or "")
+        assert at_work.get(ErrorField.DETAIL) == f"{idle.get(ErrorField.DETAIL)} {not_known}"
+    assert not_known in " ".join(document().split())
+
+
 def test_every_other_ending_is_of_postgres() -> None:
     assert len(other_endings()) >= 7
     assert not [each.sqlstate for each in other_endings() if each.sqlstate.startswith("KL")]

@@ -95,10 +95,12 @@ def test_a_loss_ends_the_epoch_of_what_is_on_its_way() -> None:
 def test_no_grant_while_plaintext_is_being_dropped_nor_after_closing() -> None:
     held = Held()
     held.project.lose(REVOKED)
-    held.project.handling += 1
+    held.project.handle()
     held.project.grant(GRANT, 0.0, 2)
     assert not held.project.lease.live
-    held.project.handling -= 1
+    assert not held.project.handled.is_set()
+    held.project.was_handled()
+    assert held.project.handled.is_set()
     held.project.grant(GRANT, 0.0, 2)
     assert held.project.lease.live
     held.project.close("released")

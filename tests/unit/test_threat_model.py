@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from keymanager.bound import BoundSettings
+from keymanager.bound import FAN_OUT_S, BoundSettings
 from tests.simulation.mutants import MUTANTS
 from tests.simulation.witness import Bound
 
@@ -61,7 +61,9 @@ def test_the_bound_that_is_written_down_is_the_computed_one() -> None:
     text = (ROOT / "docs/revocation.md").read_text()
 
     def bound(deadline_s: float) -> Bound:
-        return Bound.of(BoundSettings(1.0, 0.0, deadline_s, 5.0, 1.5, session_s=None, fan_out_s=1.0))
+        return Bound.of(BoundSettings(1.0, 0.0, deadline_s, 5.0, 1.5, session_s=None))
+
+    assert f"`ttl` = 5 s, `f` = {FAN_OUT_S:g} s |" in text
 
     late = bound(4.0)
     assert f"| {late.reachable_s:.2f} s |" in text
