@@ -71,6 +71,7 @@ __all__ = [
     "FencedError",
     "FindTimeline",
     "InitdbPosition",
+    "NoSuchTimelineError",
     "Timeline",
     "TimelineConfig",
     "TimelineExistsError",
@@ -99,6 +100,10 @@ FindTimeline = Callable[[ProjectId, TimelineId], "Timeline"]
 
 def _no_timeline(project_id: ProjectId, timeline_id: TimelineId) -> Timeline:
     raise NotFoundError("there is no other timeline")
+
+
+class NoSuchTimelineError(NotFoundError):
+    """The object store has none: it was never created completely, or it is deleted."""
 
 
 class AncestorNotLoadedError(UnavailableError):
@@ -256,7 +261,7 @@ class Timeline:
             remote = self._remote()
             index = await remote.load(at_least_lsn=max(at_least_lsn, self.remote_consistent_lsn))
             if index is None:
-                raise NotFoundError("no such timeline")
+                raise NoSuchTimelineError("no such timeline")
             await self._services.files.retain(
                 f"{remote.prefix}layers/", (remote.layer_object_key(layer.name) for layer, _ in index.layers)
             )

@@ -508,7 +508,7 @@ async def test_the_cutoff_is_durable_before_anything_is_gone(tmp_path: Path) -> 
 
         indexed = max(first(c) for c in calls if c.operation is Operation.PUT_IF_ABSENT and "/index/" in c.key)
         deleted = [n for n, c in enumerate(calls) if c.operation is Operation.DELETE_MANY and "/layers/" in c.key]
-        looked = [n for n, c in enumerate(calls) if c.operation is Operation.LIST and n > indexed]
+        looked = [n for n, c in enumerate(calls) if c.operation is Operation.HEAD and n > indexed]
         assert indexed < looked[-1] < min(deleted), "index, then validation, then deletes"
         fresh = await one.open()
         assert fresh.oldest_lsn == timeline.oldest_lsn == max(history)
