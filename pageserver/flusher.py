@@ -181,8 +181,7 @@ class Flusher:
         if frozen.stored is None and frozen.layer.key_count:
             frozen.stored = await self._store(live, frozen, stats)
         live.check()
-        if frozen.stored is not None:
-            layers = (*layers, (frozen.stored.descriptor, frozen.stored.envelope))
+        layers = (*layers, *frozen.unlisted)
         live.disk_consistent_lsn = frozen.last_record_lsn
         old = live.index
         now_s = int(self._services.clock.now().timestamp())
@@ -204,6 +203,8 @@ class Flusher:
         live.index = index
         live.layer_map = LayerMap(layer for layer, _ in layers)
         live.frozen.pop(0)
+        if frozen.last_record_lsn > live.last_record_lsn:  # as Live.freeze_one leaves it
+            live.last_record_lsn, live.prev_record_lsn = frozen.last_record_lsn, frozen.prev_record_lsn
         live.changed()
         live.retire(frozen.layer)
         self.last_flush = stats

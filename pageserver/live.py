@@ -10,15 +10,16 @@ were made from the ancestor's data, and a read under way may have looked into wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
 from pageserver.flush import SealedLayer
 from pageserver.index_part import IndexPart
-from pageserver.layer.in_memory import InMemoryLayer
+from pageserver.layer.in_memory import InMemoryLayer, KeyedValue
 from pageserver.layer.layer_map import LayerMap
+from pageserver.layer.name import LayerDescriptor
 from pageserver.layer_cache import LayerCache
 from pageserver.open_layers import OpenLayers
 from pageserver.page_reader import PageReader, PageRedo
@@ -26,12 +27,14 @@ from pageserver.read_path import Ancestry, Snapshot
 from pageserver.remote_timeline import RemoteTimeline
 from pageserver.retention import Retention
 from shared.clock import Clock, SystemClock
+from shared.crypto.envelope import Envelope
 from shared.errors import LeaseExpiredError
 from shared.lease import KeySource
 from shared.retry import RetryPolicy
 from shared.storage.base import ObjectStore
 from shared.storage.threads import BlockingPool
 
+ListedLayer = tuple[LayerDescriptor, Envelope]
 _MAX_RETIRED: Final = 4
 _NO_SNAPSHOT: Final = 1 << 62
 """A generation of snapshots that never grows old."""
@@ -71,7 +74,8 @@ class TimelineConfig:
     retention: Retention = field(default_factory=Retention)
     """Of new timelines."""
     lsn_lease_s: float = 600.0
-    """How long an LSN lease lasts if its holder does not say. So long nothing is removed after a start."""
+    """How long an LSN lease lasts, at most, and if its holder does not say. So long nothing is removed after a
+    start."""
     retry_delay_s: float = 1.0
     """Pause after a flush that failed and may be tried again."""
     drain_timeout_s: float = 1.0
@@ -102,6 +106,13 @@ class Frozen:
     prev_record_lsn: int
     stored: SealedLayer | None = None
     """Its sealed layer, once that is durable: when only the index failed, only the index is tried again."""
+    images: tuple[ListedLayer, ...] = ()
+    """Layers that are stored already, and are to be listed with it (bulk.py)."""
+
+    @property
+    def unlisted(self) -> tuple[ListedLayer, ...]:
+        """What is stored of it."""
+        return self.images if self.stored is None else (*self.images, (self.stored.descriptor, self.stored.envelope))
 
 
 @dataclass(slots=True)
@@ -222,7 +233,7 @@ class Live:
     def freeze(self, now_s: float) -> bool:
         """The open layer takes no more values. Returns False when nothing was ingested since the last time."""
         end = self.last_record_lsn + 1
-        if end == self.open.lsn_start:
+        if end <= self.open.lsn_start:
             self.opened_at_s = now_s
             return False
         self.open.freeze(end)
@@ -231,6 +242,25 @@ class Live:
         self.opened_at_s = now_s
         self.changed()
         return True
+
+    def freeze_one(
+        self,
+        values: Iterable[KeyedValue],
+        last_record_lsn: int,
+        prev_record_lsn: int,
+        images: tuple[ListedLayer, ...],
+        now_s: float,
+    ) -> None:
+        """A frozen layer of one record's `values`, with `images`, while nothing else is in memory. It is behind
+        `last_record_lsn`, so nobody reads it, until it is flushed."""
+        if self.frozen or self.open.key_count or self.open.lsn_start != self.last_record_lsn + 1:
+            raise RuntimeError("there are values that are not flushed")
+        self.open.put_all(values)
+        self.open.freeze(last_record_lsn + 1)
+        self.frozen.append(Frozen(self.open, last_record_lsn, prev_record_lsn, images=images))
+        self.open = InMemoryLayer(last_record_lsn + 1)
+        self.opened_at_s = now_s
+        self.changed()
 
     def working(self) -> AbstractContextManager[None]:
         """As `in_use`, for those who hold plaintext and no snapshot, for long: nothing waits for them to leave but the

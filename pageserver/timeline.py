@@ -28,12 +28,13 @@ calls `Live.check` and then `Lease.check` before it uses or returns what it has.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Final
 
+from pageserver.bulk import write_images
 from pageserver.collector import Collector
 from pageserver.compactor import Compactor
 from pageserver.contents import Inspector
@@ -509,9 +510,7 @@ class Timeline:
             await self._flusher.room(live)
             live.check()
             self._writable()
-        before = live.last_record_lsn
-        if last_record_lsn < before or (values and not (before < values[0][1] and values[-1][1] <= last_record_lsn)):
-            raise ConflictError("values are not from the records behind the last one ingested")
+        _check_order(live, values, last_record_lsn)
         live.open.put_all(values)
         live.last_record_lsn = last_record_lsn
         live.prev_record_lsn = prev_record_lsn
@@ -524,6 +523,33 @@ class Timeline:
             or live.open.size_bytes >= self.config.in_memory_size_bytes
         ):
             self._freeze(live)
+
+    async def put_bulk(
+        self,
+        key_range: KeyRange,
+        images: AsyncIterable[tuple[bytes, bytes]],
+        values: Sequence[KeyedValue],
+        last_record_lsn: int,
+        prev_record_lsn: int,
+    ) -> None:
+        """Take in one record that comes to more than memory is to hold: `images`, (key, whole value) in the order of
+        keys, which are all that exists in `key_range` from then on; and `values`, as for `put_batch`, of other keys.
+
+        Durable when it returns, and readers see all of it or nothing. One caller at a time, with `put_batch`; `images`
+        may read the timeline. Raises as `put_batch`, and what flushing raises: then nothing was taken in, or all of it
+        once the timeline was opened again.
+        """
+        await self.checkpoint()
+        async with self.compactor.lock:
+            live = self._writable()
+            _check_order(live, values, last_record_lsn)
+            with live.working():
+                listed = await write_images(live, self._services, self.config, key_range, images, last_record_lsn)
+            self._writable()
+            now_s = asyncio.get_running_loop().time()
+            live.freeze_one(values, last_record_lsn, prev_record_lsn, listed, now_s)
+            await self._flusher.flush(live)
+        self._waiters.release(last_record_lsn)
 
     async def checkpoint(self) -> None:
         """Flush everything ingested so far; durable when it returns. Raises what flushing raises."""
@@ -675,6 +701,12 @@ class Timeline:
         except KeyAccessError as error:
             return error
         return LeaseExpiredError("the keys were lost meanwhile")
+
+
+def _check_order(live: Live, values: Sequence[KeyedValue], last_record_lsn: int) -> None:
+    before = live.last_record_lsn
+    if last_record_lsn < before or (values and not (before < values[0][1] and values[-1][1] <= last_record_lsn)):
+        raise ConflictError("values are not from the records behind the last one ingested")
 
 
 def _no_block(block: int, lsn: int) -> NotFoundError:
