@@ -40,7 +40,7 @@ class PageserverSettings(ServiceSettings):
     )
     gc_interval_s: float = Field(default=60.0, gt=0, description="how often history that is too old is removed")
     lsn_lease_s: float = Field(
-        default=600.0, gt=0, le=MAX_LEASE_S, description="LSN lease; nothing is removed for so long after a start"
+        default=600.0, gt=0, le=MAX_LEASE_S, description="longest LSN lease; so long nothing is removed after a start"
     )
     wait_lsn_timeout_s: float = Field(
         default=30.0, gt=0, le=3600, description="how long a read waits for an LSN that is not ingested yet"

@@ -529,6 +529,8 @@ async def test_leases_branch_points_and_holders_keep_what_they_read(tmp_path: Pa
         clock.advance(10)
         collector.retain_lsns = lambda: [branched]
         assert collector.lease(leased) == pytest.approx(10)
+        with pytest.raises(InvalidInputError, match="lasts up to 10 s"):
+            collector.lease(leased, 10.5)  # after a restart it would be forgotten before its end
         with collector.held(held):
             await timeline.compactor.compact(force=True)
             await collector.collect()
