@@ -30,6 +30,9 @@ class PageserverSettings(ServiceSettings):
     cache_dir: Path = Field(description="sealed copies of layer files; may be lost at any time")
     cache_size_mb: int = Field(default=1024, ge=16, description="local disk that the layer cache may take")
     checkpoint_distance_mb: int = Field(default=64, ge=1, description="in-memory layer is flushed at this size")
+    ingest_memory_mb: int = Field(
+        default=1024, ge=64, description="memory of what is ingested and not flushed yet, of all timelines together"
+    )
     compaction_l0_layers: int = Field(default=8, ge=2, le=1000, description="flushed layers that start a compaction")
     compaction_target_mb: int = Field(
         default=32, ge=1, le=512, description="size of a layer made by compaction, whose memory is three times that"

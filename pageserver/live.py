@@ -10,16 +10,17 @@ were made from the ancestor's data, and a read under way may have looked into wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
 from pageserver.flush import SealedLayer
 from pageserver.index_part import IndexPart
+from pageserver.ingest_memory import IngestMemory
 from pageserver.layer.in_memory import InMemoryLayer, KeyedValue
 from pageserver.layer.layer_map import LayerMap
-from pageserver.layer.name import LayerDescriptor
+from pageserver.layer.name import LayerDescriptor, LayerKind
 from pageserver.layer_cache import LayerCache
 from pageserver.open_layers import OpenLayers
 from pageserver.page_reader import PageReader, PageRedo
@@ -64,6 +65,9 @@ class TimelineConfig:
     """Flushed layers that are merged into L1 when there are so many."""
     compaction_l0_layers_at_once: int = 10
     """At most: what one run reads. Their indexes are in memory meanwhile."""
+    ingest_l0_layers: int = 40
+    """Ingest waits while there are so many that are not merged, or reads would visit more and more of them; not while
+    compaction fails, for whatever reason."""
     compaction_target_bytes: int = 32 * 1024 * 1024
     """Plaintext of a layer that compaction makes, about. Its memory is some three times that."""
     image_layer_deltas: int = 3
@@ -95,6 +99,7 @@ class TimelineServices:
     clock: Clock = field(default_factory=SystemClock)
     compactions: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """So many of them run at a time: each has some layers in memory."""
+    memory: IngestMemory = field(default_factory=IngestMemory)
 
 
 @dataclass(slots=True)
@@ -123,7 +128,6 @@ class Live:
     layers: OpenLayers
     reader: PageReader
     index: IndexPart
-    layer_map: LayerMap
     open: InMemoryLayer
     last_record_lsn: int
     prev_record_lsn: int
@@ -141,6 +145,12 @@ class Live:
     """Of the ancestor, at which `index.ancestor` points."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it is closed."""
+    memory: IngestMemory = field(default_factory=IngestMemory)
+    freeze_early: Callable[[], None] = lambda: None
+    """Called when the open layer is to be frozen, because all timelines together take too much."""
+    layer_map: LayerMap = field(init=False)
+    l0_layers: int = field(init=False)
+    """Flushed layers that are not merged yet."""
     _own: Snapshot = field(init=False)
     children: dict[int, Live] = field(default_factory=dict)
     _generation: int = 0
@@ -150,6 +160,7 @@ class Live:
 
     def __post_init__(self) -> None:
         self.idle.set()
+        self.accept(self.index)
         self.changed()
         if self.parent is not None:
             self.parent.children[id(self)] = self
@@ -177,14 +188,26 @@ class Live:
             layers=layers,
             reader=PageReader(layers, services.redo, config.page_cache_bytes),
             index=index,
-            layer_map=LayerMap(layer for layer, _ in index.layers),
             open=InMemoryLayer(index.disk_consistent_lsn + 1),
             last_record_lsn=index.disk_consistent_lsn,
             prev_record_lsn=index.prev_record_lsn,
             disk_consistent_lsn=index.disk_consistent_lsn,
             opened_at_s=now_s,
             parent=parent,
+            memory=services.memory,
         )
+
+    def accept(self, index: IndexPart) -> None:
+        """`index` is durable. `changed` is to be called in the same step."""
+        self.index = index
+        self.layer_map = LayerMap(layer for layer, _ in index.layers)
+        self.l0_layers = sum(layer.level == 0 and layer.kind is LayerKind.DELTA for layer, _ in index.layers)
+
+    def account(self) -> None:
+        """Say what the layers in memory take."""
+        if not self.closed:
+            frozen = sum(frozen.layer.size_bytes for frozen in self.frozen)
+            self.memory.changed(id(self), self.open.size_bytes, frozen, self.freeze_early)
 
     def changed(self) -> None:
         """Layers came or went: readers that start from now on see that."""
@@ -241,6 +264,7 @@ class Live:
         self.open = InMemoryLayer(end)
         self.opened_at_s = now_s
         self.changed()
+        self.account()
         return True
 
     def freeze_one(
@@ -261,6 +285,7 @@ class Live:
         self.open = InMemoryLayer(last_record_lsn + 1)
         self.opened_at_s = now_s
         self.changed()
+        self.account()
 
     def working(self) -> AbstractContextManager[None]:
         """As `in_use`, for those who hold plaintext and no snapshot, for long: nothing waits for them to leave but the
@@ -302,6 +327,7 @@ class Live:
     def close(self) -> None:
         """Forget all plaintext, also that of branches. Idempotent. No await in here."""
         self.closed = True
+        self.memory.forget(id(self))
         self.ended.set()
         for child in list(self.children.values()):
             child.close()

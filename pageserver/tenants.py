@@ -21,6 +21,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Self
 
+from pageserver.ingest_memory import IngestMemory
 from pageserver.ingest_shell import IngestShell, load_tip
 from pageserver.initdb_import import read_position, read_values
 from pageserver.key_project import ProjectKeys
@@ -89,6 +90,7 @@ class Environment:
     peer_context: ssl.SSLContext
     upkeep: UpkeepTuning = field(default_factory=UpkeepTuning)
     compactions: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    memory: IngestMemory = field(default_factory=IngestMemory)
 
 
 class AttachedTimeline:
@@ -418,6 +420,7 @@ class Tenants:
             project.redo,
             environment.pool,
             compactions=environment.compactions,
+            memory=environment.memory,
         )
 
     # --- what the API does ---

@@ -285,7 +285,9 @@ class Timeline:
         # Known from now on, whatever comes of it: `await_ancestor` has to know for whom to wait.
         self._index = index
         parent = None if index.ancestor is None else self._live_ancestor(index.ancestor)
-        self._live = Live.start(remote, index, self._services, self.config, asyncio.get_running_loop().time(), parent)
+        now_s = asyncio.get_running_loop().time()
+        self._live = live = Live.start(remote, index, self._services, self.config, now_s, parent)
+        live.freeze_early = lambda: self._freeze(live)
         self._flusher.reset()
         self._waiters.release(index.disk_consistent_lsn)
 
@@ -506,8 +508,9 @@ class Timeline:
         Raises KeyAccessError, FencedError, ConflictError (not in order, or stopped by a fault).
         """
         live = self._writable()
-        if len(live.frozen) >= self.config.frozen_layers:
+        if self._flusher.must_wait(live) or self._services.memory.is_full:
             await self._flusher.room(live)
+            await self._services.memory.room()
             live.check()
             self._writable()
         _check_order(live, values, last_record_lsn)
@@ -523,6 +526,8 @@ class Timeline:
             or live.open.size_bytes >= self.config.in_memory_size_bytes
         ):
             self._freeze(live)
+        else:
+            live.account()
 
     async def put_bulk(
         self,

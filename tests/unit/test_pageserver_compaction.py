@@ -59,7 +59,7 @@ EAGER = replace(
 )
 COARSE = replace(EAGER, compaction_target_bytes=6 * PAGE)
 """Two layers at a time: enough for every step, and few of each."""
-LAZY = replace(EAGER, compaction_l0_layers=1 << 30)
+LAZY = replace(EAGER, compaction_l0_layers=1 << 30, ingest_l0_layers=1 << 30)
 
 
 async def begun(on: Engine) -> Timeline:
