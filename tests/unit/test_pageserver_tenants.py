@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from keylake.object_files import inspect_index
 from pageserver.redo.build import RedoBinaries
 from pageserver.removal import Mark, Removal
 from pageserver.tenants import Environment, Tenants
@@ -217,9 +218,12 @@ async def test_what_a_creation_that_died_has_left_is_in_nobodys_way(tmp_path: Pa
         assert not await keys_below(store, folder(*ids))
 
 
-def test_a_mark_is_one_or_refused() -> None:
+def test_a_mark_is_one_or_refused(tmp_path: Path) -> None:
     for mark in (Mark(None), Mark((ProjectId.new(), TimelineId.new()))):
         assert Mark.parse(mark.serialize()) == mark
+        file = tmp_path / "000000000000000a"
+        file.write_bytes(mark.serialize())
+        assert inspect_index(file) == {"slot": 10, "void": False, "deleted": True}
     whole = Mark((ProjectId.new(), TimelineId.new())).serialize()
     for bad in (b"", b"KLG", b"KLIV", whole[:-1], whole + b"0", whole[:4] + b"\xff" * 39, whole[:24]):
         with pytest.raises(CorruptedError):
