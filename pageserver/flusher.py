@@ -3,8 +3,9 @@
     frozen layer  →  sealed layer in the object store (disk_consistent_lsn)  →  index (remote_consistent_lsn)  →  swap
 
 A step that failed and may be tried again is tried again; the frozen layer stays readable in memory meanwhile, and when
-too many pile up, ingest waits; likewise when too many are flushed and not merged, which each read would visit. What may not be tried again (another writer, damaged data) stops ingest for good, until
-somebody reopens the timeline: `fault` says why.
+too many pile up, ingest waits; likewise when too many are flushed and not merged, which each read would visit. What may
+not be tried again (another writer, damaged data) stops ingest for good, until somebody reopens the timeline: `fault`
+says why.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Garbage(ApiModel):
 
 
 class LeaseLsn(ApiModel):
-    """Keep the version at `read_lsn` readable, for `ttl_s`: at most the pageserver's `lsn_lease_s`, which is the default.
+    """Keep the version at `read_lsn` readable, for `ttl_s`: at most the pageserver's `lsn_lease_s`, its default.
     Renewed by asking again."""
 
     read_lsn: Lsn
