@@ -117,7 +117,7 @@ async def _run(root: Path, *, compact: bool) -> _Run:
     lease = await keys.acquire(project, ignore_loss)
     services = TimelineServices(store, files, keys, NoRedo(), pool)
     position = InitdbPosition(1, INITDB_LSN, INITDB_LSN - 120)
-    config = CONFIG if compact else replace(CONFIG, compaction_l0_layers=1 << 30)
+    config = CONFIG if compact else replace(CONFIG, compaction_l0_layers=1 << 30, ingest_l0_layers=1 << 30)
     timeline = await Timeline.create(project, timeline_id, services, lease, config, position, initdb_values())
     cpu_s, delays = 0.0, list[float]()
     for number in range(FLUSHES):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pageserver.layer.name import parse_generation, parse_layer_name
-from pageserver.remote_timeline import VOID
+from pageserver.remote_timeline import GONE, VOID
 from shared.crypto.envelope import Envelope
 from shared.crypto.sealed_object import HEADER_SIZE_BYTES, ObjectLayout
 from shared.errors import CorruptedError, InvalidInputError, NotFoundError
@@ -65,6 +65,8 @@ def inspect_index(path: Path) -> dict[str, Any]:
         raise CorruptedError("the name of an index is 16 hexadecimal digits") from None
     if sealed == VOID:
         return {"slot": slot, "void": True}
+    if sealed.startswith(GONE):
+        return {"slot": slot, "void": False, "deleted": True}
     return {"slot": slot, "void": False, **_sealed(path, sealed)}
 
 

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from pageserver.app import create_app
 from pageserver.config import PageserverSettings
+from pageserver.ingest_memory import IngestMemory
 from pageserver.layer_cache import LayerCache
 from pageserver.page_service import PAGES_SCOPE, PageService
 from pageserver.redo.build import prepare
@@ -34,6 +35,8 @@ from shared.wire.pagestream import MAX_FRAME_SIZE_BYTES
 
 _log = get_logger(__name__)
 _POOL_THREADS = 8
+_STALL_FACTOR = 5
+"""Ingest waits for compaction when it is so many merges behind."""
 
 
 async def serve_until_shutdown(settings: PageserverSettings) -> None:
@@ -64,6 +67,7 @@ async def serve_until_shutdown(settings: PageserverSettings) -> None:
                 TimelineConfig(
                     checkpoint_distance_bytes=settings.checkpoint_distance_mb << 20,
                     compaction_l0_layers=settings.compaction_l0_layers,
+                    ingest_l0_layers=_STALL_FACTOR * settings.compaction_l0_layers,
                     compaction_target_bytes=settings.compaction_target_mb << 20,
                     retention=Retention(settings.retention_lsn_mb << 20, settings.retention_age_s),
                     gc_interval_s=settings.gc_interval_s,
@@ -73,6 +77,7 @@ async def serve_until_shutdown(settings: PageserverSettings) -> None:
                 issuer,
                 client_context(identity.ca_certificate),
                 UpkeepTuning(interval_s=settings.key_upkeep_interval_s),
+                memory=IngestMemory(settings.ingest_memory_mb << 20),
             )
             async with Tenants(environment) as tenants:
                 pages = FramedServer(

@@ -5,7 +5,8 @@ layers: the whole range of LSNs of all of them, and a share of the keys each. So
 instead of all of its L0 layers. Where enough L1 layers lie above the last image of some keys, an image of these keys is
 made at the newest LSN that L1 has got: a read needs nothing below it. What a read visits, at most:
 
-    L0 layers: fewer than compaction_l0_layers, and what is flushed while a merge runs
+    L0 layers: fewer than compaction_l0_layers, and what is flushed while a merge runs; past ingest_l0_layers ingest
+               waits (flusher.py)
     L1 layers: image_layer_deltas that hold keys of its partition; or RANGE_FACTOR times as many that merely span it
     one image layer
 

@@ -134,8 +134,10 @@ class Compactor:
                     log = _log.info if error.retryable else _log.error
                     log("compaction failed", timeline_id=str(live.index.timeline_id), error=str(error))
                 self.fault = fault
+                self._flusher.compaction_failed(fault)
             raise
         self.fault = ""
+        self._flusher.compaction_failed("")
 
     async def _step(self, live: Live, *, force: bool) -> bool:
         """One merge, or one run of images. Returns False when nothing is due."""

@@ -30,6 +30,9 @@ class PageserverSettings(ServiceSettings):
     cache_dir: Path = Field(description="sealed copies of layer files; may be lost at any time")
     cache_size_mb: int = Field(default=1024, ge=16, description="local disk that the layer cache may take")
     checkpoint_distance_mb: int = Field(default=64, ge=1, description="in-memory layer is flushed at this size")
+    ingest_memory_mb: int = Field(
+        default=1024, ge=64, description="memory of what is ingested and not flushed yet, of all timelines together"
+    )
     compaction_l0_layers: int = Field(default=8, ge=2, le=1000, description="flushed layers that start a compaction")
     compaction_target_mb: int = Field(
         default=32, ge=1, le=512, description="size of a layer made by compaction, whose memory is three times that"
@@ -40,7 +43,7 @@ class PageserverSettings(ServiceSettings):
     )
     gc_interval_s: float = Field(default=60.0, gt=0, description="how often history that is too old is removed")
     lsn_lease_s: float = Field(
-        default=600.0, gt=0, le=MAX_LEASE_S, description="LSN lease; nothing is removed for so long after a start"
+        default=600.0, gt=0, le=MAX_LEASE_S, description="longest LSN lease; so long nothing is removed after a start"
     )
     wait_lsn_timeout_s: float = Field(
         default=30.0, gt=0, le=3600, description="how long a read waits for an LSN that is not ingested yet"

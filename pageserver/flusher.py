@@ -3,8 +3,9 @@
     frozen layer  →  sealed layer in the object store (disk_consistent_lsn)  →  index (remote_consistent_lsn)  →  swap
 
 A step that failed and may be tried again is tried again; the frozen layer stays readable in memory meanwhile, and when
-too many pile up, ingest waits. What may not be tried again (another writer, damaged data) stops ingest for good, until
-somebody reopens the timeline: `fault` says why.
+too many pile up, ingest waits; likewise when too many are flushed and not merged, which each read would visit. What may
+not be tried again (another writer, damaged data) stops ingest for good, until somebody reopens the timeline: `fault`
+says why.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from pageserver.flush import (
 )
 from pageserver.index_part import IndexPart
 from pageserver.layer.in_memory import InMemoryLayer, image_points
-from pageserver.layer.layer_map import LayerMap
 from pageserver.live import Frozen, Live, TimelineConfig, TimelineServices
 from pageserver.read_path import Snapshot
 from pageserver.remote_timeline import FencedError
@@ -51,6 +51,7 @@ class Flusher:
         self.lock = asyncio.Lock()
         """Held while a flush may be talking to the object store."""
         self.fault = ""
+        self.compaction_fault = ""
         self.last_flush = FlushStats()
         self._services = services
         self._config = config
@@ -80,10 +81,22 @@ class Flusher:
         self._long_runs.set()
 
     async def room(self, live: Live) -> None:
-        """Wait until ingest may go on, because layers were flushed or because something is wrong."""
-        while len(live.frozen) >= self._config.frozen_layers and not live.closed and self._stopped_by is None:
+        """Wait until ingest may go on, because layers were flushed or merged or because something is wrong."""
+        while self.must_wait(live) and not live.closed and self._stopped_by is None:
             self._room.clear()
             await self._room.wait()
+
+    def must_wait(self, live: Live) -> bool:
+        """Is there too much that is not flushed, or not merged?"""
+        config = self._config
+        return len(live.frozen) >= config.frozen_layers or (
+            live.l0_layers >= config.ingest_l0_layers and not self.compaction_fault
+        )
+
+    def compaction_failed(self, fault: str) -> None:
+        """Or works again, if `fault` is empty."""
+        self.compaction_fault = fault
+        self._room.set()
 
     def reset(self) -> None:
         """The timeline was opened anew, or its plaintext dropped."""
@@ -170,9 +183,9 @@ class Flusher:
             if live.closed:
                 return
             on_listed()
-            live.index = index
-            live.layer_map = LayerMap(layer for layer, _ in index.layers)
+            live.accept(index)
             live.changed()
+            self._room.set()
 
     async def _flush_oldest(self, live: Live) -> None:
         frozen = live.frozen[0]
@@ -181,8 +194,7 @@ class Flusher:
         if frozen.stored is None and frozen.layer.key_count:
             frozen.stored = await self._store(live, frozen, stats)
         live.check()
-        if frozen.stored is not None:
-            layers = (*layers, (frozen.stored.descriptor, frozen.stored.envelope))
+        layers = (*layers, *frozen.unlisted)
         live.disk_consistent_lsn = frozen.last_record_lsn
         old = live.index
         now_s = int(self._services.clock.now().timestamp())
@@ -201,11 +213,13 @@ class Flusher:
             return
         if frozen.stored is not None:
             live.layers.install(frozen.stored.descriptor, frozen.stored.opener, frozen.stored.index)
-        live.index = index
-        live.layer_map = LayerMap(layer for layer, _ in layers)
+        live.accept(index)
         live.frozen.pop(0)
+        if frozen.last_record_lsn > live.last_record_lsn:  # as Live.freeze_one leaves it
+            live.last_record_lsn, live.prev_record_lsn = frozen.last_record_lsn, frozen.prev_record_lsn
         live.changed()
         live.retire(frozen.layer)
+        live.account()
         self.last_flush = stats
         self._room.set()
 

@@ -50,6 +50,12 @@ from shared.wal.rmgr import RmgrId
 from shared.wal.rmgr_heap import CLEAR_FLAGS, HEAP_BLOCKS_PER_MAP_PAGE, VisibilityClear, visibility_clears
 from shared.wal.rmgr_smgr import TruncateFlag
 
+MAX_GAP_BLOCKS: Final = 1 << 18
+"""That one record may leave before the block it extends a fork to: 2 GiB. A heap is extended by some dozens at once
+(RelationAddBlocks), a hash index by a quarter of itself (_hash_expandtable), so that of 8 GiB is the largest."""
+_MANY_VALUES: Final = 1 << 16
+"""When a fork has grown and there are so many, they are handed over before the next record is looked at: what a log
+may come to in memory is not a multiple of its own size."""
 _SIZE: Final = struct.Struct(">I")
 pack_size: Final = _SIZE.pack
 unpack_time: Final = struct.Struct("<q").unpack_from
@@ -110,13 +116,15 @@ class WalIngest(StateIngest):
         self._copy: CopyDatabase | None = None
 
     def ingest(self, records: Sequence[RawRecord]) -> Ingested:
-        """Values of `records`, in LSN order per key. Raises CorruptedError, UnsupportedWalError."""
+        """Values of `records`, or of the first of them, in LSN order per key. Raises CorruptedError,
+        UnsupportedWalError."""
         values: list[KeyedValue] = []
         self._values = values
         append = values.append
         sizes = self.tip.rel_sizes
         next_xid = self.tip.checkpoint.next_xid & 0xFFFFFFFF
         consumed = 0
+        full = False
         unpack_header, find_flags = _HEADER.unpack_from, CLEAR_FLAGS.get
         tracking = self.tip.control.track_commit_timestamp
         if records:
@@ -149,6 +157,7 @@ class WalIngest(StateIngest):
                             rel = spc, db, number
                             if block >= sizes.get((rel, fork), 0):
                                 self._extend(rel, fork, block, end, initialised=kind != _WAL)
+                                full = len(values) > _MANY_VALUES
                             append((pack_key(REL_BLOCK, spc, db, number, fork, block), end, kind, record))
                         clear = find_flags(rmid << 8 | info & 0x70)
                         if clear is not None and (
@@ -160,6 +169,8 @@ class WalIngest(StateIngest):
                                 self._clear_visibility(clears, end)
                         if self._pending:
                             self._store_pending(end)
+                        if full:
+                            break
                         continue
             elif rmid == _XACT and info == 0 and xid and record[24:26] == _BARE_COMMIT and size == 34 and not tracking:
                 self._commit_one(xid, unpack_time(record, 26)[0], end)
@@ -183,6 +194,7 @@ class WalIngest(StateIngest):
                     kind, payload = _WAL, record
                 if block >= sizes.get((rel, fork), 0):
                     self._extend(rel, fork, block, end, initialised=kind != _WAL)
+                    full = len(values) > _MANY_VALUES
                 append((pack_key(REL_BLOCK, *rel, fork, block), end, kind, payload))
             if rmid in _HEAP:
                 clears = visibility_clears(rmid, info, blocks, record, main_start)
@@ -196,7 +208,7 @@ class WalIngest(StateIngest):
                 raise UnsupportedWalError(f"WAL record of the unknown resource manager {rmid}")
             if self._pending:
                 self._store_pending(end)
-            if self._copy is not None:
+            if full or self._copy is not None:
                 break
         copy, self._copy = self._copy, None
         return Ingested(values, consumed, copy)
@@ -204,8 +216,13 @@ class WalIngest(StateIngest):
     # --- sizes ---
 
     def _extend(self, rel: Rel, fork: int, block: int, end: int, *, initialised: bool) -> None:
-        """The fork grows to hold `block`; blocks that no record initialises start from zeros."""
+        """The fork grows to hold `block`; blocks that no record initialises start from zeros.
+
+        Raises UnsupportedWalError for a gap that no Postgres leaves. Whoever has the compute may write any log.
+        """
         old = self.tip.rel_sizes.get((rel, fork), 0)
+        if block - old > MAX_GAP_BLOCKS:
+            raise UnsupportedWalError(f"a record extends a relation by more than {MAX_GAP_BLOCKS} blocks")
         for gap in range(old, block if initialised else block + 1):
             self._values.append((pack_key(REL_BLOCK, *rel, fork, gap), end - 1, _TOMBSTONE, b""))
         self._set_size(rel, fork, block + 1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from pageserver.ingest import CopyDatabase, WalIngest
 from pageserver.ingest_state import KeyedValue, Tip
 from pageserver.point_in_time import commit_time
 from pageserver.timeline import Timeline
-from pageserver.value import ValueKind
 from shared.errors import CorruptedError
 from shared.keyspace import (
     CHECKPOINT_KEY,
@@ -23,6 +22,7 @@ from shared.keyspace import (
     Fork,
     RelTag,
     Slru,
+    database_range,
     field1_range,
     pack_key,
     rel_map_key,
@@ -32,7 +32,6 @@ from shared.wal.control import CheckPoint, ControlFile
 from shared.wal.reader import RawRecord
 from shared.wal.record import Rel
 
-_IMAGE: Final = int(ValueKind.IMAGE)
 _COPY_BATCH_BLOCKS: Final = 256
 
 
@@ -80,41 +79,38 @@ class IngestShell:
         while records:
             done = self._core.ingest(records)
             last_start, last_end, _ = records[done.consumed - 1]
-            values = done.values
-            if done.copy is not None:
-                values = await self._copy_database(done.copy, records[: done.consumed], values)
-            await self._timeline.put_batch(values, last_end, last_start)
+            if done.copy is None:
+                await self._timeline.put_batch(done.values, last_end, last_start)
+            else:
+                await self._copy_database(done.copy, records[: done.consumed], done.values)
             records = records[done.consumed :]
 
-    async def _copy_database(
-        self, copy: CopyDatabase, records: Sequence[RawRecord], values: list[KeyedValue]
-    ) -> list[KeyedValue]:
-        """CREATE DATABASE … STRATEGY = file_copy: everything of the source, as it is before this record.
-
-        Stores the values of the records before, and returns those of the last one with the copies, which become
-        visible together.
-        """
+    async def _copy_database(self, copy: CopyDatabase, records: Sequence[RawRecord], values: list[KeyedValue]) -> None:
+        """CREATE DATABASE … STRATEGY = file_copy: everything of the source, as it is before this record, the last one
+        of `records`, becomes visible together with `values` of the record itself. However much that is."""
         timeline = self._timeline
-        before, own = values, []
         if len(records) > 1:
             start, end, _ = records[-2]
             before = [value for value in values if value[1] <= end]
-            own = values[len(before) :]
+            values = values[len(before) :]
             await timeline.put_batch(before, end, start)
-        else:
-            own = values
         lsn = timeline.last_record_lsn
         sizes = {key: blocks for key, blocks in self._core.tip.rel_sizes.items() if key[0][:2] == copy.source}
-        for (rel, fork), blocks in sizes.items():
-            tag = RelTag(*rel, Fork(fork))
-            for first in range(0, blocks, _COPY_BATCH_BLOCKS):
-                numbers = range(first, min(blocks, first + _COPY_BATCH_BLOCKS))
-                pages = await timeline.get_pages(tag, numbers, lsn)
-                own += (
-                    (pack_key(REL_BLOCK, *copy.target, rel[2], fork, number), copy.lsn, _IMAGE, page)
-                    for number, page in zip(numbers, pages, strict=True)
-                )
         rel_map = await timeline.get(rel_map_key(*copy.source), lsn)
         if rel_map is None:
             raise CorruptedError("a database is copied that does not exist")
-        return own + self._core.copied_database(copy, rel_map, sizes)
+        values += self._core.copied_database(copy, rel_map, sizes)
+        key_range = database_range(REL_BLOCK, *copy.target)
+        await timeline.put_bulk(key_range, self._pages(copy, sizes, lsn), values, copy.lsn, records[-1][0])
+
+    async def _pages(
+        self, copy: CopyDatabase, sizes: dict[tuple[Rel, int], int], lsn: int
+    ) -> AsyncIterator[tuple[bytes, bytes]]:
+        """The source's blocks at `lsn` under the target's keys, ascending."""
+        for (rel, fork), blocks in sorted(sizes.items()):
+            tag = RelTag(*rel, Fork(fork))
+            for first in range(0, blocks, _COPY_BATCH_BLOCKS):
+                numbers = range(first, min(blocks, first + _COPY_BATCH_BLOCKS))
+                pages = await self._timeline.get_pages(tag, numbers, lsn)
+                for number, page in zip(numbers, pages, strict=True):
+                    yield pack_key(REL_BLOCK, *copy.target, rel[2], fork, number), page

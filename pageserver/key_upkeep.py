@@ -198,8 +198,7 @@ class TimelineKeys:
     @staticmethod
     def _listed(live: Live) -> dict[str, Envelope]:
         """Layers that an index lists, or is about to."""
-        stored = (frozen.stored for frozen in live.frozen)
-        about_to = {layer.descriptor.name: layer.envelope for layer in stored if layer is not None}
+        about_to = {layer.name: envelope for frozen in live.frozen for layer, envelope in frozen.unlisted}
         return about_to | {layer.name: envelope for layer, envelope in live.index.layers}
 
     # --- publishing ---

@@ -10,15 +10,17 @@ were made from the ancestor's data, and a read under way may have looked into wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
 from pageserver.flush import SealedLayer
 from pageserver.index_part import IndexPart
-from pageserver.layer.in_memory import InMemoryLayer
+from pageserver.ingest_memory import IngestMemory
+from pageserver.layer.in_memory import InMemoryLayer, KeyedValue
 from pageserver.layer.layer_map import LayerMap
+from pageserver.layer.name import LayerDescriptor, LayerKind
 from pageserver.layer_cache import LayerCache
 from pageserver.open_layers import OpenLayers
 from pageserver.page_reader import PageReader, PageRedo
@@ -26,6 +28,7 @@ from pageserver.read_path import Ancestry, Snapshot
 from pageserver.remote_timeline import RemoteTimeline
 from pageserver.retention import Retention
 from shared.clock import Clock, SystemClock
+from shared.crypto.envelope import Envelope
 from shared.errors import LeaseExpiredError
 from shared.lease import KeySource
 from shared.retry import RetryPolicy
@@ -34,6 +37,8 @@ from shared.storage.threads import BlockingPool
 from shared.telemetry import get_logger
 
 _log = get_logger(__name__)
+
+ListedLayer = tuple[LayerDescriptor, Envelope]
 _MAX_RETIRED: Final = 4
 _LOST: Final = "the keys were lost meanwhile"
 _NO_SNAPSHOT: Final = 1 << 62
@@ -64,6 +69,9 @@ class TimelineConfig:
     """Flushed layers that are merged into L1 when there are so many."""
     compaction_l0_layers_at_once: int = 10
     """At most: what one run reads. Their indexes are in memory meanwhile."""
+    ingest_l0_layers: int = 40
+    """Ingest waits while there are so many that are not merged, or reads would visit more and more of them; not while
+    compaction fails, for whatever reason."""
     compaction_target_bytes: int = 32 * 1024 * 1024
     """Plaintext of a layer that compaction makes, about. Its memory is some three times that."""
     image_layer_deltas: int = 3
@@ -74,7 +82,8 @@ class TimelineConfig:
     retention: Retention = field(default_factory=Retention)
     """Of new timelines."""
     lsn_lease_s: float = 600.0
-    """How long an LSN lease lasts if its holder does not say. So long nothing is removed after a start."""
+    """How long an LSN lease lasts, at most, and if its holder does not say. So long nothing is removed after a
+    start."""
     retry_delay_s: float = 1.0
     """Pause after a flush that failed and may be tried again."""
     drain_timeout_s: float = 1.0
@@ -94,6 +103,7 @@ class TimelineServices:
     clock: Clock = field(default_factory=SystemClock)
     compactions: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """So many of them run at a time: each has some layers in memory."""
+    memory: IngestMemory = field(default_factory=IngestMemory)
 
 
 @dataclass(slots=True)
@@ -105,6 +115,13 @@ class Frozen:
     prev_record_lsn: int
     stored: SealedLayer | None = None
     """Its sealed layer, once that is durable: when only the index failed, only the index is tried again."""
+    images: tuple[ListedLayer, ...] = ()
+    """Layers that are stored already, and are to be listed with it (bulk.py)."""
+
+    @property
+    def unlisted(self) -> tuple[ListedLayer, ...]:
+        """What is stored of it."""
+        return self.images if self.stored is None else (*self.images, (self.stored.descriptor, self.stored.envelope))
 
 
 @dataclass(eq=False, slots=True)
@@ -125,7 +142,6 @@ class Live:
     layers: OpenLayers
     reader: PageReader
     index: IndexPart
-    layer_map: LayerMap
     open: InMemoryLayer
     last_record_lsn: int
     prev_record_lsn: int
@@ -143,6 +159,12 @@ class Live:
     """Of the ancestor, at which `index.ancestor` points."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it is closed."""
+    memory: IngestMemory = field(default_factory=IngestMemory)
+    freeze_early: Callable[[], None] = lambda: None
+    """Called when the open layer is to be frozen, because all timelines together take too much."""
+    layer_map: LayerMap = field(init=False)
+    l0_layers: int = field(init=False)
+    """Flushed layers that are not merged yet."""
     _own: Snapshot = field(init=False)
     children: dict[int, Live] = field(default_factory=dict)
     _generation: int = 0
@@ -154,6 +176,7 @@ class Live:
 
     def __post_init__(self) -> None:
         self.idle.set()
+        self.accept(self.index)
         self.changed()
         if self.parent is not None:
             self.parent.children[id(self)] = self
@@ -181,14 +204,26 @@ class Live:
             layers=layers,
             reader=PageReader(layers, services.redo, config.page_cache_bytes),
             index=index,
-            layer_map=LayerMap(layer for layer, _ in index.layers),
             open=InMemoryLayer(index.disk_consistent_lsn + 1),
             last_record_lsn=index.disk_consistent_lsn,
             prev_record_lsn=index.prev_record_lsn,
             disk_consistent_lsn=index.disk_consistent_lsn,
             opened_at_s=now_s,
             parent=parent,
+            memory=services.memory,
         )
+
+    def accept(self, index: IndexPart) -> None:
+        """`index` is durable. `changed` is to be called in the same step."""
+        self.index = index
+        self.layer_map = LayerMap(layer for layer, _ in index.layers)
+        self.l0_layers = sum(layer.level == 0 and layer.kind is LayerKind.DELTA for layer, _ in index.layers)
+
+    def account(self) -> None:
+        """Say what the layers in memory take."""
+        if not self.closed:
+            frozen = sum(frozen.layer.size_bytes for frozen in self.frozen)
+            self.memory.changed(id(self), self.open.size_bytes, frozen, self.freeze_early)
 
     def changed(self) -> None:
         """Layers came or went: readers that start from now on see that."""
@@ -237,7 +272,7 @@ class Live:
     def freeze(self, now_s: float) -> bool:
         """The open layer takes no more values. Returns False when nothing was ingested since the last time."""
         end = self.last_record_lsn + 1
-        if end == self.open.lsn_start:
+        if end <= self.open.lsn_start:
             self.opened_at_s = now_s
             return False
         self.open.freeze(end)
@@ -245,7 +280,28 @@ class Live:
         self.open = InMemoryLayer(end)
         self.opened_at_s = now_s
         self.changed()
+        self.account()
         return True
+
+    def freeze_one(
+        self,
+        values: Iterable[KeyedValue],
+        last_record_lsn: int,
+        prev_record_lsn: int,
+        images: tuple[ListedLayer, ...],
+        now_s: float,
+    ) -> None:
+        """A frozen layer of one record's `values`, with `images`, while nothing else is in memory. It is behind
+        `last_record_lsn`, so nobody reads it, until it is flushed."""
+        if self.frozen or self.open.key_count or self.open.lsn_start != self.last_record_lsn + 1:
+            raise RuntimeError("there are values that are not flushed")
+        self.open.put_all(values)
+        self.open.freeze(last_record_lsn + 1)
+        self.frozen.append(Frozen(self.open, last_record_lsn, prev_record_lsn, images=images))
+        self.open = InMemoryLayer(last_record_lsn + 1)
+        self.opened_at_s = now_s
+        self.changed()
+        self.account()
 
     def working(self) -> AbstractContextManager[None]:
         """As `in_use`, for those who hold plaintext and no snapshot, for long: nothing waits for them to leave but the
@@ -324,6 +380,7 @@ class Live:
     def close(self) -> None:
         """Forget all plaintext, also that of branches. Idempotent. No await in here."""
         self.closed = True
+        self.memory.forget(id(self))
         self.ended.set()
         for child in list(self.children.values()):
             child.close()

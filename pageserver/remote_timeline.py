@@ -12,15 +12,18 @@ only deleted. Versions of the index are numbered slots, filled strictly one afte
 
 So a slot is decided once, by the store, whoever writes or dies when. Of two pageservers on one timeline both may load
 slot n, but only one gets n+1; the other's put fails, which is a FencedError, and it stops before it has told anybody
-that its state is durable. (Neon has generation numbers from a control plane instead: docs/rfcs/025.) The last look is
-for a writer that slept so long that the slot it wants was filled *and deleted* meanwhile: a slot is deleted only when
-two newer versions exist, and those it then sees.
+that its state is durable. (Neon has generation numbers from a control plane instead: docs/rfcs/025.)
+
+The last look is for a writer that slept so long that the slot it wants was filled *and deleted* meanwhile. A slot is
+deleted only when two newer versions exist, and *after all older ones*. So whoever fills a slot that others have used
+has lost the version that it came from: to look for that one object is enough, and no listing is relied on.
 
 Generations. The generation of a writer is the first slot that it will fill: the one after the version that it loaded.
 Several may have loaded the same version, but only the one that fills that slot ever lists anything, so of all writers
 whose objects count no two share a generation. It stands in the names of layers and in the index. Whoever deletes looks
-at the slots first (`validate`): only while its own version is the newest, and never objects of a later generation. So a
-writer that was replaced deletes nothing, and where an object comes from can be told without any key.
+at the slots first (`validate`, by single objects, too): only while its own version is the newest, and never objects of
+a later generation. So a writer that was replaced deletes nothing, and where an object comes from can be told without
+any key.
 
 What the index cannot show by itself is that it is the *newest*: an object store that hides the last versions serves an
 older, valid timeline. Two things can show it. The highest slot that this machine has seen is kept beside the layer
@@ -57,12 +60,33 @@ INDEX_CHUNK_SIZE_BYTES: Final = 64 * 1024
 KEPT_INDEX_VERSIONS: Final = 2
 VOID: Final = b"KLIV"
 """Content of an index slot that its loader closed. Public, and no sealed object: those start with KLOB."""
+GONE: Final = b"KLGN"
+"""So begins the content of the slot in which a timeline ends (removal.py): it and what came before do not count."""
 
-_ENVELOPE_SUFFIX: Final = ".key"
+ENVELOPE_SUFFIX: Final = ".key"
 _PUTS_AT_ONCE: Final = 16
 _SLOT: Final = re.compile(r"([0-9a-f]{16})(\.key)?", re.ASCII)
 T = TypeVar("T")
 _log = get_logger(__name__)
+
+
+def slot_name(slot: int) -> str:
+    return f"{slot:016x}"
+
+
+async def list_slots(store: ObjectStore, prefix: str, *, strict: bool = True) -> tuple[set[int], set[int]]:
+    """(slots whose index is there, slots whose envelope is there) of the index below `prefix`. Raises what the store
+    raises; and if `strict`, IntegrityError for an object that is neither."""
+    filled: set[int] = set()
+    begun: set[int] = set()
+    async for info in store.list(prefix):
+        match = _SLOT.fullmatch(info.key[len(prefix) :])
+        if match is None:
+            if strict:
+                raise IntegrityError("an object under the index has no slot's name")
+            continue
+        (begun if match[2] else filled).add(int(match[1], 16))
+    return filled, begun
 
 
 class FencedError(ConflictError):
@@ -167,7 +191,7 @@ class RemoteTimeline:
         The envelope goes first, so that there is never a layer in the store that nobody can shred or re-wrap.
         """
         object_key = self.layer_object_key(layer.name)
-        await self._put_once(object_key + _ENVELOPE_SUFFIX, envelope.serialize())
+        await self._put_once(object_key + ENVELOPE_SUFFIX, envelope.serialize())
         await self._put_once(object_key, sealed)
         self._envelopes[layer.name] = envelope
 
@@ -190,7 +214,7 @@ class RemoteTimeline:
             # All of them end before an error is raised: none may land behind the put of a later pass.
             results = await asyncio.gather(
                 *(
-                    self._put(object_key + _ENVELOPE_SUFFIX, envelope.serialize())
+                    self._put(object_key + ENVELOPE_SUFFIX, envelope.serialize())
                     for object_key, envelope in changed[start : start + _PUTS_AT_ONCE]
                 ),
                 return_exceptions=True,
@@ -238,15 +262,28 @@ class RemoteTimeline:
         self._orphans += self._object_keys(names)
 
     async def validate(self) -> None:
-        """Raises FencedError unless the newest version of the index is this writer's, and UnavailableError."""
+        """Raises FencedError unless the newest version of the index is this writer's, and UnavailableError.
+
+        The next slot first: were it filled by then, and deleted since, this writer's would be gone, too.
+        """
         while True:
             before = self._index_slot, self._pending
-            filled, begun = await self._retry(self._list_slots)
+            newest = max(self._slots, default=0) if self._pending is None else self._pending.slot
+            following = self._slot_key(newest + 1)
+            is_newest = not (await self._holds(following) or await self._holds(following + ENVELOPE_SUFFIX))
+            is_there = await self._holds(self._slot_key(self._index_slot))
             if before == (self._index_slot, self._pending):
-                break  # or it has published meanwhile, and the listing is of no use
-        mine = self._index_slot if self._pending is None else self._pending.slot
-        if self._index_slot not in filled or max(filled | begun) > mine:
+                break  # or it has published meanwhile, and the look is of no use
+        if not (is_newest and is_there):
             raise FencedError("another pageserver writes this timeline: nothing is deleted")
+
+    async def _holds(self, key: str) -> bool:
+        """Is this object there?"""
+        try:
+            await self._retry(lambda: self._store.head(key))
+        except ObjectNotFoundError:
+            return False
+        return True
 
     def forget_layers(self, names: Iterable[str]) -> None:
         """These were uploaded, or listed, and are not to be listed (again)."""
@@ -263,14 +300,14 @@ class RemoteTimeline:
     async def stored_envelope(self, object_key: str) -> Envelope | None:
         """What lies beside an object; None when nothing does. Raises IntegrityError, and what the store raises."""
         try:
-            return Envelope.parse(await self._read(object_key + _ENVELOPE_SUFFIX))
+            return Envelope.parse(await self._read(object_key + ENVELOPE_SUFFIX))
         except ObjectNotFoundError:
             return None
 
     # --- the index ---
 
     async def load(self, *, at_least_lsn: int = 0) -> IndexPart | None:
-        """The newest index, None when the timeline was never created. From now on `publish` fills the slot after it.
+        """The newest index, None when there is no timeline. From now on `publish` fills the slot after it.
 
         Raises IntegrityError when it does not open, when it is older than this machine has seen, or when it does not
         reach `at_least_lsn`; KeyAccessError; UnavailableError. There is no falling back to an older version: that would
@@ -287,7 +324,7 @@ class RemoteTimeline:
             raise IntegrityError("the object store shows an older index than this machine has seen")
         if (0 if index is None else index.disk_consistent_lsn) < at_least_lsn:
             raise IntegrityError("the object store shows an index that lacks what was announced as durable")
-        self._index_slot = slot
+        self._index_slot = 0 if index is None else slot
         self._envelopes = {} if index is None else {layer.name: envelope for layer, envelope in index.layers}
         self._orphans = await self._list_orphans(self._envelopes.keys())
         if index is None:
@@ -321,26 +358,29 @@ class RemoteTimeline:
     async def _fill(self, pending: _Pending, removed: Iterable[str]) -> None:
         object_key = self._slot_key(pending.slot)
         try:
-            await self._put_once(object_key + _ENVELOPE_SUFFIX, pending.envelope)
+            await self._put_once(object_key + ENVELOPE_SUFFIX, pending.envelope)
             await self._put_once(object_key, pending.sealed)
         except ObjectExistsError:
             raise FencedError("another pageserver writes this timeline") from None
         filled, begun = await self._retry(self._list_slots)
         if max(filled | begun) > pending.slot:
             raise FencedError("another pageserver wrote this timeline meanwhile")
+        if self._index_slot and not await self._holds(self._slot_key(self._index_slot)):
+            with contextlib.suppress(KeylakeError):  # the newest version it would be, had the timeline been deleted
+                await self._store.delete_many([object_key, object_key + ENVELOPE_SUFFIX])
+            raise FencedError("another pageserver has long gone on with this timeline")
         self._pending = None
         self._slots = filled | begun
         previous, self._index_slot = self._index_slot, pending.slot
         await self._files.remember_number(self._seen_key, pending.slot)
         # Invariant: from here on it is durable, so nothing below may fail it. What is not deleted now is deleted by
         # the next publish, or ignored.
-        old = [slot for slot in self._slots if slot not in (previous, pending.slot)]
+        old = sorted(slot for slot in self._slots if slot < previous)
         orphans, self._orphans = self._orphans, []
         try:
-            await self._store.delete_many(
-                key for slot in old for key in (self._slot_key(slot), self._slot_key(slot) + _ENVELOPE_SUFFIX)
-            )
-            self._slots.difference_update(old)
+            for slot in old:  # one after the other: see the theory of operation
+                await self._store.delete_many([self._slot_key(slot), self._slot_key(slot) + ENVELOPE_SUFFIX])
+                self._slots.discard(slot)
             # Whoever wrote them without listing them cannot list them any more: the slot is ours.
             await self._store.delete_many(orphans)
             await self._delete_layers(removed)
@@ -355,7 +395,7 @@ class RemoteTimeline:
 
     def _object_keys(self, names: Iterable[str]) -> list[str]:
         keys = [self.layer_object_key(name) for name in names]
-        return [*keys, *(key + _ENVELOPE_SUFFIX for key in keys)]
+        return [*keys, *(key + ENVELOPE_SUFFIX for key in keys)]
 
     async def _open_newest(self, slots: list[int]) -> tuple[IndexPart | None, int]:
         for slot in slots:
@@ -363,6 +403,8 @@ class RemoteTimeline:
             sealed = await self._read(name.object_name)
             if sealed == VOID:
                 continue
+            if sealed.startswith(GONE):
+                return None, slot
             envelope = await self._read_envelope(name.object_name)
             (key,) = await self._keys.unwrap(self.project_id, [(name, envelope)])
             index = IndexPart.parse(open_object(key, self._context(name), sealed))
@@ -376,16 +418,7 @@ class RemoteTimeline:
     # --- the store ---
 
     async def _list_slots(self) -> tuple[set[int], set[int]]:
-        """(slots whose index is there, slots whose envelope is there)."""
-        filled: set[int] = set()
-        begun: set[int] = set()
-        start = len(self._slot_prefix)
-        async for info in self._store.list(self._slot_prefix):
-            match = _SLOT.fullmatch(info.key[start:])
-            if match is None:
-                raise IntegrityError("an object under the index has no slot's name")
-            (begun if match[2] else filled).add(int(match[1], 16))
-        return filled, begun
+        return await list_slots(self._store, self._slot_prefix)
 
     async def _list_orphans(self, keep: Set[str]) -> list[str]:
         prefix = f"{self._prefix}/layers/"
@@ -394,7 +427,7 @@ class RemoteTimeline:
         return [
             key
             for key in keys
-            if (name := key[start:].removesuffix(_ENVELOPE_SUFFIX)) not in keep and not self._is_newer(name)
+            if (name := key[start:].removesuffix(ENVELOPE_SUFFIX)) not in keep and not self._is_newer(name)
         ]
 
     def _is_newer(self, name: str) -> bool:
@@ -424,7 +457,7 @@ class RemoteTimeline:
 
     async def _read_envelope(self, object_key: str) -> Envelope:
         try:
-            return Envelope.parse(await self._read(object_key + _ENVELOPE_SUFFIX))
+            return Envelope.parse(await self._read(object_key + ENVELOPE_SUFFIX))
         except ObjectNotFoundError:
             raise IntegrityError("a sealed object has no envelope") from None
 
@@ -449,7 +482,7 @@ class RemoteTimeline:
         return f"{self._prefix}/index-seen"
 
     def _slot_key(self, slot: int) -> str:
-        return f"{self._slot_prefix}{slot:016x}"
+        return self._slot_prefix + slot_name(slot)
 
     def _name(self, object_key: str, kind: str) -> ObjectName:
         return ObjectName(timeline_id=self.timeline_id, object_name=object_key, kind=kind)

@@ -89,20 +89,20 @@ RetainLsns = Callable[[], Iterable[int]]
 
 class LsnLeases:
     """LSNs that somebody reads at, for a time (Neon: LSN leases). In memory: after a restart nothing is removed for as
-    long as a lease may last, so that holders can renew theirs."""
+    long as a lease may last, so that holders can renew theirs. So none lasts longer than that."""
 
-    def __init__(self, now_s: float, default_s: float) -> None:
+    def __init__(self, now_s: float, longest_s: float) -> None:
         """Times are of one monotonic clock."""
         self._until: dict[int, float] = {}
-        self._default_s = default_s
-        self._known_from_s = now_s + default_s
+        self._longest_s = longest_s
+        self._known_from_s = now_s + longest_s
 
     def grant(self, lsn: int, now_s: float, ttl_s: float | None = None) -> float:
         """Returns how long it lasts from now on, at least: a lease is only ever prolonged. Whether `lsn` can still be
         read is the caller's to check. Raises InvalidInputError, UnavailableError (too many)."""
-        ttl_s = self._default_s if ttl_s is None else ttl_s
-        if not 0 < ttl_s <= MAX_LEASE_S:
-            raise InvalidInputError(f"an LSN lease lasts up to {MAX_LEASE_S} s")
+        ttl_s = self._longest_s if ttl_s is None else ttl_s
+        if not 0 < ttl_s <= self._longest_s:
+            raise InvalidInputError(f"an LSN lease lasts up to {self._longest_s:g} s here; it can be renewed")
         current = self.current(now_s)
         if lsn not in current and len(current) >= MAX_LEASES:
             raise UnavailableError("too many LSNs are leased")

@@ -103,8 +103,7 @@ class Scrubber:
     async def _look(self, live: Live) -> _Moment:
         prefix = live.remote.prefix
         objects = {info.key[len(prefix) :]: info.size_bytes async for info in self._services.store.list(prefix)}
-        stored = (frozen.stored for frozen in live.frozen)
-        about_to = frozenset(layer.descriptor.name for layer in stored if layer is not None)
+        about_to = frozenset(layer.name for frozen in live.frozen for layer, _ in frozen.unlisted)
         return _Moment(live.index.layers, objects, about_to)
 
     @staticmethod

@@ -21,6 +21,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Self
 
+from pageserver.ingest_memory import IngestMemory
 from pageserver.ingest_shell import IngestShell, load_tip
 from pageserver.initdb_import import read_position, read_values
 from pageserver.key_project import ProjectKeys
@@ -28,9 +29,11 @@ from pageserver.key_upkeep import TimelineKeys
 from pageserver.layer_cache import LayerCache
 from pageserver.project_redo import ProjectRedo
 from pageserver.redo.build import RedoBinaries
+from pageserver.removal import Mark, Removal
 from pageserver.timeline import (
     AncestorNotLoadedError,
     InitdbPosition,
+    NoSuchTimelineError,
     Timeline,
     TimelineConfig,
     TimelineExistsError,
@@ -87,6 +90,7 @@ class Environment:
     peer_context: ssl.SSLContext
     upkeep: UpkeepTuning = field(default_factory=UpkeepTuning)
     compactions: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    memory: IngestMemory = field(default_factory=IngestMemory)
 
 
 class AttachedTimeline:
@@ -220,10 +224,14 @@ class _Project:
         """What loads them and keeps them going."""
         self.unloaded: dict[TimelineId, KeylakeError] = {}
         """Why timelines of the object store could not be loaded so far."""
+        self.ending: set[TimelineId] = set()
+        """Those that do not exist any more, but something of them: their task deletes it."""
+        self.ancestors: dict[TimelineId, tuple[ProjectId, TimelineId]] = {}
+        """Of branches, as soon as that is known; loaded or not."""
         self.changing = asyncio.Lock()
 
     def is_loading(self, timeline_id: TimelineId) -> bool:
-        return timeline_id in self.tasks and timeline_id not in self.timelines
+        return timeline_id in self.tasks and timeline_id not in self.timelines and timeline_id not in self.ending
 
     def check_loaded(self, timeline_id: TimelineId) -> None:
         """Nothing for one that is not known at all. Raises UnavailableError while it is being loaded, or why it cannot
@@ -334,24 +342,52 @@ class Tenants:
         project = self._project(project_id)
         while True:
             try:
-                lease = await self._lease(project)
-                timeline = await self._open(project, timeline_id, lease)
+                timeline = await self._find(project, timeline_id)
                 break
             except KeylakeError as error:
-                known = project.unloaded.get(timeline_id)
-                if known is None or known.code != error.code:
-                    log = _log.error if isinstance(error, IntegrityError) else _log.info
-                    log("timeline is not attached", timeline_id=str(timeline_id), code=error.code, error=str(error))
-                project.unloaded[timeline_id] = error
-                self._tell_news()
+                if timeline_id not in project.ending:
+                    self._not_attached(project, timeline_id, error)
                 waits = isinstance(error, AncestorNotLoadedError)
                 await asyncio.sleep(_ANCESTOR_POLL_S if waits else _FAULT_PAUSE_S)
         project.unloaded.pop(timeline_id, None)
-        await self._keep(project, timeline)
+        if timeline is not None:
+            await self._keep(project, timeline)
+        elif project.tasks.get(timeline_id) is asyncio.current_task():
+            del project.tasks[timeline_id]
+            self._tell_news()
+
+    def _not_attached(self, project: _Project, timeline_id: TimelineId, error: KeylakeError) -> None:
+        known = project.unloaded.get(timeline_id)
+        if known is None or known.code != error.code:
+            log = _log.error if isinstance(error, IntegrityError) else _log.info
+            log("timeline is not attached", timeline_id=str(timeline_id), code=error.code, error=str(error))
+        project.unloaded[timeline_id] = error
+        self._tell_news()
+
+    async def _find(self, project: _Project, timeline_id: TimelineId) -> Timeline | None:
+        """None when there is no such timeline: a process has died before it had created it, or while it deleted it,
+        which is finished here."""
+        lease = await self._lease(project)
+        try:
+            return await self._open(project, timeline_id, lease)
+        except NoSuchTimelineError:
+            removal = self._removal(project.project_id, timeline_id)
+            mark = await removal.begun()
+            if mark is not None:
+                project.ending.add(timeline_id)
+                project.unloaded.pop(timeline_id, None)
+                await self._finish(removal, mark, timeline_id)
+            project.ending.discard(timeline_id)
+            return None
 
     async def _open(self, project: _Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
         services, config = self._services(project), self._environment.config
-        return await Timeline.open(project.project_id, timeline_id, services, lease, config, find=self.timeline)
+
+        def find(project_id: ProjectId, ancestor_id: TimelineId) -> Timeline:
+            project.ancestors[timeline_id] = project_id, ancestor_id
+            return self.timeline(project_id, ancestor_id)
+
+        return await Timeline.open(project.project_id, timeline_id, services, lease, config, find=find)
 
     async def _keep(self, project: _Project, timeline: Timeline) -> None:
         attached = AttachedTimeline(timeline, self._environment)
@@ -397,6 +433,7 @@ class Tenants:
             project.redo,
             environment.pool,
             compactions=environment.compactions,
+            memory=environment.memory,
         )
 
     # --- what the API does ---
@@ -412,6 +449,8 @@ class Tenants:
         project = self._project(project_id)
         async with project.changing:
             project.check_loaded(timeline_id)  # or there would be two of it
+            if timeline_id in project.ending:
+                raise UnavailableError("a timeline of this name is being deleted")
             if timeline_id not in project.timelines:
                 lease = await self._lease(project)
                 if ancestor is None:
@@ -452,26 +491,75 @@ class Tenants:
                 return await self._open(project, timeline_id, lease)
 
     async def delete(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
-        """Everything of one timeline. Idempotent: what was left by a crash is deleted, too.
+        """Everything of one timeline. Idempotent; what a crash or an error leaves is deleted by whoever comes next.
 
-        Its index goes first: without it the timeline does not exist. Then its objects, then its entry in the ancestor's
-        index. Raises ConflictError when it has branches, or why it is not loaded, KeyAccessError, UnavailableError.
+        Once there is a mark in its index (removal.py) the timeline does not exist. Then its objects go, its entry in
+        the ancestor's index, and the mark. One that is damaged can be deleted, too. Raises ConflictError when it has
+        branches, UnavailableError when that is not known yet or the ancestor is not loaded, KeyAccessError.
         """
         project = self._projects.get(project_id)
+        removal = self._removal(project_id, timeline_id)
         async with contextlib.nullcontext() if project is None else project.changing:
+            mark = await removal.begun()
+            if mark is None:
+                mark = Mark(await self._end(project, timeline_id))
+                try:
+                    await removal.begin(mark)
+                except KeylakeError:
+                    self._go_on(project, timeline_id)  # with one or the other: nobody knows
+                    raise
             if project is not None:
-                project.check_loaded(timeline_id)  # until then it is not known who its branches are
-            attached = None if project is None else project.timelines.get(timeline_id)
-            if project is not None and attached is not None:
-                if attached.timeline.branches:
-                    raise ConflictError("the timeline has branches, which read it: delete them first")
-                await self._detach(project, timeline_id, attached)
-            await self._delete_objects(project_id, timeline_id)
-        for other in list(self._projects.values()):
-            for known in list(other.timelines.values()):
-                if timeline_id in known.timeline.branches:
-                    async with other.changing:
-                        await known.timeline.remove_branch(timeline_id)
+                project.ending.add(timeline_id)
+        try:
+            await self._finish(removal, mark, timeline_id)
+        except KeylakeError:
+            self._go_on(project, timeline_id)
+            raise
+        if project is not None:
+            project.ending.discard(timeline_id)
+
+    async def _end(self, project: _Project | None, timeline_id: TimelineId) -> tuple[ProjectId, TimelineId] | None:
+        """When this returns nobody here has the timeline open. Returns its ancestor. Raises as `delete`, or why it is
+        not loaded, if that may pass."""
+        listed_by = self._listed_by(timeline_id)
+        if project is None:
+            return listed_by
+        attached = project.timelines.get(timeline_id)
+        if attached is not None:
+            if attached.timeline.branches:
+                raise _has_branches()
+            if (ancestor := attached.timeline.ancestor) is not None:
+                listed_by = ancestor.project_id, ancestor.timeline_id
+            await self._detach(project, timeline_id, attached)
+        elif isinstance(project.unloaded.get(timeline_id), IntegrityError | AncestorNotLoadedError):
+            self._check_no_branches(timeline_id)
+            task = project.tasks.pop(timeline_id)
+            task.cancel()
+            await asyncio.wait([task])
+            project.unloaded.pop(timeline_id, None)
+        else:
+            project.check_loaded(timeline_id)
+        return project.ancestors.pop(timeline_id, None) or listed_by
+
+    def _listed_by(self, timeline_id: TimelineId) -> tuple[ProjectId, TimelineId] | None:
+        """Whose index says that this is a branch of it, of those that are loaded."""
+        for project in self._projects.values():
+            for other, attached in project.timelines.items():
+                if timeline_id in attached.timeline.branches:
+                    return project.project_id, other
+        return None
+
+    def _check_no_branches(self, timeline_id: TimelineId) -> None:
+        """Of a timeline whose own index cannot be asked: the others are. Those that are damaged do not count."""
+        for project in self._projects.values():
+            for other in project.tasks:
+                if other == timeline_id or not project.is_loading(other):
+                    continue
+                ancestor = project.ancestors.get(other)
+                if ancestor is not None and ancestor[1] == timeline_id:
+                    raise _has_branches()
+                if ancestor is None and not isinstance(project.unloaded.get(other), IntegrityError):
+                    raise UnavailableError("it is not known yet whether the timeline has branches")
 
     async def _detach(self, project: _Project, timeline_id: TimelineId, attached: AttachedTimeline) -> None:
         task = project.tasks.pop(timeline_id)
@@ -480,14 +568,27 @@ class Tenants:
         await asyncio.wait([task])
         del project.timelines[timeline_id]
 
-    async def _delete_objects(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
-        environment = self._environment
-        prefix = f"projects/{project_id}/timelines/{timeline_id}/"
-        for part in (f"{prefix}index/", prefix):
-            keys = [info.key async for info in environment.store.list(part)]
-            # Newest index first: a crash half way must not leave an older one that looks like the newest.
-            await environment.store.delete_many(sorted(keys, reverse=True))
-        await environment.files.retain(f"{prefix}layers/", ())
+    def _removal(self, project_id: ProjectId, timeline_id: TimelineId) -> Removal:
+        return Removal(self._environment.store, project_id, timeline_id)
+
+    async def _finish(self, removal: Removal, mark: Mark, timeline_id: TimelineId) -> None:
+        """All that follows the mark. Raises AncestorNotLoadedError, and what the store and publishing raise."""
+        await removal.remove_objects()
+        await self._environment.files.retain(f"{removal.prefix}layers/", ())
+        if mark.ancestor is not None:
+            project_id, ancestor_id = mark.ancestor
+            holder = self._projects.get(project_id)
+            if holder is not None and holder.is_loading(ancestor_id):
+                raise AncestorNotLoadedError("the branch is gone, but its ancestor, which lists it, is not loaded yet")
+            if holder is not None and (ancestor := holder.timelines.get(ancestor_id)) is not None:
+                async with holder.changing:
+                    await ancestor.timeline.remove_branch(timeline_id)
+        await removal.end()
+
+    def _go_on(self, project: _Project | None, timeline_id: TimelineId) -> None:
+        """After an error: load it, or delete the rest of it, as soon as that is possible, whoever asks for it."""
+        if project is not None and timeline_id not in project.tasks and not self._stopping:
+            project.tasks[timeline_id] = self._spawn(self._attach(project.project_id, timeline_id))
 
     async def _create(self, project: _Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
         parent = SHARED_MEMORY_DIR if SHARED_MEMORY_DIR.is_dir() else None
@@ -605,6 +706,10 @@ async def _ended(timeline: Timeline) -> None:
     """Raises LeaseExpiredError when the timeline's plaintext is gone."""
     await timeline.ended()
     raise LeaseExpiredError("the plaintext was dropped")
+
+
+def _has_branches() -> ConflictError:
+    return ConflictError("the timeline has branches, which read it: delete them first")
 
 
 def _rounded(ancestor: AncestorInfo) -> AncestorInfo:

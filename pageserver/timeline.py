@@ -28,12 +28,13 @@ calls `Live.check` and then `Lease.check` before it uses or returns what it has.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Final
 
+from pageserver.bulk import write_images
 from pageserver.collector import Collector
 from pageserver.compactor import Compactor
 from pageserver.contents import Inspector
@@ -72,6 +73,7 @@ __all__ = [
     "FencedError",
     "FindTimeline",
     "InitdbPosition",
+    "NoSuchTimelineError",
     "Timeline",
     "TimelineConfig",
     "TimelineExistsError",
@@ -100,6 +102,10 @@ FindTimeline = Callable[[ProjectId, TimelineId], "Timeline"]
 
 def _no_timeline(project_id: ProjectId, timeline_id: TimelineId) -> Timeline:
     raise NotFoundError("there is no other timeline")
+
+
+class NoSuchTimelineError(NotFoundError):
+    """The object store has none: it was never created completely, or it is deleted."""
 
 
 class AncestorNotLoadedError(UnavailableError):
@@ -259,7 +265,7 @@ class Timeline:
             remote = self._remote()
             index = await remote.load(at_least_lsn=max(at_least_lsn, self.remote_consistent_lsn))
             if index is None:
-                raise NotFoundError("no such timeline")
+                raise NoSuchTimelineError("no such timeline")
             await self._services.files.retain(
                 f"{remote.prefix}layers/", (remote.layer_object_key(layer.name) for layer, _ in index.layers)
             )
@@ -282,7 +288,9 @@ class Timeline:
         # Known from now on, whatever comes of it: `await_ancestor` has to know for whom to wait.
         self._index = index
         parent = None if index.ancestor is None else self._live_ancestor(index.ancestor)
-        self._live = Live.start(remote, index, self._services, self.config, asyncio.get_running_loop().time(), parent)
+        now_s = asyncio.get_running_loop().time()
+        self._live = live = Live.start(remote, index, self._services, self.config, now_s, parent)
+        live.freeze_early = lambda: self._freeze(live)
         self._flusher.reset()
         self._waiters.release(index.disk_consistent_lsn)
 
@@ -503,13 +511,12 @@ class Timeline:
         Raises KeyAccessError, FencedError, ConflictError (not in order, or stopped by a fault).
         """
         live = self._writable()
-        if len(live.frozen) >= self.config.frozen_layers:
+        if self._flusher.must_wait(live) or self._services.memory.is_full:
             await self._flusher.room(live)
+            await self._services.memory.room()
             live.check()
             self._writable()
-        before = live.last_record_lsn
-        if last_record_lsn < before or (values and not (before < values[0][1] and values[-1][1] <= last_record_lsn)):
-            raise ConflictError("values are not from the records behind the last one ingested")
+        _check_order(live, values, last_record_lsn)
         live.open.put_all(values)
         live.last_record_lsn = last_record_lsn
         live.prev_record_lsn = prev_record_lsn
@@ -522,6 +529,35 @@ class Timeline:
             or live.open.size_bytes >= self.config.in_memory_size_bytes
         ):
             self._freeze(live)
+        else:
+            live.account()
+
+    async def put_bulk(
+        self,
+        key_range: KeyRange,
+        images: AsyncIterable[tuple[bytes, bytes]],
+        values: Sequence[KeyedValue],
+        last_record_lsn: int,
+        prev_record_lsn: int,
+    ) -> None:
+        """Take in one record that comes to more than memory is to hold: `images`, (key, whole value) in the order of
+        keys, which are all that exists in `key_range` from then on; and `values`, as for `put_batch`, of other keys.
+
+        Durable when it returns, and readers see all of it or nothing. One caller at a time, with `put_batch`; `images`
+        may read the timeline. Raises as `put_batch`, and what flushing raises: then nothing was taken in, or all of it
+        once the timeline was opened again.
+        """
+        await self.checkpoint()
+        async with self.compactor.lock:
+            live = self._writable()
+            _check_order(live, values, last_record_lsn)
+            with live.working():
+                listed = await write_images(live, self._services, self.config, key_range, images, last_record_lsn)
+            self._writable()
+            now_s = asyncio.get_running_loop().time()
+            live.freeze_one(values, last_record_lsn, prev_record_lsn, listed, now_s)
+            await self._flusher.flush(live)
+        self._waiters.release(last_record_lsn)
 
     async def checkpoint(self) -> None:
         """Flush everything ingested so far; durable when it returns. Raises what flushing raises."""
@@ -686,6 +722,12 @@ class Timeline:
         except KeyAccessError as error:
             return error
         return LeaseExpiredError("the keys were lost meanwhile")
+
+
+def _check_order(live: Live, values: Sequence[KeyedValue], last_record_lsn: int) -> None:
+    before = live.last_record_lsn
+    if last_record_lsn < before or (values and not (before < values[0][1] and values[-1][1] <= last_record_lsn)):
+        raise ConflictError("values are not from the records behind the last one ingested")
 
 
 def _no_block(block: int, lsn: int) -> NotFoundError:

@@ -24,7 +24,7 @@ from typing import Final
 from pageserver.quorum import NOTHING_COMMITTED, committed, majority
 from shared.auth import Scope, Service, TokenIssuer
 from shared.config import Address
-from shared.errors import CorruptedError, KeylakeError
+from shared.errors import CorruptedError, KeylakeError, UnavailableError
 from shared.framed_tcp import FramedConnection, connect
 from shared.ids import ProjectId, TimelineId
 from shared.telemetry import get_logger
@@ -122,6 +122,7 @@ class WalReceiver:
             elif stuck_at == (source, status.flush_lsn):
                 _log.info("safekeeper is behind the quorum, another one is asked", peer=source)
                 self._avoid, stuck_at = source, None
+                self._drained.set()  # its session may not be reading, and would not see that its connection is gone
                 if (connection := self._connections.get(source)) is not None:
                     connection.abort()
             else:
@@ -215,7 +216,11 @@ class WalReceiver:
             self._changed.set()
 
     async def _wal(self, lsn: int, data: memoryview) -> None:
-        """Buffer bytes of the source, and stop reading from it while the buffer is full."""
+        """Buffer bytes of the source, and stop reading from it while the buffer is full.
+
+        While it is not read, neither its next status nor its end is seen. If it has died or voted meanwhile, and a
+        quorum goes on without it, nothing in the buffer becomes feedable any more; then it is given up.
+        """
         expected = self._buffer[-1][0] + len(self._buffer[-1][1]) if self._buffer else self._decoder.next_lsn
         if lsn != expected:
             raise ProtocolError("WAL from a safekeeper is not contiguous")
@@ -225,6 +230,8 @@ class WalReceiver:
         while self._buffered_bytes > MAX_BUFFER_SIZE_BYTES:
             self._drained.clear()
             await self._drained.wait()
+            if self._source == self._avoid:
+                raise UnavailableError("the source was given up")
 
     async def _feed(self) -> None:
         """Decode and ingest what is committed. Hands the loop back between slices, so that reads are served

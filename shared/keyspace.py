@@ -32,6 +32,7 @@ from typing import Final
 
 _KEY: Final = struct.Struct(">BIIIBI")
 KEY_SIZE_BYTES: Final = _KEY.size
+_AFTER_DATABASE_BYTES: Final = struct.calcsize(">IBI")
 pack_key: Final = _KEY.pack
 """(field1 … field6) → 18 bytes. Hot loops call it directly."""
 unpack_key: Final = _KEY.unpack
@@ -127,4 +128,6 @@ def field1_range(field1: int) -> KeyRange:
 
 def database_range(field1: int, spc: int, db: int) -> KeyRange:
     """All keys of one kind (REL_BLOCK or REL_SIZE) in one database."""
-    return KeyRange(pack_key(field1, spc, db, 0, 0, 0), pack_key(field1, spc, db + 1, 0, 0, 0))
+    start = pack_key(field1, spc, db, 0, 0, 0)
+    last = int.from_bytes(start, "big") | (1 << 8 * _AFTER_DATABASE_BYTES) - 1
+    return KeyRange(start, (last + 1).to_bytes(KEY_SIZE_BYTES, "big"))

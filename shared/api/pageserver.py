@@ -77,7 +77,8 @@ class Garbage(ApiModel):
 
 
 class LeaseLsn(ApiModel):
-    """Keep the version at `read_lsn` readable, for `ttl_s` or the pageserver's default. Renewed by asking again."""
+    """Keep the version at `read_lsn` readable, for `ttl_s`: at most the pageserver's `lsn_lease_s`, its default.
+    Renewed by asking again."""
 
     read_lsn: Lsn
     ttl_s: float | None = Field(default=None, gt=0, le=24 * 3600)

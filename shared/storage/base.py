@@ -73,7 +73,10 @@ class ObjectStore(Protocol):
     """All methods may raise StoreUnavailableError (retry later) and StoreDeniedError (do not).
 
     A cancelled write may still take effect, like one that ended in StoreUnavailableError.
-    A write that returned is durable and visible to every later read and list, from any process.
+    A write that returned is durable and visible to every later read and list, from any process: what S3 (since
+    December 2020) and MinIO promise. A store that lists late is not supported: timelines and layers that are not listed
+    are taken for absent. Where a late listing would let one writer delete what another relies on, single objects are
+    looked at besides (pageserver/remote_timeline.py).
     """
 
     async def put(self, key: str, data: Data) -> None:

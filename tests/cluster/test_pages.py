@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import shutil
 import struct
@@ -19,7 +20,7 @@ from keylake.demo.pgbench import run_pgbench
 from pageserver.redo.build import prepare
 from pageserver.redo.worker import RedoWorker
 from shared.api.pageserver import Compact, Garbage, LeaseLsn, LsnLease, RetentionWindow, TimelineInfo
-from shared.errors import InvalidInputError, NotFoundError
+from shared.errors import InvalidInputError, NotFoundError, UnavailableError
 from shared.keyspace import Fork, RelTag
 from shared.lsn import Lsn
 from shared.wal.rmgr import RmgrId
@@ -27,12 +28,14 @@ from tests.cluster.pages import PageClient, page_client
 from tests.cluster.primary import PAGE, Primary, Session, call_pageserver, caught_up, connect, shut_down, tag_of
 from tests.cluster.processes import compute_of
 from tests.fixtures.redo_history import INSERT, SCHEMA
+from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
 
 ZEROS = bytes(PAGE)
 DATABASES = ["app", "postgres", "template1", "logged", "copied"]
 FIRST_NORMAL_OID = 16384
+LSN_LEASE_S = 20.0
 RMGR_OF = {
     "heap": RmgrId.HEAP,
     "btree": RmgrId.BTREE,
@@ -70,7 +73,7 @@ class Relations:
 async def place() -> AsyncIterator[Place]:
     # Small layers, so that most pages come from sealed files and some from memory.
     settings: dict[str, dict[str, Any]] = {
-        "pageserver": {"checkpoint_distance_mb": 4, "compaction_l0_layers": 3, "lsn_lease_s": 0.1},
+        "pageserver": {"checkpoint_distance_mb": 4, "compaction_l0_layers": 3, "lsn_lease_s": LSN_LEASE_S},
         "compute": {"poll_interval_s": 0.2},
     }
     async with Cluster(settings=settings) as cluster:
@@ -345,6 +348,12 @@ async def test_after_compaction_and_garbage_collection(place: Place) -> None:
             for block in rng.sample(range(size or 0), min(size or 0, 3)):
                 samples[tag, block, lsn] = await client.page(tag, block, lsn)
 
+        async def gc_may_run() -> bool:
+            with contextlib.suppress(UnavailableError):  # leases from before the pageserver's start might be held
+                await call_pageserver(place.cluster, place.project, "gc", Garbage)
+                return True
+            return False
+
         async def same(at_least_lsn: int) -> int:
             """Of the samples from there on."""
             kept = {key: page for key, page in samples.items() if key[2] >= at_least_lsn}
@@ -358,9 +367,8 @@ async def test_after_compaction_and_garbage_collection(place: Place) -> None:
         # Half of this history becomes too old, but for one version that somebody has leased.
         leased = min(lsn for _, _, lsn in samples)
         cutoff = (leased + place.first.lsn) // 2
-        await call_pageserver(
-            place.cluster, place.project, "lease-lsn", LsnLease, LeaseLsn(read_lsn=Lsn(leased), ttl_s=60)
-        )
+        await wait_until(gc_may_run, LSN_LEASE_S * 2)
+        await call_pageserver(place.cluster, place.project, "lease-lsn", LsnLease, LeaseLsn(read_lsn=Lsn(leased)))
         end = (await caught_up(place.cluster, place.project)).remote_consistent_lsn.value
         window = RetentionWindow(lsn_bytes=end - cutoff, age_s=0)
         await call_pageserver(place.cluster, place.project, "retention", TimelineInfo, window)

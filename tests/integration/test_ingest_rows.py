@@ -4,8 +4,8 @@ One stock primary does each thing once, across the wraps of all counters (tests/
 names what shows it: raw pages, SLRU bytes, files. With all of ingest they are the primary's; with the row's handling
 taken out, and nothing else, they are not.
 
-Not here: HEAP2_LOCK_UPDATED that clears a map bit, which no client can bring about at will (tests/unit/test_wal_rmgr.py
-has its record), and what is refused (tests/unit/test_ingest_state.py).
+Not here, but in tests/unit/test_ingest_state.py: HEAP2_LOCK_UPDATED that clears a map bit, which no client can bring
+about at will; and what is refused.
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ def watch_checkpoints(ingest: type[WalIngest]) -> tuple[type[WalIngest], list[st
             if isinstance(record, rmgr_xlog.XlogCheckpoint):
                 behind.extend(f"{name} at {end:X}" for name in lacks(self.tip, record.checkpoint))
             super()._xlog(record, start, end)
+            if isinstance(record, rmgr_xlog.XlogCheckpoint) and self.tip.control.checkpoint_lsn != start:
+                behind.append(f"where a standby starts, at {end:X}")
 
     return Watching, behind
 
@@ -360,6 +362,12 @@ class WithoutHorizons(WalIngest):
             self.tip.checkpoint = before
 
 
+class WithoutOnlineCheckpoints(WalIngest):
+    def _xlog(self, record: rmgr_xlog.XlogRecord | None, start: int, end: int) -> None:
+        if not isinstance(record, rmgr_xlog.XlogCheckpoint) or record.is_shutdown:
+            super()._xlog(record, start, end)
+
+
 class WithoutNextMultixact(WalIngest):
     def _advance_multixact(self, record: object) -> None:
         pass
@@ -409,6 +417,7 @@ ROWS: dict[str, tuple[type[WalIngest], Shows]] = {
     "oldestCommitTsXid, by its truncate": (WithoutHorizons, behind_in(Slru.COMMIT_TS.name)),
     "newestCommitTsXid": (WithoutCommitTimestamps, behind_in("newest_commit_ts_xid")),
     "shutdown checkpoint": (without(XLOG, XlogOp.CHECKPOINT_SHUTDOWN), shutdown_checkpoint),
+    "online checkpoint": (WithoutOnlineCheckpoints, behind_in("where a standby starts")),
     "parameter change": (without(XLOG, XlogOp.PARAMETER_CHANGE), parameters),
     "replication origin set": (WithoutForcedOrigins, origins),
     "replication origin of a commit": (WithoutOriginsOfCommits, origins),

@@ -206,7 +206,7 @@ TINY = replace(
     compaction_l0_layers_at_once=4,
     compaction_target_bytes=12_000,
     image_layer_deltas=2,
-    lsn_lease_s=0.001,
+    lsn_lease_s=3600.0,
     retention=Retention(0, 0),
 )
 
@@ -294,11 +294,11 @@ class Life:
             await self.timeline.reopen()
             return
         self.timeline = await process.open(at_least_lsn=durable)
-        self.clock.advance(1)
+        self.clock.advance(TINY.lsn_lease_s)
         oldest = self.timeline.oldest_lsn
         self.leased = {lsn for lsn in self.leased if lsn >= oldest}  # those of a process end with it
         for lsn in self.leased:
-            self.timeline.history.lease(lsn, 3600)
+            self.timeline.history.lease(lsn)
 
 
 change = st.tuples(
@@ -330,7 +330,7 @@ async def play(steps: list[tuple[object, ...]], root: Path) -> None:
     clock = ManualClock()
     async with engine(root, config=TINY, cache_capacity_bytes=20_000, clock=clock) as process:
         life = Life(await process.create(initdb), clock)
-        clock.advance(1)
+        clock.advance(TINY.lsn_lease_s)
         for key, value in initdb:
             life.oracle.put(key, INITDB_LSN, IMAGE, value)
         for name, *arguments in steps:
@@ -352,7 +352,7 @@ async def play(steps: list[tuple[object, ...]], root: Path) -> None:
                 case "lease", [float(share)]:
                     lsn = life.lsns[int(share * (len(life.lsns) - 1))]
                     if lsn >= life.timeline.oldest_lsn:
-                        life.timeline.history.lease(lsn, 3600)
+                        life.timeline.history.lease(lsn)
                         life.leased.add(lsn)
                 case "check", _:
                     await life.check_all()

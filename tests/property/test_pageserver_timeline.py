@@ -44,6 +44,7 @@ TINY = replace(
     page_cache_bytes=20_000,
     checkpoint_distance_bytes=1 << 40,
     frozen_layers=1 << 30,
+    ingest_l0_layers=1 << 30,
 )
 
 

@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import pytest
 
-from pageserver.ingest import Ingested, WalIngest
+from pageserver import ingest, native
+from pageserver.ingest import MAX_GAP_BLOCKS, Ingested, WalIngest
 from pageserver.ingest_state import Tip, UnsupportedWalError
 from pageserver.slru import member_pages_between, page_precedes, pages_before
 from pageserver.value import ValueKind
 from shared.errors import CorruptedError
-from shared.keyspace import CONTROL_FILE_KEY, Slru, repl_origin_key, slru_key
+from shared.keyspace import CHECKPOINT_KEY, CONTROL_FILE_KEY, Fork, RelTag, Slru, repl_origin_key, slru_key
 from shared.wal.control import CheckPoint, ControlFile, DbState
 from shared.wal.image import UnsupportedCompressionError
 from shared.wal.record import ImageFlag
 from shared.wal.rmgr import RmgrId
+from shared.wal.rmgr_heap import HEAP_BLOCKS_PER_MAP_PAGE, Heap2Op
 from shared.wal.rmgr_standby import StandbyOp
 from shared.wal.rmgr_xact import XactInfo, XactOp
 from shared.wal.rmgr_xlog import XlogOp
@@ -147,6 +149,15 @@ def test_a_standby_does_not_start_where_it_would_not_know_who_runs_but_never_bef
     assert not kept(running(complete=False))
 
 
+def test_a_list_of_who_runs_moves_the_oldest_active_xid() -> None:
+    """A start from here on would look for older transactions in pg_subtrans (StartupSUBTRANS)."""
+    tip = new_tip(replace(CHECKPOINT, oldest_active_xid=5))
+    done = feed(tip, running(complete=True), running(complete=False))
+    assert tip.checkpoint == replace(CHECKPOINT, oldest_active_xid=9)
+    (stored,) = (payload for key, _, _, payload in done.values if key == CHECKPOINT_KEY)
+    assert CheckPoint.parse(stored) == tip.checkpoint
+
+
 def test_full_page_writes_are_known_from_their_record() -> None:
     tip = new_tip()
     feed(tip, record(RmgrId.XLOG, XlogOp.FPW_CHANGE, b"\0"))
@@ -271,6 +282,61 @@ def test_an_origin_goes_back_only_by_force() -> None:
     assert not tip.origins
 
 
+# --- blocks ---
+
+
+def block(number: int, *, flags: int = 0, spc: int = 1663) -> bytes:
+    return struct.pack("<BBHIIII", 0, flags, 0, spc, *REL[1:], number)
+
+
+def test_a_lock_of_an_updated_row_clears_the_frozen_bit_of_its_block_and_nothing_else() -> None:
+    """heap_xlog_lock_updated, which no client can bring about at will."""
+    heap_block = HEAP_BLOCKS_PER_MAP_PAGE + 6
+    tip = new_tip()
+    tip.rel_sizes = {(REL, Fork.MAIN): heap_block + 1, (REL, Fork.VISIBILITY_MAP): 2}
+    map_key = RelTag(*REL, Fork.VISIBILITY_MAP).block_key(1)
+
+    def lock_updated(flags: int) -> list[tuple[int, bytes]]:
+        main = struct.pack("<IHBB", 10_000, 3, 0, flags)  # xl_heap_lock_updated
+        done = feed(tip, record(RmgrId.HEAP2, Heap2Op.LOCK_UPDATED, main, xid=10_000, fragments=block(heap_block)))
+        return [(kind, payload) for key, _, kind, payload in done.values if key == map_key]
+
+    assert not lock_updated(0)
+    ((kind, payload),) = lock_updated(1)  # XLH_LOCK_ALL_FROZEN_CLEARED
+    assert kind == ValueKind.NATIVE
+    before = bytes(24) + bytes([0b11111111]) * 8168
+    after = bytearray(before)
+    after[24 + 1] = 0b11011111  # of four blocks the third, of its two bits the higher one
+    assert native.apply_native(map_key, before, [payload]) == after
+
+
+def test_what_a_record_leaves_empty_before_its_block_is_zeros_and_has_a_bound() -> None:
+    tip = new_tip()
+    done = feed(tip, record(RmgrId.BTREE, 0, b"x", fragments=block(3, flags=0x40)))
+    assert [kinds(done, RelTag(*REL, Fork.MAIN).block_key(number)) for number in range(5)] == [
+        *([ValueKind.TOMBSTONE],) * 3,
+        [ValueKind.WAL_INIT],
+        [],
+    ]
+    for fragments in (block(MAX_GAP_BLOCKS + 5, flags=0x40), block(4_000_000_000), block(4_000_000_000, flags=2)):
+        with pytest.raises(UnsupportedWalError, match="extends a relation"):
+            feed(tip, record(RmgrId.BTREE, 0, b"x", fragments=fragments))
+
+
+def test_records_that_come_to_much_are_handed_over_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes of log may stand for many blocks: those of one slice of the log are not collected first."""
+    monkeypatch.setattr(ingest, "_MANY_VALUES", 100)
+    short = [record(RmgrId.BTREE, 0, b"x", fragments=block(number, flags=0x40)) for number in (150, 300, 301)]
+    image = struct.pack("<BBH", 0, 0x50, 0) + struct.pack("<HHB", 10, 4, ImageFlag.APPLY | ImageFlag.HAS_HOLE)
+    long = build_record(
+        rmgr_id=RmgrId.BTREE, info=0, prev_lsn=1, fragments=image + struct.pack("<IIII", *REL, 450) + bytes(10)
+    )
+    tip = new_tip()
+    assert [feed(tip, *short).consumed, feed(tip, *short[1:]).consumed, feed(tip, long, *short).consumed] == [1, 1, 1]
+    assert feed(tip, *short, *short).consumed == 6
+    assert tip.rel_sizes[REL, Fork.MAIN] == 451
+
+
 # --- what is refused ---
 
 
@@ -282,17 +348,14 @@ def test_an_unknown_resource_manager_stops_ingest(rmgr_id: int) -> None:
 
 
 def test_other_tablespaces_stop_ingest_wherever_they_show() -> None:
-    def block(spc: int) -> bytes:
-        return struct.pack("<BBHIIII", 0, 0x40, 0, spc, 5, 16384, 0)
-
-    assert feed(new_tip(), record(RmgrId.BTREE, 0, b"x", fragments=block(1663))).values
+    assert feed(new_tip(), record(RmgrId.BTREE, 0, b"x", fragments=block(0, flags=0x40))).values
     for raw in (
         record(RmgrId.TBLSPC, 0x00, struct.pack("<I", 16500) + b"/somewhere\0"),
         record(RmgrId.SMGR, 0x10, struct.pack("<IIIi", 16500, 5, 16384, 0)),
         record(RmgrId.DBASE, 0x00, struct.pack("<IIII", 16385, 16500, 5, 1663)),
         record(RmgrId.DBASE, 0x00, struct.pack("<IIII", 16385, 1663, 5, 16500)),
         record(RmgrId.DBASE, 0x10, struct.pack("<II", 16385, 16500)),
-        record(RmgrId.BTREE, 0, b"x", fragments=block(16500)),
+        record(RmgrId.BTREE, 0, b"x", fragments=block(0, flags=0x40, spc=16500)),
     ):
         with pytest.raises(UnsupportedWalError, match="tablespaces"):
             feed(new_tip(), raw)

@@ -90,7 +90,7 @@ async def test_a_lease_below_the_branch_point_is_the_ancestors_to_keep(tmp_path:
         leased, held, at = sorted(history)[1:4]
         child = await branch_of(one, parent, at)
         clock.advance(10)
-        child.lease_lsn(leased, 60)
+        child.lease_lsn(leased, 10)
         await parent.compactor.compact(force=True)
         with child.held(held):
             await parent.history.collect()

@@ -59,7 +59,7 @@ EAGER = replace(
 )
 COARSE = replace(EAGER, compaction_target_bytes=6 * PAGE)
 """Two layers at a time: enough for every step, and few of each."""
-LAZY = replace(EAGER, compaction_l0_layers=1 << 30)
+LAZY = replace(EAGER, compaction_l0_layers=1 << 30, ingest_l0_layers=1 << 30)
 
 
 async def begun(on: Engine) -> Timeline:
@@ -508,7 +508,7 @@ async def test_the_cutoff_is_durable_before_anything_is_gone(tmp_path: Path) -> 
 
         indexed = max(first(c) for c in calls if c.operation is Operation.PUT_IF_ABSENT and "/index/" in c.key)
         deleted = [n for n, c in enumerate(calls) if c.operation is Operation.DELETE_MANY and "/layers/" in c.key]
-        looked = [n for n, c in enumerate(calls) if c.operation is Operation.LIST and n > indexed]
+        looked = [n for n, c in enumerate(calls) if c.operation is Operation.HEAD and n > indexed]
         assert indexed < looked[-1] < min(deleted), "index, then validation, then deletes"
         fresh = await one.open()
         assert fresh.oldest_lsn == timeline.oldest_lsn == max(history)
@@ -529,6 +529,8 @@ async def test_leases_branch_points_and_holders_keep_what_they_read(tmp_path: Pa
         clock.advance(10)
         collector.retain_lsns = lambda: [branched]
         assert collector.lease(leased) == pytest.approx(10)
+        with pytest.raises(InvalidInputError, match="lasts up to 10 s"):
+            collector.lease(leased, 10.5)  # after a restart it would be forgotten before its end
         with collector.held(held):
             await timeline.compactor.compact(force=True)
             await collector.collect()

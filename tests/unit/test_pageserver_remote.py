@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pageserver.remote_timeline import VOID, FencedError, RemoteTimeline, Timeli
 from shared.errors import CorruptedError, IntegrityError, UnavailableError
 from shared.keyspace import KeyRange
 from shared.retry import NO_RETRY, RetryPolicy
+from shared.storage.base import ObjectInfo
 from shared.storage.faulty import FaultyObjectStore, Moment, Operation
 from shared.storage.memory import MemoryObjectStore
 from tests.fixtures.pageserver import INITDB_LSN, REL, Engine, engine, page_of
@@ -131,6 +133,79 @@ async def test_a_writer_that_slept_until_its_slot_was_deleted_is_fenced(tmp_path
         loaded = await remote(two).load()
         assert loaded is not None
         assert loaded.disk_consistent_lsn == 0x1014
+
+
+class StaleListings(MemoryObjectStore):
+    """Shares its objects with `inner`, but still lists below `prefix` what was there at the beginning."""
+
+    def __init__(self, inner: MemoryObjectStore, prefix: str) -> None:
+        super().__init__()
+        self._objects = inner._objects
+        self._prefix = prefix
+        self._listed = [
+            ObjectInfo(key, len(data)) for key, data in sorted(inner._objects.items()) if key.startswith(prefix)
+        ]
+
+    async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        if prefix.startswith(self._prefix):
+            for info in self._listed:
+                yield info
+            return
+        async for info in super().list(prefix):
+            yield info
+
+
+async def long_asleep(one: Engine, two: Engine) -> tuple[RemoteTimeline, str]:
+    """A writer whose next slot another one has filled and deleted, and a layer of that one; and no listing says so."""
+    asleep = remote(one)
+    await asleep.load()
+    await asleep.publish(index_of(one, 0x1000))
+    assert isinstance(one.store, MemoryObjectStore)
+    asleep._store = StaleListings(one.store, slot_key(one, 1)[:-16])
+    awake = remote(two)
+    await awake.load()
+    for lsn in range(0x1010, 0x1015):
+        await awake.publish(index_of(two, lsn))
+    layer = awake.layer_object_key(layer_name(LayerKind.IMAGE, 0x1010, 0x1011, awake.generation, "ab" * 8))
+    await two.store.put(layer, b"the rival's")
+    return asleep, layer
+
+
+async def test_a_writer_that_slept_is_fenced_although_listings_are_old(tmp_path: Path) -> None:
+    async with engine(tmp_path / "a") as one, engine(tmp_path / "b", like=one) as two:
+        asleep, layer = await long_asleep(one, two)
+        before = await slots(two)
+        await asleep.look_for_orphans(set())
+        with pytest.raises(FencedError):
+            await asleep.publish(index_of(one, 0x1020))
+        assert await two.store.get(layer) == b"the rival's"
+        assert await slots(two) == before, "nor has it left a version behind"
+
+
+async def test_a_writer_that_slept_deletes_nothing_although_listings_are_old(tmp_path: Path) -> None:
+    async with engine(tmp_path / "a") as one, engine(tmp_path / "b", like=one) as two:
+        asleep, layer = await long_asleep(one, two)
+        with pytest.raises(FencedError):
+            await asleep.delete_layers([layer.rpartition("/")[2]])
+        assert await two.store.get(layer) == b"the rival's"
+
+
+async def test_a_slot_is_deleted_after_all_older_ones(tmp_path: Path) -> None:
+    """Also one that was closed, between two versions that are kept."""
+    store = FaultyObjectStore(MemoryObjectStore())
+    async with engine(tmp_path, store=store) as one:
+        dead = remote(one)
+        await dead.load()
+        await dead.publish(index_of(one, 0x1000))
+        store.fail(Operation.PUT_IF_ABSENT, moment=Moment.AFTER, key_prefix=slot_key(one, 2) + ".key")
+        with pytest.raises(UnavailableError):
+            await dead.publish(index_of(one, 0x1010))
+        alive = remote(one)
+        await alive.load()
+        await alive.publish(index_of(one, 0x1020))
+        assert {name[:16] for name in await slots(one)} == {f"{slot:016x}" for slot in (1, 2, 3)}
+        await alive.publish(index_of(one, 0x1030))
+        assert {name[:16] for name in await slots(one)} == {f"{slot:016x}" for slot in (3, 4)}
 
 
 async def test_an_older_index_shown_again_is_noticed(tmp_path: Path) -> None:

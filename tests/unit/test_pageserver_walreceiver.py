@@ -1,0 +1,124 @@
+"""Where the pageserver gets its WAL from when its source goes away: real sockets, safekeepers that say what a test
+wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pageserver import walreceiver
+from pageserver.walreceiver import Peer, WalReceiver
+from shared.auth import Principal, Scope, Service
+from shared.config import Address
+from shared.framed_tcp import FramedConnection, FramedServer
+from shared.ids import ProjectId, TimelineId
+from shared.tls import client_context, server_context
+from shared.wal.reader import RawRecord, WalStreamDecoder
+from shared.wire.walstream import MAX_FRAME_SIZE_BYTES, SUBSCRIBE, Status, Subscribe, SubscribeFlags, pack_wal
+from tests.fixtures.realm import Realm
+from tests.fixtures.wal import WalBuilder
+
+START = 0x2000000
+BUFFER_BYTES = 64 * 1024
+
+
+@dataclass
+class Safekeeper:
+    """Holds `log` from START on, all of it flushed, in the history of `term`."""
+
+    node_id: str
+    term: int
+    log: bytes
+
+    def __post_init__(self) -> None:
+        self.sent = asyncio.Event()
+        """A subscriber that wants bytes has been sent all that there are."""
+
+    async def serve(self, connection: FramedConnection, principal: Principal) -> None:
+        frame = await connection.receive_one()
+        assert frame is not None
+        assert frame[0] == SUBSCRIBE
+        wanted = Subscribe.parse(frame[1])
+        await connection.send(Status(self.term, self.term, START + len(self.log), 0).pack())
+        if not wanted.flags & SubscribeFlags.STATUS_ONLY:
+            for at in range(wanted.start, START + len(self.log), BUFFER_BYTES):
+                connection.write(pack_wal(at, self.log[at - START : at - START + BUFFER_BYTES]))
+            self.sent.set()
+        while await connection.receive():
+            pass
+
+
+async def test_a_source_that_filled_the_buffer_and_lost_an_election_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has sent will never be committed, so the buffer is full for ever: and while it is, nobody reads from the
+    connection, to see that it has ended."""
+    monkeypatch.setattr(walreceiver, "MAX_BUFFER_SIZE_BYTES", BUFFER_BYTES)
+    monkeypatch.setattr(walreceiver, "_SOURCE_CHECK_S", 0.02)
+    lost, won = WalBuilder(START), WalBuilder(START)
+    lost.fill_to(START + 4 * BUFFER_BYTES)
+    for size in (100, 200, 300):
+        won.append_noop(size)
+    realm = Realm.create(tmp_path)
+    a, b, c = Safekeeper("a", 1, bytes(lost.data)), Safekeeper("b", 2, bytes(won.data)), Safekeeper("c", 2, b"")
+    c.log = b.log
+    ingested: list[RawRecord] = []
+    arrived = asyncio.Event()
+
+    async def ingest(records: Sequence[RawRecord]) -> None:
+        ingested.extend(records)
+        arrived.set()
+
+    async with AsyncExitStack() as stack:
+
+        def server(of: Safekeeper, port: int = 0) -> FramedServer:
+            context = server_context(realm.identity(Service.SAFEKEEPER).files)
+            return FramedServer(
+                Address(host="127.0.0.1", port=port),
+                context,
+                realm.verifier(Service.SAFEKEEPER),
+                Scope.WAL_READ,
+                MAX_FRAME_SIZE_BYTES,
+                of.serve,
+            )
+
+        servers = {each.node_id: await stack.enter_async_context(server(each)) for each in (a, b, c)}
+        peers = [Peer(node, Address(host="127.0.0.1", port=each.port)) for node, each in servers.items()]
+        receiver = WalReceiver(
+            ProjectId.new(),
+            TimelineId.new(),
+            peers,
+            realm.issuers[Service.PAGESERVER],
+            client_context(realm.ca_certificate),
+            WalStreamDecoder(START, system_identifier=lost.system_identifier),
+            ingest,
+            lambda: START,
+        )
+        # The two others come up when the first one has sent everything.
+        connected = asyncio.Event()
+        connect = receiver._connect
+
+        async def connect_in_turn(peer: Peer) -> FramedConnection:
+            if peer.node_id != a.node_id:
+                await connected.wait()
+            return await connect(peer)
+
+        monkeypatch.setattr(receiver, "_connect", connect_in_turn)
+        work = asyncio.create_task(receiver.run())
+        try:
+            async with asyncio.timeout(20):
+                await a.sent.wait()
+                while receiver._buffered_bytes <= BUFFER_BYTES:  # noqa: ASYNC110 - the receiver tells nobody
+                    await asyncio.sleep(0.01)
+                connected.set()
+                await arrived.wait()
+        finally:
+            work.cancel()
+            await asyncio.wait([work])
+    assert ingested == won.records
+    assert receiver.commit_lsn == won.end_lsn
