@@ -135,7 +135,7 @@ def create_app(settings: CustomerCloudSettings, clock: Clock | None = None) -> F
     answers = Counter("customercloud_answers_total", "Answers to SDK calls", ["provider", "status"], registry=registry)
     admin = APIRouter(prefix=ADMIN_PREFIX, dependencies=[Depends(admin_guard(admin_token(settings)))])
     admin.include_router(faults_router(faults))
-    admin.include_router(aws_router(aws.state, aws.trail, aws.endpoint))
+    admin.include_router(aws_router(aws.state, aws.trail, aws.endpoint, clock))
     admin.include_router(
         google_router(
             google.state,
