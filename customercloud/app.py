@@ -22,6 +22,7 @@ from customercloud.aws.service import AwsEndpoint, Peer
 from customercloud.aws.sigv4 import HttpRequest
 from customercloud.aws.state import SEAL_PURPOSE, AwsState
 from customercloud.aws.trail import Trail
+from customercloud.azure import routes as azure_routes
 from customercloud.azure import service as azure_service
 from customercloud.azure import state as azure_state
 from customercloud.azure.admin import azure_router
@@ -134,7 +135,7 @@ def create_app(settings: CustomerCloudSettings, clock: Clock | None = None) -> F
     answers = Counter("customercloud_answers_total", "Answers to SDK calls", ["provider", "status"], registry=registry)
     admin = APIRouter(prefix=ADMIN_PREFIX, dependencies=[Depends(admin_guard(admin_token(settings)))])
     admin.include_router(faults_router(faults))
-    admin.include_router(aws_router(aws.state, aws.trail, aws.endpoint))
+    admin.include_router(aws_router(aws.state, aws.trail, aws.endpoint, clock))
     admin.include_router(
         google_router(
             google.state,
@@ -200,7 +201,9 @@ def create_app(settings: CustomerCloudSettings, clock: Clock | None = None) -> F
         return Response(answer.body, answer.status, answer.headers)
 
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-    for path in ("/keys", "/keys/{rest:path}", "/deletedkeys", "/deletedkeys/{rest:path}", AZURE_TENANT_PATH):
+    collections = (*azure_routes.COLLECTIONS, *azure_routes.ABSENT_COLLECTIONS)
+    paths = [path for name in collections for path in (f"/{name}", f"/{name}/{{rest:path}}")]
+    for path in (*paths, AZURE_TENANT_PATH):
         app.add_api_route(path, azure_call, methods=methods, include_in_schema=False)
     return app
 

@@ -191,7 +191,3 @@ class AzureCloudAdmin(CloudAdmin):
         answer = self._call("GET", f"azure/tenants/{tenant_id}/events?{urlencode(query)}")
         for line in answer.splitlines():
             yield json.loads(line)
-
-    def azure_audit_log(self) -> list[dict[str, Any]]:
-        """Every record of every tenant, oldest first."""
-        return [json.loads(line) for line in self._call("GET", "azure/events").splitlines()]

@@ -226,6 +226,10 @@ class CloudAdmin:
         """End the waiting period of a key that is pending deletion: it is destroyed now."""
         self._call("POST", f"aws/keys/{key.rpartition('/')[2]}/complete-deletion")
 
+    def complete_rotation_period(self, key: str) -> None:
+        """Let the automatic rotation of a key, which is switched on, be due now."""
+        self._call("POST", f"aws/keys/{key.rpartition('/')[2]}/complete-rotation-period")
+
     def faults(self) -> Faults:
         return Faults.model_validate_json(self._call("GET", "faults"))
 
@@ -243,6 +247,14 @@ class CloudAdmin:
             yield
         finally:
             self.clear_faults()
+
+    def azure_audit_log(self) -> list[dict[str, Any]]:
+        """Every AuditEvent record of every tenant, oldest first."""
+        return [json.loads(line) for line in self._call("GET", "azure/events").splitlines()]
+
+    def google_audit_log(self) -> list[dict[str, Any]]:
+        """Every entry of the audit logs of every project, oldest first."""
+        return [json.loads(line) for line in self._call("GET", "google/entries").splitlines()]
 
     def audit_log(self) -> list[dict[str, Any]]:
         """Every CloudTrail record of every account, oldest first."""

@@ -83,8 +83,16 @@ class Faults(KeyFaults):
         default=0.0,
         ge=0,
         le=86_400,
-        description="how long after a change of key state, policy or material the "
-        "cryptographic calls still see the old one; in force for changes made from now on",
+        description="how long after a change of a key's state, policy, tags or material, of an alias, or of an "
+        "identity and its policies, decisions and cryptographic calls still see the old one; in force for changes made "
+        "from now on",
+    )
+    key_vault_transition_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=86_400,
+        description="Azure only: how long a deletion or recovery of a key that begins from now on is in progress, and "
+        "the key in neither of the two lists",
     )
     session_lifetime_s: float | None = Field(
         default=None, gt=0, description="role sessions made from now on live this long, whatever was asked for"

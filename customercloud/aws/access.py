@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hmac
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
@@ -12,8 +13,10 @@ from customercloud.aws.cloudtrail import KEY_RESOURCE_TYPE, Call, Resource
 from customercloud.aws.errors import AwsError, access_denied, not_found
 from customercloud.aws.grants import Grant
 from customercloud.aws.keys import Key
-from customercloud.aws.policy import Context, PolicyKind, Verdict, identity_verdict, parse_policy
+from customercloud.aws.patterns import Context
+from customercloud.aws.policy import PolicyKind, Verdict, identity_verdict, parse_policy
 from customercloud.aws.state import AwsState
+from customercloud.faults import Service
 
 _FOREIGN_SENTENCE: Final = (
     "because the resource does not exist in this Region, no resource-based policies allow access, "
@@ -23,23 +26,45 @@ _FOREIGN_CIPHERTEXT: Final = (
     "The ciphertext refers to a customer master key that does not exist, does not exist in this region, "
     "or you are not allowed to access."
 )
+KIND_CONDITIONS: Final[Context] = {
+    "kms:keyspec": ("SYMMETRIC_DEFAULT",),
+    "kms:customermasterkeyspec": ("SYMMETRIC_DEFAULT",),
+    "kms:keyusage": ("ENCRYPT_DECRYPT",),
+    "kms:customermasterkeyusage": ("ENCRYPT_DECRYPT",),
+    "kms:keyorigin": ("AWS_KMS",),
+    "kms:multiregion": ("false",),
+}
+"""What policies can test of every key here, and of a request that makes one."""
 
 
-def condition_context(call: Call, **more: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The global condition keys of a call, in lower case, plus `more` (underscore for colon: `kms_viaservice`)."""
-    caller = call.caller.caller
-    context = {
+def condition_context(call: Call, resource_account_id: str) -> dict[str, tuple[str, ...]]:
+    """The global condition keys of a call, in lower case (`conditions._GIVEN`)."""
+    caller, session = call.caller.caller, call.caller.session
+    context: dict[str, tuple[str, ...]] = {
         "aws:principalarn": (caller.issuer_arn,),
         "aws:principalaccount": (caller.account_id,),
-        "aws:userid": (caller.unique_id,),
+        "aws:principaltype": (call.caller.principal_type,),
+        "aws:principalisawsservice": ("false",),
+        "aws:viaawsservice": ("false",),
+        "aws:userid": (call.caller.user_id,),
+        "aws:requestedregion": (call.region,),
+        "aws:resourceaccount": (resource_account_id,),
         "aws:currenttime": (call.now.isoformat(),),
+        "aws:epochtime": (str(int(call.now.timestamp())),),
         "aws:securetransport": (str(call.secure_transport).lower(),),
         "aws:sourceip": (call.source_ip,),
         "aws:useragent": (call.user_agent,),
     }
-    if call.caller.session is not None:
-        context["aws:tokenissuetime"] = (call.caller.session.issued_at.isoformat(),)
-    return context | {name.replace("_", ":", 1): values for name, values in more.items()}
+    context |= {f"aws:principaltag/{name.lower()}": (value,) for name, value in caller.tags.items()}
+    if call.caller.principal_type == "User":
+        context["aws:username"] = (call.caller.user_name,)
+    if session is not None:
+        context["aws:tokenissuetime"] = (session.issued_at.isoformat(),)
+        # Only temporary credentials say it: a long-term access key carries neither true nor false.
+        context["aws:multifactorauthpresent"] = ("false",)
+        if session.source_identity is not None:
+            context["aws:sourceidentity"] = (session.source_identity,)
+    return context
 
 
 class KeyAccess:
@@ -70,7 +95,8 @@ class KeyAccess:
         if resource.startswith(arns.ALIAS_PREFIX):
             alias_arn = arns.alias_arn(region, account, resource)
             named = self._state.snapshot.aliases.get(alias_arn)
-            key = None if named is None else self._state.snapshot.keys.get(named.key_id)
+            target = None if named is None else named.target(call.now)
+            key = None if target is None else self._state.snapshot.keys.get(target)
             missing = not_found(f"Alias {alias_arn} is not found.")
         else:
             bare = resource.removeprefix("key/") if key_id.startswith("arn:") else resource
@@ -95,7 +121,13 @@ class KeyAccess:
         return key
 
     def aliases_of(self, key: Key) -> list[str]:
-        return [alias.name for alias in self._state.snapshot.aliases.values() if alias.key_id == key.key_id]
+        """As they stand, whether that is seen everywhere or not."""
+        aliases = self._state.snapshot.aliases.values()
+        return [alias.name for alias in aliases if alias.is_listed and alias.key_id == key.key_id]
+
+    def _seen_aliases_of(self, key: Key, now: dt.datetime) -> tuple[str, ...]:
+        aliases = self._state.snapshot.aliases.values()
+        return tuple(alias.name for alias in aliases if alias.target(now) == key.key_id)
 
     def authorize(
         self,
@@ -131,8 +163,9 @@ class KeyAccess:
         )
         if refusal is None:
             return
+        by_session = caller.session_verdict(permission, key.arn, conditions) is Verdict.ALLOW
         if not refusal.explicit and any(
-            self._lends(grant, caller, permission, key, conditions)
+            self._lends(grant, caller, permission, key, conditions) and (by_session or grant.grantee.is_session(caller))
             for grant in self._state.snapshot.grants.values()
             if grant.key_id == key.key_id
             and grant.in_force(call.now, tokens)
@@ -163,17 +196,21 @@ class KeyAccess:
         operations, and the account that issued it, by its identity policies. Raises AccessDeniedException."""
         self.audit(call, key)
         caller, permission = call.caller.caller, "kms:RetireGrant"
+        conditions = self.conditions(call, key)
         refusal = authorize(
             caller,
             permission,
             key.arn,
-            self.conditions(call, key),
+            conditions,
             owner_account_id=caller.account_id,
             resource_policy=None,
             binding={},
         )
         named = [p for p in (grant.retiring, grant.grantee if "RetireGrant" in grant.operations else None) if p]
-        if any(principal.is_caller(caller) for principal in named) and not (refusal and refusal.explicit):
+        by_session = caller.session_verdict(permission, key.arn, conditions) is Verdict.ALLOW
+        if any(p.is_caller(caller) and (by_session or p.is_session(caller)) for p in named) and not (
+            refusal and refusal.explicit
+        ):
             return
         by_account = grant.issuing_account == caller.account_id or any(p.is_account_of(caller) for p in named)
         if refusal is None and by_account:
@@ -189,21 +226,27 @@ class KeyAccess:
                 return grant
         raise AwsError("InvalidGrantTokenException", "The grant token is not valid.")
 
-    def authorize_account(self, call: Call, resource: str = "*", *, more: Context | None = None) -> None:
-        """For actions without a key of their own (CreateKey, ListKeys, GenerateRandom): identity policies decide."""
+    def authorize_account(
+        self, call: Call, resource: str = "*", *, action: str | None = None, more: Context | None = None
+    ) -> None:
+        """For actions without a key of their own (CreateKey, ListKeys, GenerateRandom): identity policies decide.
+
+        `action` with its service's prefix; the call's own without it. Raises as the call's service words it.
+        """
         caller = call.caller.caller
-        permission = f"{call.service}:{call.action}"
+        permission = action or f"{call.service}:{call.action}"
         refusal = authorize(
             caller,
             permission,
             resource,
-            {**condition_context(call), **(more or {})},
+            {**condition_context(call, caller.account_id), **(more or {})},
             owner_account_id=caller.account_id,
             resource_policy=None,
             binding={},
         )
         if refusal is not None:
-            raise access_denied(message(caller, permission, resource, refusal))
+            sentence = message(caller, permission, resource, refusal)
+            raise AwsError("AccessDenied", sentence, 403) if call.service is Service.STS else access_denied(sentence)
 
     @staticmethod
     def audit(call: Call, key: Key) -> None:
@@ -217,20 +260,17 @@ class KeyAccess:
         request_alias: str | None = None,
     ) -> Context:
         """The condition keys that policies can test in this call."""
-        context = condition_context(call, kms_calleraccount=(call.caller.caller.account_id,))
-        context |= {
-            "kms:keyspec": ("SYMMETRIC_DEFAULT",),
-            "kms:keyusage": ("ENCRYPT_DECRYPT",),
-            "kms:keyorigin": ("AWS_KMS",),
-            "kms:multiregion": ("false",),
-        }
-        context |= {f"aws:resourcetag/{name.lower()}": (value,) for name, value in key.tags.items()}
-        if aliases := self.aliases_of(key):
-            context["kms:resourcealiases"] = tuple(aliases)
+        context = condition_context(call, key.account_id)
+        context |= {"kms:calleraccount": (call.caller.caller.account_id,), **KIND_CONDITIONS}
+        context |= {f"aws:resourcetag/{name.lower()}": (value,) for name, value in key.effective_tags(call.now).items()}
+        if aliases := self._seen_aliases_of(key, call.now):
+            context["kms:resourcealiases"] = aliases
         if request_alias is not None:
             context["kms:requestalias"] = (request_alias,)
         if encryption_context:
             context["kms:encryptioncontextkeys"] = tuple(encryption_context)
             for name, value in encryption_context.items():
-                context[f"kms:encryptioncontext:{name.lower()}"] = (value,)
+                # Names that differ only in case are one condition key with several values.
+                condition_key = f"kms:encryptioncontext:{name.lower()}"
+                context[condition_key] = (*context.get(condition_key, ()), value)
         return context

@@ -1,14 +1,15 @@
 """Administration of the simulated AWS: accounts, users, roles, waiting periods, the whole audit log.
 
-What in the real cloud somebody clicks together in IAM's console. Changes are in force at once; IAM's own propagation
-delay is not simulated (that of key state and policy is: see `Faults.propagation_delay_s`).
+What in the real cloud somebody clicks together in IAM's console. Changes and deletions are in force after the
+propagation delay (`Faults.propagation_delay_s`), as IAM is eventually consistent; what is new, at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from itertools import islice
 from typing import Annotated, Final
 
@@ -23,17 +24,22 @@ from customercloud.aws.identity import (
     MAX_SESSION_S,
     MIN_EXTERNAL_ID_SIZE,
     NAME_PATTERN,
+    PATH_PATTERN,
     AccessKey,
+    Rights,
     Role,
     User,
     trust_policy_document,
     unique_id,
 )
 from customercloud.aws.keys import KeyState
-from customercloud.aws.policy import MalformedPolicyError, PolicyKind, parse_policy
+from customercloud.aws.patterns import MalformedPolicyError
+from customercloud.aws.policy import PolicyKind, parse_policy
 from customercloud.aws.service import AwsEndpoint
 from customercloud.aws.state import AwsState
 from customercloud.aws.trail import Trail
+from customercloud.delayed import Delayed
+from shared.clock import Clock
 from shared.errors import ConflictError, InvalidInputError, NotFoundError
 
 _ACCOUNT_PATTERN: Final = r"^[0-9]{12}$"
@@ -81,14 +87,21 @@ class BootstrapAnswer(_Model):
     external_id: str
 
 
-class UserRequest(_Model):
+class _IdentityRequest(_Model):
     policies: dict[str, str] = Field(default_factory=dict)
     """Inline identity policies: name → document."""
+    tags: dict[str, str] = Field(default_factory=dict)
+    """What policies see as `aws:PrincipalTag/…`."""
+    path: str = Field(default="/", max_length=512, pattern=PATH_PATTERN)
+    """Part of the ARN; that of an identity which exists stays."""
 
 
-class RoleRequest(_Model):
+class UserRequest(_IdentityRequest):
+    pass
+
+
+class RoleRequest(_IdentityRequest):
     trust_policy: str
-    policies: dict[str, str] = Field(default_factory=dict)
     max_session_s: int = Field(default=3600, ge=3600, le=MAX_SESSION_S)
 
 
@@ -103,8 +116,11 @@ def _allow(action: str, resource: str) -> str:
 
 
 class AwsAdmin:
-    def __init__(self, state: AwsState) -> None:
+    def __init__(self, state: AwsState, clock: Clock, delay: Callable[[], dt.timedelta]) -> None:
+        """`delay`: how long decisions will still see what was before a change."""
         self._state = state
+        self._clock = clock
+        self._delay = delay
 
     def bootstrap(self, request: BootstrapRequest) -> BootstrapAnswer:
         """Idempotent: what exists is kept, with its credentials. Raises ConflictError for another external id."""
@@ -114,8 +130,8 @@ class AwsAdmin:
             request.vendor_account_id, request.vendor_user_name, _allow("sts:AssumeRole", role_arn)
         )
         trust = trust_policy_document([vendor.arn], request.external_id)
-        role = self._state.snapshot.roles.get(role_arn)
-        if role is not None and role.trust_policy != trust:
+        role = self._state.role(request.customer_account_id, request.role_name)
+        if role is not None and role.rights.newest.trust_policy != trust:
             raise ConflictError(f"{role_arn} exists with another trust policy")
         if role is None:
             self.put_role(
@@ -132,28 +148,38 @@ class AwsAdmin:
         )
 
     def _user_or_new(self, account_id: str, name: str, policy: str) -> User:
-        user = self._state.snapshot.users.get(arns.user_arn(account_id, name))
-        return user or self.put_user(account_id, name, UserRequest(policies={"bootstrap": policy}))
+        return self._state.user(account_id, name) or self.put_user(
+            account_id, name, UserRequest(policies={"bootstrap": policy})
+        )
 
     def put_user(self, account_id: str, name: str, request: UserRequest) -> User:
         """Makes the user, or gives an existing one these policies; its id and access key stay."""
         _check_identity_policies(request.policies)
-        old = self._state.snapshot.users.get(arns.user_arn(account_id, name))
+        rights = Rights(policies=request.policies, tags=request.tags)
+        old = self._state.user(account_id, name)
         user = User(
             account_id=account_id,
             name=name,
+            path=old.path if old else request.path,
             user_id=old.user_id if old else unique_id("AIDA"),
-            access_key=old.access_key if old else AccessKey.new(),
-            policies=request.policies,
+            access_key=old.access_key if old else AccessKey.new(account_id),
+            rights=self._changed(old, rights),
         )
         self._state.put_user(user)
         return user
 
+    def _changed(self, old: User | Role | None, rights: Rights) -> Delayed[Rights]:
+        now = self._clock.now()
+        return Delayed[Rights].of(rights, now) if old is None else old.rights.then(rights, now, self._delay())
+
     def user(self, account_id: str, name: str) -> User:
-        user = self._state.snapshot.users.get(arns.user_arn(account_id, name))
+        user = self._state.user(account_id, name)
         if user is None:
             raise NotFoundError(f"no user {name} in account {account_id}")
         return user
+
+    def delete_user(self, user: User) -> None:
+        self._state.put_user(user.model_copy(update={"ends_at": self._clock.now() + self._delay()}))
 
     def put_role(self, account_id: str, name: str, request: RoleRequest) -> Role:
         """Makes the role, or changes an existing one; its id, and with it its sessions, stay."""
@@ -162,24 +188,29 @@ class AwsAdmin:
             binding = self._state.bind_principals(parse_policy(request.trust_policy, PolicyKind.TRUST))
         except MalformedPolicyError as error:
             raise InvalidInputError(f"trust policy: {error}") from None
-        old = self._state.snapshot.roles.get(arns.role_arn(account_id, name))
+        rights = Rights(
+            policies=request.policies, tags=request.tags, trust_policy=request.trust_policy, trust_binding=binding
+        )
+        old = self._state.role(account_id, name)
         role = Role(
             account_id=account_id,
             name=name,
+            path=old.path if old else request.path,
             role_id=old.role_id if old else unique_id("AROA"),
-            trust_policy=request.trust_policy,
-            trust_binding=binding,
-            policies=request.policies,
+            rights=self._changed(old, rights),
             max_session_s=request.max_session_s,
         )
         self._state.put_role(role)
         return role
 
     def role(self, account_id: str, name: str) -> Role:
-        role = self._state.snapshot.roles.get(arns.role_arn(account_id, name))
+        role = self._state.role(account_id, name)
         if role is None:
             raise NotFoundError(f"no role {name} in account {account_id}")
         return role
+
+    def delete_role(self, role: Role) -> None:
+        self._state.put_role(role.model_copy(update={"ends_at": self._clock.now() + self._delay()}))
 
 
 def credentials(user: User) -> Credentials:
@@ -199,9 +230,9 @@ def _check_identity_policies(policies: dict[str, str]) -> None:
             raise InvalidInputError(f"policy {name}: {error}") from None
 
 
-def aws_router(state: AwsState, trail: Trail, endpoint: AwsEndpoint) -> APIRouter:
+def aws_router(state: AwsState, trail: Trail, endpoint: AwsEndpoint, clock: Clock) -> APIRouter:
     router = APIRouter(prefix="/aws", tags=["aws"])
-    admin = AwsAdmin(state)
+    admin = AwsAdmin(state, clock, endpoint.delay)
 
     @router.post("/bootstrap")
     async def bootstrap(request: BootstrapRequest) -> BootstrapAnswer:
@@ -213,8 +244,8 @@ def aws_router(state: AwsState, trail: Trail, endpoint: AwsEndpoint) -> APIRoute
 
     @router.delete("/accounts/{account_id}/users/{name}", status_code=204)
     async def delete_user(account_id: AccountPath, name: NamePath) -> None:
-        """Its access key stops working at once."""
-        state.remove_user(admin.user(account_id, name))
+        """Its access key stops working, after the propagation delay."""
+        admin.delete_user(admin.user(account_id, name))
 
     @router.put("/accounts/{account_id}/roles/{name}")
     async def put_role(account_id: AccountPath, name: NamePath, request: RoleRequest) -> RoleAnswer:
@@ -223,8 +254,8 @@ def aws_router(state: AwsState, trail: Trail, endpoint: AwsEndpoint) -> APIRoute
 
     @router.delete("/accounts/{account_id}/roles/{name}", status_code=204)
     async def delete_role(account_id: AccountPath, name: NamePath) -> None:
-        """Its sessions stop working at once; a role made again under this name is another one."""
-        state.remove_role(admin.role(account_id, name))
+        """Its sessions stop working, after the propagation delay; a role made again under this name is another one."""
+        admin.delete_role(admin.role(account_id, name))
 
     @router.post("/keys/{key_id}/complete-deletion", status_code=204)
     async def complete_deletion(key_id: str) -> None:
@@ -235,6 +266,17 @@ def aws_router(state: AwsState, trail: Trail, endpoint: AwsEndpoint) -> APIRoute
         if key.state is not KeyState.PENDING_DELETION:
             raise ConflictError("the key is not pending deletion")
         await endpoint.destroy_key(key_id)
+
+    @router.post("/keys/{key_id}/complete-rotation-period", status_code=204)
+    async def complete_rotation_period(key_id: str) -> None:
+        """Let the automatic rotation of a key, which is switched on, be due now."""
+        key = state.snapshot.keys.get(key_id)
+        if key is None:
+            raise NotFoundError("no such key")
+        if key.rotation_period_days is None:
+            raise ConflictError("the key is not rotated automatically")
+        state.put_key(key.rotation_due_at(clock.now()))
+        await endpoint.housekeeping()
 
     @router.get("/events")
     async def events() -> Response:

@@ -38,12 +38,16 @@ def root_arn(account_id: str) -> str:
     return f"arn:aws:iam::{account_id}:root"
 
 
-def user_arn(account_id: str, name: str) -> str:
-    return f"arn:aws:iam::{account_id}:user/{name}"
+def user_arn(account_id: str, name: str, path: str = "/") -> str:
+    return f"arn:aws:iam::{account_id}:user{path}{name}"
 
 
-def role_arn(account_id: str, name: str) -> str:
-    return f"arn:aws:iam::{account_id}:role/{name}"
+def role_arn(account_id: str, name: str, path: str = "/") -> str:
+    return f"arn:aws:iam::{account_id}:role{path}{name}"
+
+
+def federated_arn(account_id: str, name: str) -> str:
+    return f"arn:aws:sts::{account_id}:federated-user/{name}"
 
 
 def session_arn(account_id: str, role_name: str, session_name: str) -> str:

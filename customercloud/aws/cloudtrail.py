@@ -14,8 +14,9 @@ import datetime as dt
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from customercloud.aws.arn import user_arn
 from customercloud.aws.authorization import Caller
-from customercloud.aws.identity import Session
+from customercloud.aws.identity import Session, UserSession
 from customercloud.faults import Service
 
 EVENT_VERSION: Final = "1.11"
@@ -38,7 +39,24 @@ class Authenticated:
     access_key_id: str
     user_name: str
     """The user's name, or the role's."""
-    session: Session | None
+    session: Session | UserSession | None
+
+    @property
+    def principal_type(self) -> str:
+        """As `aws:PrincipalType` says it."""
+        if self.caller.is_root:
+            return "Account"
+        if isinstance(self.session, Session):
+            return "AssumedRole"
+        is_federated = self.session is not None and self.session.federated_name is not None
+        return "FederatedUser" if is_federated else "User"
+
+    @property
+    def user_id(self) -> str:
+        """As GetCallerIdentity, CloudTrail and `aws:userid` say it."""
+        if isinstance(self.session, Session):
+            return f"{self.caller.unique_id}:{self.session.session_name}"
+        return self.caller.account_id if self.caller.is_root else self.caller.unique_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +90,7 @@ class Call:
 
     service: Service
     action: str
+    region: str
     caller: Authenticated
     now: dt.datetime
     request_id: str
@@ -165,11 +184,12 @@ def service_record(
 def _user_identity(authenticated: Authenticated, recipient: str) -> dict[str, Any]:
     caller = authenticated.caller
     session = authenticated.session
-    principal_id = caller.unique_id if session is None else f"{caller.unique_id}:{session.session_name}"
+    principal_id = authenticated.user_id
     if recipient != caller.account_id:
         return {"type": "AWSAccount", "principalId": principal_id, "accountId": caller.account_id}
+    kinds = {"Account": "Root", "User": "IAMUser"}
     identity: dict[str, Any] = {
-        "type": "AssumedRole" if session is not None else "Root" if caller.is_root else "IAMUser",
+        "type": kinds.get(authenticated.principal_type, authenticated.principal_type),
         "principalId": principal_id,
         "arn": caller.arn,
         "accountId": caller.account_id,
@@ -177,18 +197,21 @@ def _user_identity(authenticated: Authenticated, recipient: str) -> dict[str, An
     }
     if session is None:
         return identity | {"userName": authenticated.user_name}
-    return identity | {
-        "sessionContext": {
-            "sessionIssuer": {
-                "type": "Role",
-                "principalId": caller.unique_id,
-                "arn": caller.issuer_arn,
-                "accountId": caller.account_id,
-                "userName": authenticated.user_name,
-            },
-            "attributes": {"creationDate": event_time(session.issued_at), "mfaAuthenticated": "false"},
-        }
+    context: dict[str, Any] = {
+        "attributes": {"creationDate": event_time(session.issued_at), "mfaAuthenticated": "false"}
     }
+    if session.source_identity is not None:
+        context["sourceIdentity"] = session.source_identity
+    if isinstance(session, UserSession) and session.federated_name is None:
+        return identity | {"userName": authenticated.user_name, "sessionContext": context}
+    context["sessionIssuer"] = {
+        "type": "Role" if isinstance(session, Session) else "IAMUser",
+        "principalId": session.role_id if isinstance(session, Session) else session.user_id,
+        "arn": caller.issuer_arn if isinstance(session, Session) else user_arn(caller.account_id, session.user_name),
+        "accountId": caller.account_id,
+        "userName": authenticated.user_name,
+    }
+    return identity | {"sessionContext": context}
 
 
 def lookup_event(record: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Final
 
-THROTTLED_MESSAGE: Final = "You have exceeded the rate at which you may call KMS. Reduce the frequency of your calls."
+from customercloud.faults import ErrorKind, Service
+
+_KMS_FAULTS: Final = {
+    ErrorKind.INTERNAL: ("KMSInternalException", 500),
+    ErrorKind.DEPENDENCY_TIMEOUT: ("DependencyTimeoutException", 503),
+    ErrorKind.KEY_UNAVAILABLE: ("KeyUnavailableException", 500),
+}
+_OTHER_FAULTS: Final = {
+    # What every AWS service has ("Common Errors" of the API references of STS and CloudTrail).
+    ErrorKind.INTERNAL: ("InternalFailure", 500),
+    ErrorKind.DEPENDENCY_TIMEOUT: ("ServiceUnavailable", 503),
+    ErrorKind.KEY_UNAVAILABLE: ("ServiceUnavailable", 503),
+}
 
 
 class AwsError(Exception):
@@ -15,6 +27,25 @@ class AwsError(Exception):
         self.code = code
         self.message = message
         self.http_status = http_status
+
+
+def server_error(service: Service, kind: ErrorKind = ErrorKind.INTERNAL, message: str = "") -> AwsError:
+    """The service's own fault, as it says that. BAD_GATEWAY is the answer of something in front of it."""
+    if kind is ErrorKind.BAD_GATEWAY:
+        return AwsError("InternalFailure", message, 502)
+    code, status = (_KMS_FAULTS if service is Service.KMS else _OTHER_FAULTS)[kind]
+    return AwsError(code, message, status)
+
+
+def throttled(service: Service) -> AwsError:
+    match service:
+        case Service.KMS:
+            text = "You have exceeded the rate at which you may call KMS. Reduce the frequency of your calls."
+            return AwsError("ThrottlingException", text)
+        case Service.STS:
+            return AwsError("Throttling", "Rate exceeded")
+        case _:
+            return AwsError("ThrottlingException", "Rate exceeded")
 
 
 def validation_error(message: str) -> AwsError:

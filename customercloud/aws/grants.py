@@ -33,25 +33,34 @@ OPERATIONS: Final = CRYPTOGRAPHIC | {"CreateGrant", "RetireGrant", "DescribeKey"
 
 
 class Constraints(BaseModel):
-    """At most one of the two."""
+    """At most one of the first two."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     subset: dict[str, str] | None = None
     """These pairs must be in the context; more may be."""
     equals: dict[str, str] | None = None
+    source_arn: str | None = None
+    """The resource on whose behalf a service calls: no caller here is one, so nobody satisfies it."""
 
     def allow(self, context: Mapping[str, str]) -> bool:
+        """Names are compared without case, values with it (API reference, GrantConstraints)."""
         if self.equals is not None:
-            return dict(context) == self.equals
-        return self.subset is None or self.subset.items() <= context.items()
+            return len(context) == len(self.equals) and _pairs(context) == _pairs(self.equals)
+        return self.subset is None or _pairs(self.subset) <= _pairs(context)
 
     def at_least_as_strict_as(self, other: Constraints) -> bool:
         """Does every context that these allow satisfy `other`, too?"""
+        if other.source_arn not in (None, self.source_arn):
+            return False
         if other.equals is not None:
-            return self.equals == other.equals
+            return self.equals is not None and other.allow(self.equals)
         mine = self.equals if self.equals is not None else self.subset or {}
-        return other.subset is None or other.subset.items() <= mine.items()
+        return other.subset is None or _pairs(other.subset) <= _pairs(mine)
+
+
+def _pairs(context: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset((name.lower(), value) for name, value in context.items())
 
 
 class Principal(BaseModel):
@@ -60,11 +69,17 @@ class Principal(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     arn: str
+    """Or the name of a service (`dynamodb.amazonaws.com`), which is nobody who calls here."""
     unique_id: str | None
-    """None for an account."""
+    """None for an account or a service."""
+    is_service: bool = False
 
     def is_caller(self, caller: Caller) -> bool:
         return self.arn in (caller.arn, caller.issuer_arn) and self.unique_id in (None, caller.unique_id)
+
+    def is_session(self, caller: Caller) -> bool:
+        """By the session's own ARN, which no session policy limits."""
+        return self.arn == caller.arn != caller.issuer_arn
 
     def is_account_of(self, caller: Caller) -> bool:
         """Then the account's own identity policies decide."""
@@ -101,7 +116,9 @@ class Grant(BaseModel):
 
     def allows(self, operation: str, context: Mapping[str, str]) -> bool:
         """`operation` as grants spell it, without `kms:`."""
-        return operation in self.operations and (operation not in CRYPTOGRAPHIC or self.constraints.allow(context))
+        if operation not in self.operations or self.constraints.source_arn is not None:
+            return False
+        return operation not in CRYPTOGRAPHIC or self.constraints.allow(context)
 
     def may_pass_on(self, operations: frozenset[str], constraints: Constraints) -> bool:
         """May its grantee make a grant of these? Nobody passes on more than they have."""

@@ -71,6 +71,8 @@ class KeyView(_Record):
     state: KeyState
     policy: KeyPolicy
     material_id: str
+    tags: dict[str, str] | None = None
+    """None in state of an earlier version, which had no delay for them."""
 
 
 class Key(_Record):
@@ -94,10 +96,20 @@ class Key(_Record):
     """Oldest first. At most one view is visible at a time: the last whose `visible_at` has come."""
 
     @classmethod
-    def new(cls, account_id: str, region: str, description: str, policy: KeyPolicy, now: dt.datetime) -> Key:
+    def new(
+        cls,
+        account_id: str,
+        region: str,
+        description: str,
+        policy: KeyPolicy,
+        now: dt.datetime,
+        tags: dict[str, str] | None = None,
+    ) -> Key:
         key_id = str(uuid.uuid4())
         material = KeyMaterial.new(now)
-        view = KeyView(visible_at=now, state=KeyState.ENABLED, policy=policy, material_id=material.material_id)
+        view = KeyView(
+            visible_at=now, state=KeyState.ENABLED, policy=policy, material_id=material.material_id, tags=tags or {}
+        )
         return cls.model_construct(
             key_id=key_id,
             account_id=account_id,
@@ -107,8 +119,13 @@ class Key(_Record):
             state=KeyState.ENABLED,
             policy=policy,
             materials=(material,),
+            tags=tags or {},
             views=(view,),
         )
+
+    def rotation_due_at(self, now: dt.datetime) -> Key:
+        """With its rotation period over."""
+        return self.model_copy(update={"next_rotation": now})
 
     @property
     def current_material(self) -> KeyMaterial:
@@ -134,6 +151,7 @@ class Key(_Record):
             state=changed.state,
             policy=changed.policy,
             material_id=changed.current_material.material_id,
+            tags=changed.tags,
         )
         still_visible = self.views.index(self.effective(now))
         return changed.model_copy(update={"views": (*self.views[still_visible:], view)})
@@ -170,10 +188,15 @@ class Key(_Record):
         self.refuse_pending_deletion()
         return self.model_copy(update={"description": description})
 
-    def with_tags(self, tags: dict[str, str]) -> Key:
+    def with_tags(self, tags: dict[str, str], now: dt.datetime, delay: dt.timedelta) -> Key:
         """These tags and no others."""
         self.refuse_pending_deletion()
-        return self.model_copy(update={"tags": tags})
+        return self._changed(now, delay, tags=tags)
+
+    def effective_tags(self, now: dt.datetime) -> dict[str, str]:
+        """What policies see."""
+        tags = self.effective(now).tags
+        return self.tags if tags is None else tags
 
     def rotate_on_demand(self, now: dt.datetime, delay: dt.timedelta) -> Key:
         self.require_enabled(self.state)
@@ -195,7 +218,7 @@ class Key(_Record):
         self.require_enabled(self.state)
         return self.model_copy(update={"rotation_period_days": None, "next_rotation": None})
 
-    def automatic_rotation(self, now: dt.datetime) -> Key | None:
+    def automatic_rotation(self, now: dt.datetime, delay: dt.timedelta) -> Key | None:
         """With new material when one is due, else None. A key that is not enabled waits until it is."""
         if self.next_rotation is None or self.rotation_period_days is None or now < self.next_rotation:
             return None
@@ -203,7 +226,7 @@ class Key(_Record):
             return None
         return self._changed(
             now,
-            dt.timedelta(0),
+            delay,
             materials=(*self.materials, KeyMaterial.new(now, "AUTOMATIC")),
             next_rotation=now + dt.timedelta(days=self.rotation_period_days),
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 from customercloud.aws.access import KeyAccess
@@ -18,6 +19,7 @@ from customercloud.aws.errors import AwsError, unsupported, validation_error
 from customercloud.aws.key_pairs import new_key_pair
 from customercloud.aws.keys import Key, KeyMaterial
 from customercloud.aws.params import MAX_CIPHERTEXT_SIZE_BYTES, MAX_PLAINTEXT_SIZE_BYTES, Params
+from customercloud.aws.patterns import Context
 
 _ALGORITHM: Final = "SYMMETRIC_DEFAULT"
 _ALGORITHMS: Final = ("SYMMETRIC_DEFAULT", "RSAES_OAEP_SHA_1", "RSAES_OAEP_SHA_256", "SM2PKE")
@@ -140,7 +142,7 @@ class KmsCrypto:
         key_id, spec = params.string("KeyId"), params.string("KeyPairSpec")
         context = params.encryption_context()
         self._common(call, params, {"keyId": key_id, "keyPairSpec": spec}, context)
-        key = self._authorized(call, params, key_id, context)
+        key = self._authorized(call, params, key_id, context, more={"kms:datakeypairspec": (spec,)})
         material = self._usable(call, key)
         refuse_dry_run(params)
         private, public = new_key_pair(spec)
@@ -229,11 +231,17 @@ class KmsCrypto:
             raise unsupported("attested enclaves (Recipient) do not exist here")
 
     def _authorized(
-        self, call: Call, params: Params, key_id: str, context: dict[str, str], action: str | None = None
+        self,
+        call: Call,
+        params: Params,
+        key_id: str,
+        context: dict[str, str],
+        action: str | None = None,
+        more: Context | None = None,
     ) -> Key:
         key = self._access.resolve(call, key_id)
         alias = key_id.rpartition(":")[2] if "alias/" in key_id else None
-        self._authorize(call, params, key, context, action, alias)
+        self._authorize(call, params, key, context, action, alias, more)
         return key
 
     def _authorize(
@@ -244,6 +252,7 @@ class KmsCrypto:
         context: dict[str, str],
         action: str | None = None,
         alias: str | None = None,
+        more: Context | None = None,
     ) -> None:
         self._access.authorize(
             call,
@@ -252,8 +261,25 @@ class KmsCrypto:
             encryption_context=context,
             request_alias=alias,
             grant_tokens=params.strings("GrantTokens"),
-            more={"kms:encryptionalgorithm": (_ALGORITHM,)},
+            more={"kms:encryptionalgorithm": (_ALGORITHM,), **self._same_key(call, params, key), **(more or {})},
         )
+
+    def _same_key(self, call: Call, params: Params, key: Key) -> Context:
+        """Of ReEncrypt: whether both keys are this one. When the other cannot be told, the call fails by itself."""
+        if call.action != "ReEncrypt":
+            return {}
+        ids = {key.key_id, *self._ids(call, params)}
+        return {"kms:reencryptonsamekey": (str(len(ids) == 1).lower(),)}
+
+    def _ids(self, call: Call, params: Params) -> Iterator[str]:
+        """Of the keys that a ReEncrypt names: the destination, and the source, by itself or by the ciphertext."""
+        source = params.optional_string("SourceKeyId")
+        with suppress(AwsError):
+            yield self._access.resolve(call, params.string("DestinationKeyId")).key_id
+            if source is not None:
+                yield self._access.resolve(call, source).key_id
+            else:
+                yield CiphertextBlob.parse(params.blob("CiphertextBlob", MAX_CIPHERTEXT_SIZE_BYTES)).key_id
 
     def _key_of_blob(
         self,

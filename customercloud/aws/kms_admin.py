@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from customercloud.aws import arn as arns
-from customercloud.aws.access import KeyAccess
+from customercloud.aws.access import KIND_CONDITIONS, KeyAccess
 from customercloud.aws.authorization import Binding, authorize
 from customercloud.aws.cloudtrail import Call
 from customercloud.aws.errors import AwsError, not_found, unsupported, validation_error
@@ -22,7 +22,8 @@ from customercloud.aws.keys import (
 from customercloud.aws.kms import Operation
 from customercloud.aws.kms_steps import KeySteps, new_tags, page, tag_conditions, tag_list
 from customercloud.aws.params import Params
-from customercloud.aws.policy import MalformedPolicyError, PolicyKind, parse_policy
+from customercloud.aws.patterns import MalformedPolicyError
+from customercloud.aws.policy import PolicyKind, parse_policy
 from customercloud.aws.state import AwsState
 
 _POLICY_NAME: Final = "default"
@@ -90,6 +91,10 @@ def _refuse_other_kinds(params: Params) -> None:
         raise unsupported("multi-Region keys and custom key stores do not exist here")
 
 
+def _bypass_condition(bypass: bool) -> dict[str, tuple[str, ...]]:
+    return {"kms:bypasspolicylockoutsafetycheck": (str(bypass).lower(),)}
+
+
 class KmsAdmin:
     def __init__(self, state: AwsState, access: KeyAccess, steps: KeySteps) -> None:
         self._state = state
@@ -137,9 +142,10 @@ class KmsAdmin:
         if tags:
             call.audit.request_parameters["tags"] = tag_list(tags)
         _refuse_other_kinds(params)
-        self._access.authorize_account(call, more=tag_conditions(tags))
+        more = {**KIND_CONDITIONS, **_bypass_condition(bypass), **tag_conditions(tags)}
+        self._access.authorize_account(call, more=more)
         policy = self._parsed_policy(document or default_policy(account_id))
-        key = Key.new(account_id, self._state.region, description, policy, call.now).with_tags(tags)
+        key = Key.new(account_id, self._state.region, description, policy, call.now, tags)
         if not bypass:
             self._refuse_lockout(call, key, policy)
         self._state.put_key(key)
@@ -176,7 +182,8 @@ class KmsAdmin:
     def schedule_key_deletion(self, call: Call, params: Params) -> dict[str, Any]:
         given = params.integer("PendingWindowInDays", MIN_DELETION_WINDOW_DAYS, MAX_DELETION_WINDOW_DAYS)
         days = MAX_DELETION_WINDOW_DAYS if given is None else given
-        key = self._steps.key(call, params, {"pendingWindowInDays": days})
+        conditions = {"kms:schedulekeydeletionpendingwindowindays": (str(days),)}
+        key = self._steps.key(call, params, {"pendingWindowInDays": days}, conditions=conditions)
         deleted = key.schedule_deletion(days, call.now, self._steps.delay())
         self._steps.change(call, deleted)
         assert deleted.deletion_date is not None  # noqa: S101 - schedule_deletion sets it
@@ -206,7 +213,7 @@ class KmsAdmin:
         bypass = params.boolean("BypassPolicyLockoutSafetyCheck")
         name = self._policy_name(params)
         logged = {"policy": document, "policyName": name, "bypassPolicyLockoutSafetyCheck": bypass}
-        key = self._steps.key(call, params, logged)
+        key = self._steps.key(call, params, logged, conditions=_bypass_condition(bypass))
         policy = self._parsed_policy(document)
         if not bypass:
             self._refuse_lockout(call, key, policy)
@@ -244,7 +251,7 @@ class KmsAdmin:
             call.caller.caller,
             "kms:PutKeyPolicy",
             key.arn,
-            self._access.conditions(future, key),
+            {**self._access.conditions(future, key), **_bypass_condition(False)},
             owner_account_id=key.account_id,
             resource_policy=parse_policy(policy.document, PolicyKind.KEY),
             binding=binding,
@@ -260,7 +267,8 @@ class KmsAdmin:
     def enable_key_rotation(self, call: Call, params: Params) -> None:
         given = params.integer("RotationPeriodInDays", 90, 2560)
         days = DEFAULT_ROTATION_PERIOD_DAYS if given is None else given
-        key = self._steps.key(call, params, {"rotationPeriodInDays": days})
+        conditions = {"kms:rotationperiodindays": (str(days),)}
+        key = self._steps.key(call, params, {"rotationPeriodInDays": days}, conditions=conditions)
         self._steps.change(call, key.enable_rotation(days, call.now))
 
     def disable_key_rotation(self, call: Call, params: Params) -> None:

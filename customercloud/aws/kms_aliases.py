@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+from collections.abc import Callable
 from typing import Any, Final
 
 from customercloud.aws import arn as arns
@@ -20,9 +22,11 @@ _MAX_ALIASES_OF_A_KEY: Final = 50
 class KmsAliases:
     """An alias and its key are authorised each by itself: whoever may do the one may not do the other by that."""
 
-    def __init__(self, state: AwsState, access: KeyAccess) -> None:
+    def __init__(self, state: AwsState, access: KeyAccess, delay: Callable[[], dt.timedelta]) -> None:
+        """`delay`: how long requests that name an alias will still be led where it pointed before a change."""
         self._state = state
         self._access = access
+        self._delay = delay
 
     @property
     def operations(self) -> dict[str, Operation]:
@@ -36,10 +40,12 @@ class KmsAliases:
     def create_alias(self, call: Call, params: Params) -> None:
         name, alias_arn, key = self._named(call, params)
         key.refuse_pending_deletion()
-        if alias_arn in self._state.snapshot.aliases:
+        old = self._state.snapshot.aliases.get(alias_arn)
+        if old is not None and old.is_listed:
             raise AwsError("AlreadyExistsException", f"An alias with the name {alias_arn} already exists")
         self._refuse_too_many(key)
-        self._state.put_alias(Alias(name=name, account_id=key.account_id, key_id=key.key_id, created_at=call.now))
+        alias = Alias.new(name, key.account_id, key.key_id, call.now, self._delay())
+        self._state.put_alias(alias if old is None else old.again(alias, call.now, self._delay()))
 
     def update_alias(self, call: Call, params: Params) -> None:
         _, alias_arn, key = self._named(call, params)
@@ -48,7 +54,7 @@ class KmsAliases:
         key.refuse_pending_deletion()
         if alias.key_id != key.key_id:
             self._refuse_too_many(key)
-        self._state.put_alias(alias.model_copy(update={"key_id": key.key_id, "updated_at": call.now}))
+        self._state.put_alias(alias.pointed_at(key.key_id, call.now, self._delay()))
 
     def delete_alias(self, call: Call, params: Params) -> None:
         name = _alias_name(params)
@@ -58,7 +64,11 @@ class KmsAliases:
         self._access.authorize_account(call, alias_arn)
         alias = self._existing(alias_arn)
         self._access.authorize(call, self._access.resolve(call, alias.key_id))
-        self._state.remove_alias(alias)
+        delay = self._delay()
+        if delay:
+            self._state.put_alias(alias.ended(call.now, delay))
+        else:
+            self._state.remove_alias(alias)
 
     def list_aliases(self, call: Call, params: Params) -> dict[str, Any]:
         self._access.authorize_account(call)
@@ -68,7 +78,7 @@ class KmsAliases:
         own = {
             alias.name: alias
             for alias in self._state.snapshot.aliases.values()
-            if alias.account_id == account_id and key_id in (None, alias.key_id)
+            if alias.is_listed and alias.account_id == account_id and key_id in (None, alias.key_id)
         }
         names, paging = page(sorted(own), call, params)
         return {
@@ -101,7 +111,7 @@ class KmsAliases:
 
     def _existing(self, alias_arn: str) -> Alias:
         alias = self._state.snapshot.aliases.get(alias_arn)
-        if alias is None:
+        if alias is None or not alias.is_listed:
             raise not_found(f"Alias {alias_arn} is not found.")
         return alias
 

@@ -23,6 +23,18 @@ _KEY_STORES: Final = (
 )  # fmt: skip
 
 
+_TESTED: Final = (
+    "SigningAlgorithm", "MessageType", "MacAlgorithm", "KeyAgreementAlgorithm", "WrappingAlgorithm", "WrappingKeySpec",
+    "ExpirationModel", "ValidTo", "ReplicaRegion", "PrimaryRegion",
+)  # fmt: skip
+"""Members that policies can test."""
+
+
+def _conditions(params: Params) -> dict[str, tuple[str, ...]]:
+    given = {name: params.members.get(name) for name in _TESTED}
+    return {f"kms:{name.lower()}": (str(value),) for name, value in given.items() if value is not None}
+
+
 class KmsElsewhere:
     """The caller is authorised first: who may not use a key does not learn what kind it is."""
 
@@ -43,22 +55,22 @@ class KmsElsewhere:
         }
 
     def other_usage(self, call: Call, params: Params) -> dict[str, Any]:
-        key = self._steps.key(call, params, read_only=True, alias=True)
+        key = self._steps.key(call, params, read_only=True, alias=True, conditions=_conditions(params))
         raise AwsError(
             "InvalidKeyUsageException",
             f"{key.arn} key usage is ENCRYPT_DECRYPT which is not valid for {call.action}.",
         )
 
     def other_origin(self, call: Call, params: Params) -> dict[str, Any]:
-        key = self._steps.key(call, params)
+        key = self._steps.key(call, params, conditions=_conditions(params))
         raise unsupported(f"{key.arn} origin is AWS_KMS which is not valid for this operation.")
 
     def multi_region(self, call: Call, params: Params) -> dict[str, Any]:
-        key = self._steps.key(call, params)
+        key = self._steps.key(call, params, conditions=_conditions(params))
         raise unsupported(f"{key.arn} is not a multi-region primary key.")
 
     def public_key(self, call: Call, params: Params) -> dict[str, Any]:
-        key = self._steps.key(call, params, read_only=True, alias=True)
+        key = self._steps.key(call, params, read_only=True, alias=True, conditions=_conditions(params))
         raise unsupported(f"{key.arn} key spec is SYMMETRIC_DEFAULT which is not valid for GetPublicKey.")
 
     def create_key_store(self, call: Call, params: Params) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from customercloud.aws.grants import OPERATIONS, Constraints, Grant, Principal
 from customercloud.aws.keys import Key
 from customercloud.aws.kms import Operation, refuse_dry_run
 from customercloud.aws.kms_steps import KeySteps, page
-from customercloud.aws.params import Params
+from customercloud.aws.params import Params, member_name
 from customercloud.aws.state import AwsState
 
 _MAX_GRANTS_OF_A_KEY: Final = 50_000
 _TOKEN_SIZE_BYTES: Final = 96
+_BY_NO_SERVICE: Final = {"kms:grantisforawsresource": ("false",)}
+"""No service calls here on a user's behalf."""
 
 
 class KmsGrants:
@@ -38,16 +40,22 @@ class KmsGrants:
         }
 
     def create_grant(self, call: Call, params: Params) -> dict[str, Any]:
-        grantee = self._principal(params, "GranteePrincipal")
-        if grantee is None:
-            raise validation_error("You must specify a grantee principal.")
-        retiring = self._principal(params, "RetiringPrincipal")
+        grantee, retiring = self._principal(params, "Grantee"), self._principal(params, "Retiring")
         operations, constraints = frozenset(params.strings("Operations")), _constraints(params)
+        if grantee is None:
+            raise validation_error("You must specify either GranteePrincipal or GranteeServicePrincipal.")
+        if grantee.is_service and constraints.source_arn is None:
+            raise validation_error("You must specify a SourceArn grant constraint with a GranteeServicePrincipal.")
+        if grantee.is_service and retiring is None:
+            raise validation_error(
+                "You must specify a RetiringPrincipal or RetiringServicePrincipal with a GranteeServicePrincipal."
+            )
         name = params.optional_string("Name", 1, 256)
-        logged: dict[str, Any] = {"granteePrincipal": grantee.arn, "operations": sorted(operations)}
-        logged |= {} if retiring is None else {"retiringPrincipal": retiring.arn}
+        logged: dict[str, Any] = {_member("grantee", grantee): grantee.arn, "operations": sorted(operations)}
+        logged |= {} if retiring is None else {_member("retiring", retiring): retiring.arn}
         logged |= {} if name is None else {"name": name}
-        logged |= {"constraints": _shown(constraints, "encryptionContext")} if constraints != Constraints() else {}
+        shown = _shown(constraints)
+        logged |= {"constraints": {member_name(kind): value for kind, value in shown.items()}} if shown else {}
         key = self._key_for_grant(call, params, logged, operations, constraints)
         key.require_enabled(key.state)
         if beyond := sorted(operations - OPERATIONS):
@@ -77,8 +85,8 @@ class KmsGrants:
 
     def list_grants(self, call: Call, params: Params) -> dict[str, Any]:
         grant_id = params.optional_string("GrantId", 1, 128)
-        grantee = params.optional_string("GranteePrincipal", 1, 256)
-        key = self._steps.key(call, params, read_only=True)
+        grantee = params.optional_string("GranteePrincipal") or params.optional_string("GranteeServicePrincipal")
+        key = self._steps.key(call, params, read_only=True, conditions=_BY_NO_SERVICE)
         if grant_id is not None:
             _check_grant_id(grant_id)
         return self._listed(
@@ -92,10 +100,11 @@ class KmsGrants:
         )
 
     def list_retirable_grants(self, call: Call, params: Params) -> dict[str, Any]:
-        retiring = params.optional_string("RetiringPrincipal", 1, 256)
+        member = "RetiringServicePrincipal" if params.has("RetiringServicePrincipal") else "RetiringPrincipal"
+        retiring = params.optional_string(member)
         if retiring is None:
             raise validation_error("You must specify a retiring principal.")
-        call.audit.request_parameters = {"retiringPrincipal": retiring}
+        call.audit.request_parameters = {member_name(member): retiring}
         self._access.authorize_account(call)
         account_id = call.caller.caller.account_id
         return self._listed(
@@ -108,7 +117,7 @@ class KmsGrants:
 
     def revoke_grant(self, call: Call, params: Params) -> None:
         grant_id = params.string("GrantId", 1, 128)
-        key = self._steps.key(call, params, {"grantId": grant_id})
+        key = self._steps.key(call, params, {"grantId": grant_id}, conditions=_BY_NO_SERVICE)
         grant = self._existing(key, grant_id)
         refuse_dry_run(params)
         self._end(call, grant)
@@ -131,15 +140,12 @@ class KmsGrants:
         call.audit.read_only = False
         call.audit.request_parameters = {"keyId": params.string("KeyId")} | logged
         key = self._access.resolve(call, params.string("KeyId"), alias=False)
-        conditions: dict[str, tuple[str, ...]] = {
-            "kms:grantoperations": tuple(sorted(operations)),
-            "kms:granteeprincipal": (logged["granteePrincipal"],),
-        }
-        if "retiringPrincipal" in logged:
-            conditions["kms:retiringprincipal"] = (logged["retiringPrincipal"],)
-        if "constraints" in logged:
-            kind = "EncryptionContextEquals" if constraints.equals is not None else "EncryptionContextSubset"
-            conditions["kms:grantconstrainttype"] = (kind,)
+        conditions = {**_BY_NO_SERVICE, "kms:grantoperations": tuple(sorted(operations))}
+        conditions |= {f"kms:{member.lower()}": (logged[member],) for member in logged if member.endswith("Principal")}
+        if shown := _shown(constraints):
+            conditions["kms:grantconstrainttype"] = tuple(shown)
+        if constraints.source_arn is not None:
+            conditions["kms:grantconstraintsourcearn"] = (constraints.source_arn,)
         self._access.authorize(
             call,
             key,
@@ -150,8 +156,13 @@ class KmsGrants:
         call.audit.request_parameters["keyId"] = key.arn
         return key
 
-    def _principal(self, params: Params, member: str) -> Principal | None:
-        arn = params.optional_string(member, 1, 256)
+    def _principal(self, params: Params, role: str) -> Principal | None:
+        """Of `<role>Principal` or `<role>ServicePrincipal`."""
+        arn, service = params.optional_string(f"{role}Principal"), params.optional_string(f"{role}ServicePrincipal")
+        if arn is not None and service is not None:
+            raise validation_error(f"You can specify either {role}Principal or {role}ServicePrincipal, but not both.")
+        if service is not None:
+            return Principal(arn=service, unique_id=None, is_service=True)
         if arn is None:
             return None
         if arns.is_account_id(arn):
@@ -227,34 +238,39 @@ class KmsGrants:
             "GrantId": grant.grant_id,
             "Name": grant.name or "",
             "CreationDate": grant.created_at.timestamp(),
-            "GranteePrincipal": grant.grantee.arn,
+            _member("Grantee", grant.grantee): grant.grantee.arn,
             "IssuingAccount": arns.root_arn(grant.issuing_account),
             "Operations": list(grant.operations),
         }
         if grant.retiring is not None:
-            entry["RetiringPrincipal"] = grant.retiring.arn
-        if grant.constraints != Constraints():
-            entry["Constraints"] = _shown(grant.constraints, "EncryptionContext")
+            entry[_member("Retiring", grant.retiring)] = grant.retiring.arn
+        if shown := _shown(grant.constraints):
+            entry["Constraints"] = shown
         return entry
 
 
-def _shown(constraints: Constraints, prefix: str) -> dict[str, dict[str, str]]:
-    if constraints.equals is not None:
-        return {f"{prefix}Equals": constraints.equals}
-    return {f"{prefix}Subset": constraints.subset or {}}
+def _member(role: str, principal: Principal) -> str:
+    return f"{role}{'Service' if principal.is_service else ''}Principal"
+
+
+def _shown(constraints: Constraints) -> dict[str, Any]:
+    given = {
+        "EncryptionContextEquals": constraints.equals,
+        "EncryptionContextSubset": constraints.subset,
+        "SourceArn": constraints.source_arn,
+    }
+    return {kind: value for kind, value in given.items() if value is not None}
 
 
 def _constraints(params: Params) -> Constraints:
     given = params.structure("Constraints")
     if given is None:
         return Constraints()
-    if given.has("SourceArn"):
-        raise validation_error("Grants to service principals do not exist here")
     subset = given.encryption_context("EncryptionContextSubset") or None
     equals = given.encryption_context("EncryptionContextEquals") or None
     if subset is not None and equals is not None:
         raise validation_error("Only one of EncryptionContextSubset and EncryptionContextEquals can be given")
-    return Constraints(subset=subset, equals=equals)
+    return Constraints(subset=subset, equals=equals, source_arn=given.optional_string("SourceArn"))
 
 
 def _check_grant_id(grant_id: str) -> None:

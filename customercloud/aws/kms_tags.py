@@ -25,14 +25,14 @@ class KmsTags:
     def tag_resource(self, call: Call, params: Params) -> None:
         given = new_tags({}, params)
         key = self._steps.key(call, params, {"tags": tag_list(given)}, conditions=tag_conditions(given))
-        self._steps.change(call, key.with_tags(new_tags(key.tags, params)))
+        self._steps.change(call, key.with_tags(new_tags(key.tags, params), call.now, self._steps.delay()))
 
     def untag_resource(self, call: Call, params: Params) -> None:
         """A key that is not there is no error."""
         names = params.strings("TagKeys")
         key = self._steps.key(call, params, {"tagKeys": names}, conditions={"aws:tagkeys": tuple(names)})
         kept = {name: value for name, value in key.tags.items() if name not in names}
-        self._steps.change(call, key.with_tags(kept))
+        self._steps.change(call, key.with_tags(kept, call.now, self._steps.delay()))
 
     def list_resource_tags(self, call: Call, params: Params) -> dict[str, Any]:
         key = self._steps.key(call, params, read_only=True)

@@ -96,6 +96,11 @@ class Params:
         number: int = value
         return number
 
+    def optional_integer(self, name: str) -> int | None:
+        """Whose range the service's model has checked."""
+        value: int | None = self._get(name, int)
+        return value
+
     def boolean(self, name: str) -> bool:
         return bool(self._get(name, bool))
 
@@ -140,11 +145,7 @@ class Params:
         return data
 
     def encryption_context(self, name: str = "EncryptionContext") -> dict[str, str]:
-        """Stricter than AWS in one point: names that differ only in case are refused.
-
-        Policies see context names without case (`kms:EncryptionContext:Tenant` is `…:tenant`), so such a pair could
-        satisfy a condition with one value and carry another.
-        """
+        """Names that differ only in case are two names. For policies they are one, with two values (`access`)."""
         value = self._get(name, dict) or {}
         if not all(isinstance(v, str) for v in value.values()):
             raise AwsError("SerializationException", f"{member_name(name)} has the wrong type")
@@ -152,7 +153,5 @@ class Params:
             raise validation_error("Encryption context keys must not be empty")
         if sum(len(k) + len(v) for k, v in value.items()) > MAX_CONTEXT_SIZE_CHARACTERS:
             raise validation_error(f"Encryption context is longer than {MAX_CONTEXT_SIZE_CHARACTERS} characters")
-        if len({key.lower() for key in value}) != len(value):
-            raise validation_error("Encryption context keys must differ in more than case")
         context: dict[str, str] = value
         return context

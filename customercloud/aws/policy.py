@@ -3,11 +3,14 @@
 Source: IAM User Guide, "IAM JSON policy elements reference". Kept small on purpose; what is not implemented is refused
 when the policy is stored (MalformedPolicyError), never skipped when it is evaluated.
 
-    Statement   one or a list; Sid, Effect, Action | NotAction, Resource | NotResource, Principal, Condition
-    Principal   "*", {"AWS": …} with account ids and root, user, role and session ARNs; {"Service": …} matches nobody
-                here; NotPrincipal is refused
+    Statement   one or a list; Sid, Effect, Action | NotAction, Resource | NotResource, Principal | NotPrincipal,
+                Condition
+    Principal   "*", {"AWS": …} with account ids and ARNs of root, users, roles and sessions; {"Service": …} and
+                {"Federated": …} match nobody here
+    NotPrincipal  in key policies, to deny
     Wildcards   `*` and `?` in actions (any case), resources and …Like operators; never inside a principal
-    Condition   operators of `_OPERATORS`, each also with ForAllValues:/ForAnyValue: and …IfExists; Null.
+    Variables   `${aws:username}` and the like, in resources and conditions of version 2012-10-17 (`patterns`)
+    Condition   operators of `conditions`, each also with ForAllValues:/ForAnyValue: and …IfExists; Null.
                 Several operators and keys are ANDed, the values of one key are ORed (for negated operators: none
                 may match). A key that the request does not carry fails the condition, except that a negated operator
                 and IfExists then hold.
@@ -18,25 +21,30 @@ statement means NONE (the implicit deny).
 
 from __future__ import annotations
 
-import datetime as dt
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from customercloud.aws.arn import Arn, is_account_id, root_arn
+from customercloud.aws.conditions import Condition, checked_text, parsed_conditions
+from customercloud.aws.patterns import Context, MalformedPolicyError, expand, glob_matches
 
 _MAX_POLICY_SIZE_CHARACTERS: Final = 32_768  # the quota of a key policy document
 
 
 _NAME: Final = "[A-Za-z0-9_+=,.@-]+"
-
-
-class MalformedPolicyError(ValueError):
-    """The document is not a policy of this language; the message says why."""
+_PATH: Final = r"(?:[!-.0-~]+/){0,64}"
+_PRINCIPAL_ARNS: Final = {
+    "iam": rf"root|user/{_PATH}{_NAME}|role/{_PATH}{_NAME}",
+    "sts": rf"assumed-role/{_NAME}/{_NAME}|federated-user/{_NAME}",
+}
+_FEDERATED: Final = re.compile(
+    r"[a-z0-9-]+(\.[a-z0-9-]+)+(/[A-Za-z0-9_./-]*)?|arn:aws:iam::[0-9]{12}:(saml|oidc)-provider/[A-Za-z0-9_./:-]+"
+)
 
 
 class Effect(StrEnum):
@@ -59,88 +67,15 @@ class PolicyKind(StrEnum):
     """A role's trust policy: Principal, no Resource."""
 
 
-Context = Mapping[str, tuple[str, ...]]
-"""Condition keys in lower case → their values. A key that is not there was not in the request."""
-
-
-@functools.lru_cache(maxsize=1024)
-def _glob(pattern: str) -> re.Pattern[str]:
-    return re.compile("".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern), re.DOTALL)
-
-
-def glob_matches(pattern: str, text: str) -> bool:
-    """`*` is any run of characters, `?` is exactly one; everything else is itself."""
-    return _glob(pattern).fullmatch(text) is not None
-
-
-def _date(text: str) -> dt.datetime | None:
-    try:
-        value = dt.datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return value if value.tzinfo else value.replace(tzinfo=dt.UTC)
-
-
-def _dates(compare: Callable[[dt.datetime, dt.datetime], bool]) -> Callable[[str, str], bool]:
-    def matches(wanted: str, actual: str) -> bool:
-        left, right = _date(actual), _date(wanted)
-        return left is not None and right is not None and compare(left, right)
-
-    return matches
-
-
-# Operator name in lower case → (does (policy value, request value) match, is the operator negated).
-_OPERATORS: Final[dict[str, tuple[Callable[[str, str], bool], bool]]] = {
-    "stringequals": (lambda wanted, actual: wanted == actual, False),
-    "stringnotequals": (lambda wanted, actual: wanted == actual, True),
-    "stringequalsignorecase": (lambda wanted, actual: wanted.lower() == actual.lower(), False),
-    "stringnotequalsignorecase": (lambda wanted, actual: wanted.lower() == actual.lower(), True),
-    "stringlike": (glob_matches, False),
-    "stringnotlike": (glob_matches, True),
-    "arnequals": (glob_matches, False),
-    "arnlike": (glob_matches, False),
-    "arnnotequals": (glob_matches, True),
-    "arnnotlike": (glob_matches, True),
-    "bool": (lambda wanted, actual: wanted.lower() == actual.lower(), False),
-    "datelessthan": (_dates(lambda actual, wanted: actual < wanted), False),
-    "datelessthanequals": (_dates(lambda actual, wanted: actual <= wanted), False),
-    "dategreaterthan": (_dates(lambda actual, wanted: actual > wanted), False),
-    "dategreaterthanequals": (_dates(lambda actual, wanted: actual >= wanted), False),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    operator: str
-    """Lower case, without qualifier and IfExists; `null` or a key of `_OPERATORS`."""
-    quantifier: Literal["", "forallvalues", "foranyvalue"]
-    if_exists: bool
-    key: str
-    """Lower case: condition keys have no case."""
-    values: tuple[str, ...]
-
-    def holds(self, context: Context) -> bool:
-        actual = context.get(self.key)
-        if self.operator == "null":
-            return any((actual is None) == (value.lower() == "true") for value in self.values)
-        matches, negated = _OPERATORS[self.operator]
-        if not actual:
-            # "ForAllValues also returns true if there are no keys in the request" (IAM User Guide).
-            return self.if_exists or self.quantifier == "forallvalues" or (negated and self.quantifier == "")
-
-        def one(value: str) -> bool:
-            return any(matches(wanted, value) for wanted in self.values) != negated
-
-        return any(map(one, actual)) if self.quantifier == "foranyvalue" else all(map(one, actual))
-
-
 @dataclass(frozen=True, slots=True)
 class Principals:
-    """Who a statement speaks of. `everyone` is "*"; Service principals are dropped (none calls here)."""
+    """Who a statement speaks of. `everyone` is "*"; services and federated identities are dropped: none calls here."""
 
     everyone: bool
     arns: frozenset[str]
     """Root (account), user, role and session ARNs; bare account ids are stored as root ARNs."""
+    negated: bool = False
+    """NotPrincipal: everybody but these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +94,15 @@ class Statement:
         lowered = action.lower()
         return (
             any(glob_matches(pattern.lower(), lowered) for pattern in self.actions) != self.not_action
-            and any(glob_matches(pattern, resource) for pattern in self.resources) != self.not_resource
-            and all(condition.holds(context) for condition in self.conditions)
+            and self._is_of(resource, context) != self.not_resource
+            and all(condition.holds(context, deny=self.effect is Effect.DENY) for condition in self.conditions)
         )
+
+    def _is_of(self, resource: str, context: Context) -> bool:
+        patterns = (expand(pattern, context) for pattern in self.resources)
+        # A variable that the request does not fill matches nothing; as an exception of an Allow, everything.
+        unfilled = self.not_resource and self.effect is Effect.ALLOW
+        return any(unfilled if pattern is None else glob_matches(pattern, resource) for pattern in patterns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +147,8 @@ def parse_policy(document: str, kind: PolicyKind) -> Policy:
     statements = _as_list(root.get("Statement"))
     if not statements:
         raise MalformedPolicyError("a policy has at least one statement")
-    return Policy(tuple(_statement(item, kind) for item in statements))
+    with_variables = root.get("Version") == "2012-10-17"
+    return Policy(tuple(_statement(item, kind, with_variables=with_variables) for item in statements))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -240,11 +182,12 @@ def _either(members: dict[str, Any], name: str) -> tuple[tuple[str, ...], bool]:
     return _strings(members[f"Not{name}" if negated else name], name), negated
 
 
-def _statement(value: Any, kind: PolicyKind) -> Statement:
+def _statement(value: Any, kind: PolicyKind, *, with_variables: bool) -> Statement:
     if not isinstance(value, dict):
         raise MalformedPolicyError("a statement is a JSON object")
     allowed = {"Sid", "Effect", "Action", "NotAction", "Condition"}
     allowed |= {"Principal"} if kind is not PolicyKind.IDENTITY else set()
+    allowed |= {"NotPrincipal"} if kind is PolicyKind.KEY else set()
     allowed |= {"Resource", "NotResource"} if kind is not PolicyKind.TRUST else set()
     _only(value, allowed, f"a statement of a {kind} policy")
     sid = value.get("Sid", "")
@@ -260,13 +203,24 @@ def _statement(value: Any, kind: PolicyKind) -> Statement:
     return Statement(
         sid=sid,
         effect=Effect(value["Effect"]),
-        principals=None if kind is PolicyKind.IDENTITY else _principals(value.get("Principal")),
+        principals=None if kind is PolicyKind.IDENTITY else _principals_of(value),
         actions=actions,
         not_action=not_action,
-        resources=resources,
+        resources=tuple(checked_text(text, with_variables=with_variables) for text in resources),
         not_resource=not_resource,
-        conditions=tuple(_conditions(value.get("Condition", {}))),
+        conditions=tuple(parsed_conditions(value.get("Condition", {}), with_variables=with_variables)),
     )
+
+
+def _principals_of(statement: dict[str, Any]) -> Principals:
+    if "NotPrincipal" not in statement:
+        return _principals(statement.get("Principal"))
+    if "Principal" in statement:
+        raise MalformedPolicyError("a statement has either Principal or NotPrincipal")
+    if statement["Effect"] != "Deny":
+        raise MalformedPolicyError("NotPrincipal must be used with Deny")
+    excepted = _principals(statement["NotPrincipal"])
+    return Principals(excepted.everyone, excepted.arns, negated=True)
 
 
 def _principals(value: Any) -> Principals:
@@ -274,9 +228,12 @@ def _principals(value: Any) -> Principals:
         return Principals(everyone=True, arns=frozenset())
     if not isinstance(value, dict) or not value:
         raise MalformedPolicyError('Principal must be "*" or an object')
-    _only(value, {"AWS", "Service"}, "Principal")
+    _only(value, {"AWS", "Service", "Federated"}, "Principal")
     if "Service" in value:
         _strings(value["Service"], "Principal.Service")
+    for provider in _strings(value["Federated"], "Principal.Federated") if "Federated" in value else ():
+        if _FEDERATED.fullmatch(provider) is None:
+            raise MalformedPolicyError("Federated principals must be valid domain names or SAML metadata ARNs")
     everyone, arns = False, set()
     for item in _strings(value["AWS"], "Principal.AWS") if "AWS" in value else ():
         if item == "*":
@@ -290,34 +247,11 @@ def _principal_arn(text: str) -> str:
     if is_account_id(text):
         return root_arn(text)
     arn = Arn.parse(text)
-    kinds = {"iam": rf"root|user/{_NAME}|role/{_NAME}", "sts": rf"assumed-role/{_NAME}/{_NAME}"}
     if (
         arn is None
         or arn.region
         or not is_account_id(arn.account_id)
-        or not re.fullmatch(kinds.get(arn.service, "(?!)"), arn.resource)
+        or not re.fullmatch(_PRINCIPAL_ARNS.get(arn.service, "(?!)"), arn.resource)
     ):
         raise MalformedPolicyError("Policy contains a statement with one or more invalid principals.")
     return text
-
-
-def _conditions(value: Any) -> Iterable[Condition]:
-    if not isinstance(value, dict):
-        raise MalformedPolicyError("Condition must be an object")
-    for name, keys in value.items():
-        quantifier, _, operator = name.lower().rpartition(":")
-        if_exists = operator.endswith("ifexists")
-        operator = operator.removesuffix("ifexists")
-        if quantifier not in ("", "forallvalues", "foranyvalue") or (
-            operator not in _OPERATORS and (operator != "null" or if_exists or quantifier)
-        ):
-            raise MalformedPolicyError(f"unknown condition operator {name[:64]}")
-        if not isinstance(keys, dict) or not keys:
-            raise MalformedPolicyError(f"the operator {name[:64]} needs condition keys")
-        for key, wanted in keys.items():
-            # JSON booleans are allowed where AWS allows them: Bool and Null.
-            values = [str(v).lower() if isinstance(v, bool) else v for v in _as_list(wanted)]
-            texts = _strings(values, f"the value of {key[:64]}")
-            if operator.startswith("date") and any(_date(text) is None for text in texts):
-                raise MalformedPolicyError(f"the value of {key[:64]} is not a date")
-            yield Condition(operator, quantifier, if_exists, key.lower(), texts)

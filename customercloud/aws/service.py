@@ -18,6 +18,7 @@ from typing import Any, Final
 from botocore.loaders import Loader
 
 from customercloud.aws.access import KeyAccess
+from customercloud.aws.authorization import Caller
 from customercloud.aws.cloudtrail import (
     Authenticated,
     Call,
@@ -25,8 +26,8 @@ from customercloud.aws.cloudtrail import (
     recipients,
     service_record,
 )
-from customercloud.aws.errors import THROTTLED_MESSAGE, AwsError
-from customercloud.aws.identity import SessionTokens
+from customercloud.aws.errors import AwsError, server_error, throttled
+from customercloud.aws.identity import Session, SessionTokens, UserSession
 from customercloud.aws.kms import KmsCrypto, Operation
 from customercloud.aws.kms_admin import KmsAdmin
 from customercloud.aws.kms_aliases import KmsAliases
@@ -37,6 +38,7 @@ from customercloud.aws.kms_steps import KeySteps
 from customercloud.aws.kms_tags import KmsTags
 from customercloud.aws.lookup_events import LookupEvents
 from customercloud.aws.params import Params
+from customercloud.aws.query import members_of, parse_form, xml_answer, xml_error
 from customercloud.aws.sigv4 import (
     Authorization,
     HttpRequest,
@@ -46,10 +48,12 @@ from customercloud.aws.sigv4 import (
     verify,
 )
 from customercloud.aws.state import AwsState
-from customercloud.aws.sts import Sts, parse_form, xml_answer, xml_error
+from customercloud.aws.sts import Sts
+from customercloud.aws.sts_elsewhere import UNSIGNED, StsElsewhere, refuse_unsigned
 from customercloud.aws.trail import Trail
+from customercloud.aws.trails import Trails
 from customercloud.aws.validation import ServiceModel
-from customercloud.faults import ErrorKind, FaultInjector, Injected, Service
+from customercloud.faults import FaultInjector, Injected, Service
 from shared.clock import Clock
 from shared.telemetry import get_logger
 
@@ -62,13 +66,6 @@ TARGETS: Final = {
     "com.amazonaws.cloudtrail.v20131101.CloudTrail_20131101": Service.CLOUDTRAIL,
 }
 _HTML_502: Final = b"<html><head><title>502 Bad Gateway</title></head><body>Bad Gateway</body></html>"
-
-_FAULT_ERRORS: Final = {
-    ErrorKind.INTERNAL: ("KMSInternalException", 500),
-    ErrorKind.DEPENDENCY_TIMEOUT: ("DependencyTimeoutException", 503),
-    ErrorKind.KEY_UNAVAILABLE: ("KeyUnavailableException", 500),
-    ErrorKind.BAD_GATEWAY: ("InternalFailure", 502),
-}
 
 # (code in the JSON services, code in STS)
 _SIGNATURE_CODES: Final = {
@@ -109,20 +106,25 @@ class AwsEndpoint:
         self._faults = faults
         self._clock = clock
         access = KeyAccess(state)
-        steps = KeySteps(state, access, lambda: dt.timedelta(seconds=faults.faults.propagation_delay_s))
-        self._kms_model = kms_model()
+        steps = KeySteps(state, access, self.delay)
+        self._models = {service: service_model(service) for service in (Service.KMS, Service.STS, Service.CLOUDTRAIL)}
         lookup = LookupEvents(trail, access, lambda: dt.timedelta(seconds=faults.faults.trail_delay_s))
         self._json_operations: dict[Service, dict[str, Operation]] = {
             Service.KMS: KmsCrypto(access).operations
             | KmsAdmin(state, access, steps).operations
-            | KmsAliases(state, access).operations
+            | KmsAliases(state, access, self.delay).operations
             | KmsGrants(state, access, steps).operations
             | KmsTags(steps).operations
             | KmsLastUsage(trail, steps).operations
             | KmsElsewhere(access, steps).operations,
-            Service.CLOUDTRAIL: lookup.operations,
+            Service.CLOUDTRAIL: lookup.operations | Trails(self._models[Service.CLOUDTRAIL], access).operations,
         }
-        self._sts = Sts(state, tokens, self._session_lifetime)
+        sts = Sts(state, access, tokens, self._session_lifetime)
+        self._sts_operations = sts.operations | StsElsewhere(access).operations
+
+    def delay(self) -> dt.timedelta:
+        """How long decisions will still see what was before a change that is made now."""
+        return dt.timedelta(seconds=self._faults.faults.propagation_delay_s)
 
     def _session_lifetime(self) -> dt.timedelta | None:
         seconds = self._faults.faults.session_lifetime_s
@@ -145,6 +147,8 @@ class AwsEndpoint:
             error = AwsError("UnknownOperationException", "", 404)
             return _json_error(error, request_id)
         try:
+            if service is Service.STS and action in UNSIGNED:
+                refuse_unsigned(action, self._sts_params(action, request))
             caller = self._authenticate(request, service)
         except AwsError as error:
             _log.warning("request not authenticated", service=service.value, action=action[:64], code=error.code)
@@ -152,6 +156,7 @@ class AwsEndpoint:
         call = Call(
             service=service,
             action=action[:128],
+            region=self._state.region,
             caller=caller,
             now=self._clock.now(),
             request_id=request_id,
@@ -168,17 +173,19 @@ class AwsEndpoint:
             refused = error
         except OSError as error:
             _log.error("state cannot be written", action=action, exc_info=error)
-            refused = AwsError("KMSInternalException", "", 500)
+            refused = server_error(service)
         await self._record(call, refused)
         return answer if refused is None else _error_answer(service, refused, request_id)
 
     def _execute(self, call: Call, request: HttpRequest) -> HttpAnswer:
         headers = {"x-amzn-requestid": call.request_id}
         if call.service is Service.STS:
-            xml_operation = self._sts.operations.get(call.action)
+            xml_operation = self._sts_operations.get(call.action)
             if xml_operation is None:
-                raise AwsError("InvalidAction", f"Could not find operation {call.action[:64]}", 400)
-            result = xml_operation(call, parse_form(request.body))
+                version = parse_form(request.body).get("Version", "")
+                message = f"Could not find operation {call.action[:64]} for version {version[:32] or 'NO_VERSION'}"
+                raise AwsError("InvalidAction", message, 400)
+            result = xml_operation(call, self._sts_params(call.action, request))
             return HttpAnswer(
                 200, headers | {"content-type": "text/xml"}, xml_answer(call.action, result, call.request_id)
             )
@@ -186,20 +193,24 @@ class AwsEndpoint:
         if operation is None:
             raise AwsError("UnknownOperationException", "", 400)
         params = Params.from_body(request.body)
-        if call.service is Service.KMS:
-            self._kms_model.validate(call.action, params.members)
+        if call.action != "LookupEvents":  # has refusals of its own for what its model forbids
+            self._models[call.service].validate(call.action, params.members)
         members = operation(call, params)
         body = b"" if members is None else json.dumps(members).encode()
         return HttpAnswer(200, headers | {"content-type": JSON_TYPE}, body)
 
+    def _sts_params(self, action: str, request: HttpRequest) -> Params:
+        """Raises AwsError for what the operation's model does not allow."""
+        model = self._models[Service.STS]
+        members = members_of(model, action, parse_form(request.body))
+        model.validate(action, members)
+        return Params(members)
+
     def _injected_refusal(self, call: Call, key_id: str | None) -> None:
         if self._faults.throttles(call.service, call.caller.access_key_id, key_id):
-            raise AwsError(
-                "ThrottlingException" if call.service is not Service.STS else "Throttling", THROTTLED_MESSAGE
-            )
+            raise throttled(call.service)
         if kind := self._faults.fails(call.service, call.caller.access_key_id, key_id):
-            code, status = _FAULT_ERRORS[kind]
-            raise AwsError(code, "injected fault", status)
+            raise server_error(call.service, kind, "injected fault")
 
     # ── who ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -232,30 +243,32 @@ class AwsEndpoint:
         self, request: HttpRequest, authorization: Authorization, unknown: AwsError
     ) -> tuple[Authenticated, str]:
         """The caller that the access key and session token stand for, and the secret that must have signed."""
-        token = request.header("x-amz-security-token")
+        token, now = request.header("x-amz-security-token"), self._clock.now()
         if token is None:
             user = self._state.user_by_access_key(authorization.access_key_id)
-            if user is None:
+            if user is None or not user.exists(now):
                 raise unknown
             key = user.access_key
-            return Authenticated(user.caller(), key.access_key_id, user.name, None), key.secret_access_key
+            return Authenticated(user.caller(now), key.access_key_id, user.name, None), key.secret_access_key
         session = self._tokens.open(token)
         if session is None or session.access_key.access_key_id != authorization.access_key_id:
             raise unknown
-        role = next(
-            (
-                role
-                for role in self._state.snapshot.roles.values()
-                if (role.account_id, role.name, role.role_id)
-                == (session.account_id, session.role_name, session.role_id)
-            ),
-            None,
-        )
-        if role is None:
+        caller = self._session_caller(session, now)
+        if caller is None:
             raise unknown
-        caller = role.caller(session.session_name)
         key = session.access_key
-        return Authenticated(caller, key.access_key_id, role.name, session), key.secret_access_key
+        name = session.role_name if isinstance(session, Session) else session.user_name
+        return Authenticated(caller, key.access_key_id, name, session), key.secret_access_key
+
+    def _session_caller(self, session: Session | UserSession, now: dt.datetime) -> Caller | None:
+        """With the rights that its role or user has now; None when that is gone."""
+        if isinstance(session, Session):
+            role = self._state.role_by_id(session.role_id)
+            return role.caller(session, now) if role is not None and role.exists(now) else None
+        user = self._state.user_by_id(session.user_id)
+        if user is None or not user.exists(now):
+            return None
+        return user.caller(now) if session.federated_name is None else user.federated_caller(session, now)
 
     # ── what is written down ───────────────────────────────────────────────────────────────────────────────────
 
@@ -285,7 +298,7 @@ class AwsEndpoint:
             key = self._state.snapshot.keys.get(key_id)
             if key is not None and key.is_due_for_destruction(now):
                 await self.destroy_key(key_id)
-            elif key is not None and (rotated := key.automatic_rotation(now)):
+            elif key is not None and (rotated := key.automatic_rotation(now, self.delay())):
                 self._state.put_key(rotated)
                 details = {"keyId": key.key_id, "rotationType": "AUTOMATIC"}
                 await self._record_service_event("RotateKey", key.account_id, key.arn, details)
@@ -293,6 +306,15 @@ class AwsEndpoint:
         for grant in list(self._state.snapshot.grants.values()):
             if grant.ends_at is not None and now >= grant.ends_at:
                 self._state.remove_grant(grant)
+        for user in list(self._state.snapshot.users.values()):
+            if not user.exists(now):
+                self._state.remove_user(user)
+        for role in list(self._state.snapshot.roles.values()):
+            if not role.exists(now):
+                self._state.remove_role(role)
+        for alias in list(self._state.snapshot.aliases.values()):
+            if not alias.is_listed and alias.target(now) is None:
+                self._state.remove_alias(alias)
 
     async def destroy_key(self, key_id: str) -> None:
         """The end of the waiting period: the material is gone for good, and the log says so (`DeleteKey`)."""
@@ -317,9 +339,10 @@ class AwsEndpoint:
 
 
 @cache
-def kms_model() -> ServiceModel:
-    """From the installed botocore: the same file that boto3 builds its KMS client of."""
-    return ServiceModel(Loader().load_service_model("kms", "service-2"))
+def service_model(service: Service) -> ServiceModel:
+    """From the installed botocore: the same file that boto3 builds its client of."""
+    code = "ValidationError" if service is Service.STS else "ValidationException"
+    return ServiceModel(Loader().load_service_model(service.value, "service-2"), code)
 
 
 def _route(request: HttpRequest) -> tuple[Service | None, str]:

@@ -18,7 +18,9 @@ from customercloud.aws.authorization import Binding
 from customercloud.aws.grants import Grant
 from customercloud.aws.identity import Role, User
 from customercloud.aws.keys import Key
-from customercloud.aws.policy import MalformedPolicyError, Policy
+from customercloud.aws.patterns import MalformedPolicyError
+from customercloud.aws.policy import Policy
+from customercloud.delayed import Delayed
 from customercloud.durable import SealedFile
 from shared.errors import CorruptedError
 
@@ -34,6 +36,34 @@ class Alias(BaseModel):
     created_at: dt.datetime
     updated_at: dt.datetime | None = None
     """When it was pointed at another key; None if never."""
+    targets: Delayed[str | None] | None = None
+    """Key ids that requests which name the alias are led to, None for none; without any, it is `key_id`."""
+    is_listed: bool = True
+    """False once it is deleted, until that is seen everywhere."""
+
+    def target(self, now: dt.datetime) -> str | None:
+        return self.key_id if self.targets is None else self.targets.at(now)
+
+    @classmethod
+    def new(cls, name: str, account_id: str, key_id: str, now: dt.datetime, delay: dt.timedelta) -> Alias:
+        targets = Delayed[str | None].of(None, now).then(key_id, now, delay)
+        return cls(name=name, account_id=account_id, key_id=key_id, created_at=now, targets=targets)
+
+    def pointed_at(self, key_id: str, now: dt.datetime, delay: dt.timedelta) -> Alias:
+        return self._changed(key_id, now, delay, key_id=key_id, updated_at=now)
+
+    def ended(self, now: dt.datetime, delay: dt.timedelta) -> Alias:
+        return self._changed(None, now, delay, is_listed=False)
+
+    def again(self, new: Alias, now: dt.datetime, delay: dt.timedelta) -> Alias:
+        """`new`, under the name of this one, which was deleted."""
+        return new.model_copy(update={"targets": self._targets(now).then(new.key_id, now, delay)})
+
+    def _changed(self, target: str | None, now: dt.datetime, delay: dt.timedelta, **update: object) -> Alias:
+        return self.model_copy(update={**update, "targets": self._targets(now).then(target, now, delay)})
+
+    def _targets(self, now: dt.datetime) -> Delayed[str | None]:
+        return self.targets or Delayed[str | None].of(self.key_id, now)
 
 
 class Snapshot(BaseModel):
@@ -79,6 +109,22 @@ class AwsState:
     def user_by_access_key(self, access_key_id: str) -> User | None:
         return self._users_by_access_key.get(access_key_id)
 
+    def user(self, account_id: str, name: str) -> User | None:
+        """That was not deleted. Names are unique in an account, whatever the path."""
+        users = self.snapshot.users.values()
+        return next((u for u in users if (u.account_id, u.name, u.ends_at) == (account_id, name, None)), None)
+
+    def role(self, account_id: str, name: str) -> Role | None:
+        """That was not deleted."""
+        roles = self.snapshot.roles.values()
+        return next((r for r in roles if (r.account_id, r.name, r.ends_at) == (account_id, name, None)), None)
+
+    def user_by_id(self, user_id: str) -> User | None:
+        return next((user for user in self.snapshot.users.values() if user.user_id == user_id), None)
+
+    def role_by_id(self, role_id: str) -> Role | None:
+        return next((role for role in self.snapshot.roles.values() if role.role_id == role_id), None)
+
     def put_user(self, user: User) -> None:
         self._commit(users={**self.snapshot.users, user.arn: user}, accounts=self.snapshot.accounts | {user.account_id})
 
@@ -92,7 +138,7 @@ class AwsState:
         self._commit(roles={arn: r for arn, r in self.snapshot.roles.items() if arn != role.arn})
 
     def bind_principals(self, policy: Policy) -> Binding:
-        """Unique ids of the users and roles that a resource policy names.
+        """Unique ids of the users and roles that a resource policy names, in Principal or NotPrincipal.
 
         Raises MalformedPolicyError when one does not exist, as AWS does when such a policy is stored.
         """
@@ -105,20 +151,26 @@ class AwsState:
                 unique_id = self.unique_id(principal)
                 if unique_id is not None:
                     binding[principal] = unique_id
-                elif arn.resource != "root" or arn.account_id not in self.snapshot.accounts:
+                elif not self._is_account(arn) and not self._is_federated(arn):
                     raise MalformedPolicyError("Policy contains a statement with one or more invalid principals.")
         return binding
 
     def unique_id(self, principal: str) -> str | None:
         """Of the user or role that the ARN names, or of the role behind a session; None for an account or nobody."""
         arn = arns.Arn.parse(principal)
-        owner = principal
-        if arn is not None and arn.service == "sts" and arn.resource.count("/") == 2:
-            owner = arns.role_arn(arn.account_id, arn.resource.split("/")[1])
-        if user := self.snapshot.users.get(owner):
+        role = self.snapshot.roles.get(principal)
+        if arn is not None and arn.service == "sts" and arn.resource.startswith("assumed-role/"):
+            role = self.role(arn.account_id, arn.resource.split("/")[1])
+        user = self.snapshot.users.get(principal)
+        if user is not None and user.ends_at is None:
             return user.user_id
-        role = self.snapshot.roles.get(owner)
-        return None if role is None else role.role_id
+        return None if role is None or role.ends_at is not None else role.role_id
+
+    def _is_account(self, arn: arns.Arn) -> bool:
+        return arn.resource == "root" and arn.account_id in self.snapshot.accounts
+
+    def _is_federated(self, arn: arns.Arn) -> bool:
+        return arn.resource.startswith("federated-user/") and arn.account_id in self.snapshot.accounts
 
     # ── keys ───────────────────────────────────────────────────────────────────────────────────────────────────
 

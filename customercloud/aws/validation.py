@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from customercloud.aws.errors import AwsError, validation_error
+from customercloud.aws.errors import AwsError
 from customercloud.aws.params import member_name
 
 Shape = Mapping[str, Any]
@@ -29,6 +29,9 @@ _PYTHON_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "string": (str,),
     "blob": (str,),
     "integer": (int,),
+    "long": (int,),
+    "double": (int, float),
+    "float": (int, float),
     "boolean": (bool,),
     "timestamp": (int, float),
 }
@@ -36,9 +39,10 @@ _MAX_SHOWN_SIZE_CHARACTERS: Final = 2048
 
 
 class ServiceModel:
-    """`shapes` and `operations` of a service-2.json."""
+    """`shapes` and `operations` of a service-2.json. `code`: what the service calls a violation."""
 
-    def __init__(self, model: Mapping[str, Any]) -> None:
+    def __init__(self, model: Mapping[str, Any], code: str = "ValidationException") -> None:
+        self._code = code
         self._shapes: Mapping[str, Shape] = model["shapes"]
         self._operations: Mapping[str, Any] = model["operations"]
 
@@ -48,17 +52,24 @@ class ServiceModel:
 
     def members_of(self, operation: str) -> tuple[str, ...]:
         """Names of its input's members."""
-        return tuple(self._input(operation)["members"])
+        return tuple(self.input_shape(operation)["members"])
 
-    def _input(self, operation: str) -> Shape:
+    def errors_of(self, operation: str) -> frozenset[str]:
+        """Names of the errors that it declares."""
+        return frozenset(error["shape"] for error in self._operations[operation].get("errors", ()))
+
+    def input_shape(self, operation: str) -> Shape:
         return self._shapes[self._operations[operation]["input"]["shape"]]
 
+    def shape(self, reference: Mapping[str, str]) -> Shape:
+        return self._shapes[reference["shape"]]
+
     def validate(self, operation: str, members: Mapping[str, Any]) -> None:
-        """Raises SerializationException for a wrong type, ValidationException for everything else."""
-        violations = list(self._violations(self._input(operation), members, ""))
+        """Raises SerializationException for a wrong type, the service's validation error for everything else."""
+        violations = list(self._violations(self.input_shape(operation), members, ""))
         if violations:
             errors = "error" if len(violations) == 1 else "errors"
-            raise validation_error(f"{len(violations)} validation {errors} detected: {'; '.join(violations)}")
+            raise AwsError(self._code, f"{len(violations)} validation {errors} detected: {'; '.join(violations)}")
 
     def _violations(self, shape: Shape, value: Any, path: str) -> Iterator[str]:
         kind = shape["type"]
@@ -68,7 +79,7 @@ class ServiceModel:
                 yield from self._structure(shape, value, path)
             case "list":
                 yield from self._list(shape, value, path)
-            case "map":  # of strings, in this service
+            case "map":  # of strings, in these services
                 for item in value.values():
                     _require_type("string", item, path)
             case "string":
@@ -77,7 +88,7 @@ class ServiceModel:
             case "blob":
                 size_bytes = _blob_size_bytes(value)
                 yield from (_sentence(None, path, constraint) for constraint in _length(shape, size_bytes))
-            case "integer":
+            case "integer" | "long":
                 yield from (_sentence(str(value), path, constraint) for constraint in _range(shape, value))
 
     def _structure(self, shape: Shape, value: Mapping[str, Any], path: str) -> Iterator[str]:
@@ -135,6 +146,9 @@ def _range(shape: Shape, value: int) -> Iterator[str]:
 
 @lru_cache(maxsize=256)
 def _pattern(pattern: str) -> re.Pattern[str]:
+    if r"\p{" in pattern:
+        # Classes of characters that Python's module has under other names.
+        return re.compile(pattern.replace(r"\p{L}", r"\w").replace(r"\p{N}", r"\d").replace(r"\p{Z}", r"\s"))
     return re.compile(pattern, re.ASCII)
 
 

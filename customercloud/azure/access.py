@@ -34,6 +34,7 @@ class Permission(StrEnum):
     UNWRAP = "unwrapKey"
     SIGN = "sign"
     VERIFY = "verify"
+    RELEASE = "release"
     ROTATE = "rotate"
     GET_ROTATION_POLICY = "getrotationpolicy"
     SET_ROTATION_POLICY = "setrotationpolicy"
@@ -56,6 +57,7 @@ _ACTIONS: Final = {
     Permission.UNWRAP: "keys/unwrap/action",
     Permission.SIGN: "keys/sign/action",
     Permission.VERIFY: "keys/verify/action",
+    Permission.RELEASE: "keys/release/action",
     Permission.ROTATE: "keys/rotate/action",
     Permission.GET_ROTATION_POLICY: "keyrotationpolicies/read",
     Permission.SET_ROTATION_POLICY: "keyrotationpolicies/write",

@@ -52,6 +52,10 @@ class Body:
             raise errors.invalid_value()
         return cls(members)
 
+    def with_member(self, name: str, other: Body) -> Body:
+        """With the member that `other` has of this name, if it has it."""
+        return Body({**self._members, name: other._members.get(name)})
+
     def has(self, name: str) -> bool:
         return self._members.get(name) is not None
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Mapping
 from typing import Any
 
 from customercloud.azure import errors
 from customercloud.azure.bodies import Body, base64url
 from customercloud.azure.durations import DurationError, approximate_days
 from customercloud.azure.keys import KEY_OPERATIONS, Attributes, Key, KeyVersion, RotationAction, RotationPolicy
-from customercloud.azure.rsa import PublicNumbers
 from customercloud.azure.state import Vault
 
 _MIN_EXPIRY_DAYS = 28
@@ -52,15 +52,15 @@ def _deletion(origin: str, key: Key) -> dict[str, Any]:
     }
 
 
-def key_bundle(origin: str, vault: Vault, key: Key, version: KeyVersion, public: PublicNumbers) -> dict[str, Any]:
+def key_bundle(
+    origin: str, vault: Vault, key: Key, version: KeyVersion, public: Mapping[str, str | bytes]
+) -> dict[str, Any]:
     attributes = key.attributes[version.version]
     jwk = {
         "kid": key_id(origin, key.name, version.version),
         "kty": version.kty,
         "key_ops": list(attributes.key_ops),
-        "n": base64url(public.n),
-        "e": base64url(public.e),
-    }
+    } | {name: value if isinstance(value, str) else base64url(value) for name, value in public.items()}
     members = {"key": jwk, "attributes": _attributes(vault, version, attributes), "tags": dict(attributes.tags)}
     return _deletion(origin, key) | members
 
@@ -76,8 +76,10 @@ def key_item(origin: str, vault: Vault, key: Key, version: KeyVersion | None = N
     }
 
 
-def changed_attributes(body: Body, old: Attributes, now: dt.datetime) -> Attributes:
-    """What a create or PATCH body says, over `old`. Raises AzureError."""
+def changed_attributes(
+    body: Body, old: Attributes, now: dt.datetime, known: tuple[str, ...] = KEY_OPERATIONS
+) -> Attributes:
+    """What a create or PATCH body says, over `old`; `known`: operations of this kind of key. Raises AzureError."""
     given = body.object("attributes") or Body({})
     update: dict[str, object] = {"updated": now}
     if (enabled := given.boolean("enabled")) is not None:
@@ -86,7 +88,7 @@ def changed_attributes(body: Body, old: Attributes, now: dt.datetime) -> Attribu
         update["not_before"] = not_before
     if (expires := given.timestamp("exp")) is not None:
         update["expires"] = expires
-    if (key_ops := body.words("key_ops", KEY_OPERATIONS)) is not None:
+    if (key_ops := body.words("key_ops", known)) is not None:
         update["key_ops"] = key_ops
     if (tags := body.tags("tags")) is not None:
         update["tags"] = tags

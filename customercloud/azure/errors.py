@@ -83,6 +83,35 @@ def deleted_but_recoverable(name: str) -> AzureError:
     )
 
 
+def being_deleted(name: str) -> AzureError:
+    """[assumed] by analogy with the recorded ObjectIsBeingRecovered."""
+    message = f"Key {name} is currently being deleted and cannot be re-created; retry later."
+    return AzureError(409, "Conflict", message, "ObjectIsBeingDeleted")
+
+
+def being_recovered(name: str) -> AzureError:
+    """As recorded for a secret in terraform-provider-azurerm#12285."""
+    message = f"Key {name} is currently being recovered and cannot be re-created; retry later."
+    return AzureError(409, "Conflict", message, "ObjectIsBeingRecovered")
+
+
+def key_type_not_supported(kty: str) -> AzureError:
+    return AzureError(400, "BadParameter", f"Invalid kty value: {kty}", "KeyTypeNotSupported")
+
+
+def incompatible_algorithm(kid: str, kty: str, algorithm: str) -> AzureError:
+    family = "EC" if algorithm.startswith("ES") else "RSA"
+    return bad_parameter(
+        f"Key and signing algorithm are incompatible. Key {kid} is of type '{kty}', and algorithm '{algorithm}' can "
+        f"only be used with a key of type '{family}' or '{family}-HSM'."
+    )
+
+
+def not_here(what: str) -> AzureError:
+    """For what a real vault has and this one does not: refused loudly, with a status that SDKs do not retry."""
+    return AzureError(501, "NotImplemented", f"There are no {what} in this vault.")
+
+
 def key_disabled(operation: str) -> AzureError:
     message = f"Operation {operation} is not allowed on a disabled key."
     return AzureError(403, "Forbidden", message, "KeyDisabled")

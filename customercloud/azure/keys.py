@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
@@ -22,13 +23,24 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 from customercloud.azure import errors
 from customercloud.azure.durations import moved
 
-KeyType = Literal["RSA", "RSA-HSM"]
+KeyType = Literal["RSA", "RSA-HSM", "EC", "EC-HSM"]
+_NO_TIME: Final = dt.timedelta(0)
 RSA_SIZES_BITS: Final = (2048, 3072, 4096)
 KEY_OPERATIONS: Final = ("encrypt", "decrypt", "sign", "verify", "wrapKey", "unwrapKey")
 PUBLIC_OPERATIONS: Final = frozenset({"encrypt", "verify", "wrapKey"})
 """What needs the public key only: what a vault may be set to allow on a disabled key (azure-sdk-for-python#45342)."""
 _OPENING_OPERATIONS: Final = frozenset({"decrypt", "unwrapKey", "verify"})
 """Allowed outside of nbf … exp, so that nobody loses data to a date ("About keys", date-time controlled operations)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpec:
+    """What kind of key pair."""
+
+    kty: KeyType
+    size_bits: int
+    curve: str | None = None
+    """None for RSA."""
 
 
 class _Record(BaseModel):
@@ -41,15 +53,26 @@ class KeyVersion(_Record):
     version: str
     kty: KeyType
     size_bits: int
+    curve: str | None = None
+    """None for RSA."""
     private_key: Base64Bytes = Field(repr=False)
     created: dt.datetime
 
     @classmethod
-    def new(cls, kty: KeyType, size_bits: int, private_key: bytes, now: dt.datetime) -> KeyVersion:
+    def new(cls, spec: KeySpec, private_key: bytes, now: dt.datetime) -> KeyVersion:
         # model_construct: validation would take the raw bytes for base64 text.
         return cls.model_construct(
-            version=uuid.uuid4().hex, kty=kty, size_bits=size_bits, private_key=private_key, created=now
+            version=uuid.uuid4().hex,
+            kty=spec.kty,
+            size_bits=spec.size_bits,
+            curve=spec.curve,
+            private_key=private_key,
+            created=now,
         )
+
+    @property
+    def spec(self) -> KeySpec:
+        return KeySpec(self.kty, self.size_bits, self.curve)
 
 
 class Attributes(_Record):
@@ -124,6 +147,8 @@ class Key(_Record):
     attributes: dict[str, Attributes]
     deleted_at: dt.datetime | None = None
     purge_at: dt.datetime | None = None
+    settled_at: dt.datetime | None = None
+    """Until then the newest deletion or recovery is in progress."""
     rotation_policy: RotationPolicy | None = None
     views: tuple[KeyView, ...]
     """Oldest first. At most one is visible at a time: the last whose `visible_at` has come."""
@@ -146,7 +171,21 @@ class Key(_Record):
 
     @property
     def deleted(self) -> bool:
+        """Or about to be."""
         return self.deleted_at is not None
+
+    def is_settled(self, now: dt.datetime) -> bool:
+        """No deletion or recovery is in progress."""
+        return self.settled_at is None or now >= self.settled_at
+
+    def is_seen(self, now: dt.datetime, *, deleted: bool) -> bool:
+        """Among the deleted keys, or among the others: in neither while it goes from one to the other."""
+        return self.deleted is deleted and self.is_settled(now)
+
+    def refuse_unsettled(self, now: dt.datetime) -> None:
+        """Raises AzureError while a deletion or recovery is in progress."""
+        if not self.is_settled(now):
+            raise errors.being_deleted(self.name) if self.deleted else errors.being_recovered(self.name)
 
     def version(self, version: str) -> KeyVersion:
         """The current one for "". Raises AzureError when there is none such."""
@@ -206,11 +245,18 @@ class Key(_Record):
     def update(self, version: str, attributes: Attributes, now: dt.datetime, delay: dt.timedelta) -> Key:
         return self._changed(now, delay, attributes={**self.attributes, version: attributes})
 
-    def delete(self, days: int, now: dt.datetime, delay: dt.timedelta) -> Key:
-        return self._changed(now, delay, deleted_at=now, purge_at=now + dt.timedelta(days=days))
+    def delete(self, days: int, now: dt.datetime, delay: dt.timedelta, takes: dt.timedelta = _NO_TIME) -> Key:
+        """`takes`: how long it is in progress."""
+        purge_at = now + dt.timedelta(days=days)
+        return self._changed(now, delay, deleted_at=now, purge_at=purge_at, settled_at=now + takes)
 
-    def recover(self, now: dt.datetime, delay: dt.timedelta) -> Key:
-        return self._changed(now, delay, deleted_at=None, purge_at=None)
+    def recover(self, now: dt.datetime, delay: dt.timedelta, takes: dt.timedelta = _NO_TIME) -> Key:
+        return self._changed(now, max(delay, takes), deleted_at=None, purge_at=None, settled_at=now + takes)
+
+    def restored(self, now: dt.datetime) -> Key:
+        """From a backup: as it was, and seen at once."""
+        view = KeyView(visible_at=now, attributes=self.attributes, current=self.current.version, deleted=False)
+        return self.model_copy(update={"settled_at": None, "views": (view,)})
 
     def with_policy(self, policy: RotationPolicy) -> Key:
         return self.model_copy(update={"rotation_policy": policy})

@@ -24,7 +24,18 @@ CRYPTO_OPERATIONS: Final = {
     "unwrapkey": ("KeyUnwrap", _P.UNWRAP),
     "sign": ("KeySign", _P.SIGN),
     "verify": ("KeyVerify", _P.VERIFY),
+    "release": ("KeyRelease", _P.RELEASE),
 }
+COLLECTIONS: Final = ("keys", "deletedkeys", "rng")
+ABSENT_COLLECTIONS: Final = {
+    "secrets": "secrets",
+    "deletedsecrets": "secrets",
+    "certificates": "certificates",
+    "deletedcertificates": "certificates",
+    "storage": "managed storage accounts",
+    "deletedstorage": "managed storage accounts",
+}
+"""What begins with these is for a vault, too."""
 _NAMED: Final = {
     ("POST", "create"): ("KeyCreate", _P.CREATE),
     ("POST", "rotate"): ("KeyRotate", _P.ROTATE),
@@ -51,6 +62,10 @@ class Route:
 def route(method: str, path: str) -> Route:
     """Raises AzureError for what Key Vault does not have."""
     collection, _, rest = path.strip("/").partition("/")
+    if collection in ABSENT_COLLECTIONS:
+        raise errors.not_here(ABSENT_COLLECTIONS[collection])
+    if (method, collection, rest) == ("POST", "rng", ""):
+        return Route("RandomBytesGet", _P.GET)
     parts = rest.split("/") if rest else []
     if path.endswith("/") and parts:
         parts.append("")
@@ -83,6 +98,8 @@ def _key_route(method: str, name: str, tail: list[str]) -> Route | None:
             return Route(*CRYPTO_OPERATIONS[word], name)
         case [version, word] if method == "POST" and word in CRYPTO_OPERATIONS:
             return Route(*CRYPTO_OPERATIONS[word], name, version)
+        case [version, "attestation"] if method == "GET":
+            return Route("KeyGetAttestation", _P.GET, name, version)
         case [] if method in _VERSIONED:
             return Route(*_VERSIONED[method], name)
         case [version] if method in _VERSIONED and version not in _FIXED_WORDS:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -25,15 +25,28 @@ _SIGNATURE_HASHES: Final[dict[str, HashAlgorithm]] = {"256": SHA256(), "384": SH
 SIGNATURE_ALGORITHMS: Final = tuple(f"{family}{size}" for family in ("RS", "PS") for size in _SIGNATURE_HASHES)
 
 
-@dataclass(frozen=True, slots=True)
-class PublicNumbers:
-    n: bytes
-    e: bytes
+PRIVATE_MEMBERS: Final = ("n", "e", "d", "p", "q", "dp", "dq", "qi")
+"""Of a JSON web key."""
+
+
+def imported(members: Mapping[str, bytes]) -> tuple[int, bytes]:
+    """(size in bits, the private key as `generate` gives it) of `PRIVATE_MEMBERS`. Raises AzureError when they are no
+    key."""
+    n, e, d, p, q, dp, dq, qi = (int.from_bytes(members[name]) for name in PRIVATE_MEMBERS)
+    try:
+        private = rsa.RSAPrivateNumbers(p, q, d, dp, dq, qi, rsa.RSAPublicNumbers(e, n)).private_key()
+    except ValueError:
+        raise errors.invalid_value() from None
+    return private.key_size, _der(private)
 
 
 def generate(size_bits: int) -> bytes:
     """A new private key as PKCS #8, DER. Takes 0.1 s (2048 bits) to several seconds (4096): not for the event loop."""
     private = rsa.generate_private_key(public_exponent=PUBLIC_EXPONENT, key_size=size_bits)
+    return _der(private)
+
+
+def _der(private: rsa.RSAPrivateKey) -> bytes:
     return private.private_bytes(
         serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -43,15 +56,25 @@ class RsaKey:
     """A loaded private key."""
 
     def __init__(self, private_key: bytes) -> None:
-        # Its primes are not tested again (which takes as long as making a key): it was made here and lay sealed.
+        # Its primes are not tested again (which takes as long as making a key): it was made or tested here and lay
+        # sealed.
         loaded = serialization.load_der_private_key(private_key, password=None, unsafe_skip_rsa_key_validation=True)
         assert isinstance(loaded, rsa.RSAPrivateKey)  # noqa: S101 - the state holds no others
         self._private = loaded
         self._public = loaded.public_key()
 
-    def public_numbers(self) -> PublicNumbers:
+    @property
+    def signature_algorithms(self) -> tuple[str, ...]:
+        return SIGNATURE_ALGORITHMS
+
+    @property
+    def encryption_algorithms(self) -> tuple[str, ...]:
+        return ENCRYPTION_ALGORITHMS
+
+    def public_members(self) -> dict[str, str | bytes]:
+        """Of the JSON web key."""
         numbers = self._public.public_numbers()
-        return PublicNumbers(*(v.to_bytes((v.bit_length() + 7) // 8, "big") for v in (numbers.n, numbers.e)))
+        return {name: v.to_bytes((v.bit_length() + 7) // 8) for name, v in (("n", numbers.n), ("e", numbers.e))}
 
     def encrypt(self, algorithm: str, plaintext: bytes) -> bytes:
         """Raises AzureError for an unknown algorithm, and for more bytes than the padding leaves room for."""

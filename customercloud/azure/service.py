@@ -38,7 +38,7 @@ from customercloud.azure.entra import Entra, EntraError
 from customercloud.azure.errors import AzureError
 from customercloud.azure.keys import Key
 from customercloud.azure.operations import KeyCall, KeyOperations, Used, forget_loaded_keys
-from customercloud.azure.routes import Route, route
+from customercloud.azure.routes import ABSENT_COLLECTIONS, COLLECTIONS, Route, route
 from customercloud.azure.state import DEFAULT_VAULT, LOCATION, AzureState, Vault
 from customercloud.azure.tokens import (
     KEY_VAULT_AUDIENCE,
@@ -79,11 +79,15 @@ class AzureEndpoint:
         self._clock = clock
         self._authority = TokenAuthority(state.snapshot.signing_key)
         self._entra = Entra(state, self._authority, self._token_lifetime)
-        self._operations = KeyOperations(state, self.delay)
+        self._operations = KeyOperations(state, self.delay, self._transition)
 
     def delay(self) -> dt.timedelta:
         """How long a change that is made now takes to be seen."""
         return dt.timedelta(seconds=self._faults.faults.propagation_delay_s)
+
+    def _transition(self) -> dt.timedelta:
+        """How long a deletion or recovery that begins now is in progress."""
+        return dt.timedelta(seconds=self._faults.faults.key_vault_transition_s)
 
     def _token_lifetime(self) -> dt.timedelta | None:
         seconds = self._faults.faults.session_lifetime_s
@@ -92,7 +96,7 @@ class AzureEndpoint:
     async def handle(self, request: HttpRequest, peer: Peer) -> HttpAnswer:
         """A body above MAX_BODY_SIZE_BYTES may be cut off after one byte more."""
         request_id = str(uuid.uuid4())
-        is_vault = request.path.split("/")[1] in ("keys", "deletedkeys")
+        is_vault = request.path.split("/")[1] in (*COLLECTIONS, *ABSENT_COLLECTIONS)
         service = Service.KEY_VAULT if is_vault else Service.ENTRA
         match await self._faults.before(service, self._claimed(request, service), peer.disconnected):
             case Injected.UNAVAILABLE:

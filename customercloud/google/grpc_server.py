@@ -22,6 +22,7 @@ MAX_MESSAGE_SIZE_BYTES: Final = 1024 * 1024
 _GRACE_S: Final = 2.0
 _POLICY_METHODS: Final = frozenset({"GetIamPolicy", "SetIamPolicy", "TestIamPermissions"})
 _LOCATION_METHODS: Final = frozenset({"GetLocation", "ListLocations"})
+_OPERATION_METHODS: Final = frozenset({"GetOperation"})
 
 
 def _full_name(operation: Operation) -> str:
@@ -29,6 +30,8 @@ def _full_name(operation: Operation) -> str:
         return f"/google.iam.v1.IAMPolicy/{operation.name}"
     if operation.name in _LOCATION_METHODS:
         return f"/google.cloud.location.Locations/{operation.name}"
+    if operation.name in _OPERATION_METHODS:
+        return f"/google.longrunning.Operations/{operation.name}"
     return f"/google.cloud.kms.v1.KeyManagementService/{operation.name}"
 
 

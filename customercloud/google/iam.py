@@ -15,7 +15,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
-from customercloud.google.delayed import Delayed
+from customercloud.delayed import Delayed
 from customercloud.google.names import (
     KeyName,
     LocationName,
@@ -28,6 +28,7 @@ from customercloud.google.names import (
 EMPTY_ETAG: Final = b"\x00\x20\x01"
 """Of a policy that was never set ("ACAB")."""
 _ETAG_SIZE_BYTES: Final = 8
+ALL_SERVICES: Final = "allServices"
 _MEMBER: Final = re.compile(
     r"allUsers|allAuthenticatedUsers|(?:user|group|serviceAccount):[^@\s]+@[^@\s]+|domain:[a-z0-9.-]+"
     r"|deleted:(?:user|group|serviceAccount):[^@\s]+@[^@\s]+\?uid=[0-9]+"
@@ -37,6 +38,7 @@ _CRYPT: Final = ("cloudkms.cryptoKeyVersions.useToEncrypt", "cloudkms.cryptoKeyV
 _OTHER_PURPOSES: Final = (
     "cloudkms.cryptoKeyVersions.useToSign",
     "cloudkms.cryptoKeyVersions.useToVerify",
+    "cloudkms.cryptoKeyVersions.useToDecapsulate",
     "cloudkms.cryptoKeyVersions.viewPublicKey",
 )
 _RANDOM: Final = "cloudkms.locations.generateRandomBytes"
@@ -49,6 +51,10 @@ _VIEW: Final = (
     "cloudkms.cryptoKeys.list",
     "cloudkms.cryptoKeyVersions.get",
     "cloudkms.cryptoKeyVersions.list",
+    "cloudkms.importJobs.get",
+    "cloudkms.importJobs.list",
+    "cloudkms.retiredResources.get",
+    "cloudkms.retiredResources.list",
     *_LOCATIONS,
     *_PROJECT,
 )
@@ -61,10 +67,13 @@ _ADMIN: Final = (
     "cloudkms.keyRings.create",
     "cloudkms.cryptoKeys.create",
     "cloudkms.cryptoKeys.update",
+    "cloudkms.cryptoKeys.delete",
+    "cloudkms.importJobs.create",
     "cloudkms.cryptoKeyVersions.create",
     "cloudkms.cryptoKeyVersions.update",
     "cloudkms.cryptoKeyVersions.destroy",
     "cloudkms.cryptoKeyVersions.restore",
+    "cloudkms.cryptoKeyVersions.delete",
 )
 _ACCOUNT_POLICY: Final = ("iam.serviceAccounts.getIamPolicy", "iam.serviceAccounts.setIamPolicy")
 _PROJECT_POLICY: Final = ("resourcemanager.projects.getIamPolicy", "resourcemanager.projects.setIamPolicy")
@@ -98,12 +107,37 @@ class Binding(_Record):
 Bindings = tuple[Binding, ...]
 
 
+class AuditLog(_Record):
+    """One type of data access that is logged, but for some members."""
+
+    log_type: str
+    exempted: frozenset[str]
+
+
+class AuditConfig(_Record):
+    """Of a service, or of `allServices`."""
+
+    service: str
+    logs: tuple[AuditLog, ...]
+
+
+AuditConfigs = tuple[AuditConfig, ...]
+
+
+def audits(configs: AuditConfigs, service: str, log_type: str, member: str) -> bool:
+    """The union of what is said of the service and of all: types as well as exemptions (google.iam.v1.AuditConfig)."""
+    logs = [log for c in configs if c.service in (service, ALL_SERVICES) for log in c.logs if log.log_type == log_type]
+    return bool(logs) and not any(member in log.exempted for log in logs)
+
+
 class Policy(_Record):
     """What is stored, and through `in_force` what decides. `version` is always 1: conditions do not exist here."""
 
     bindings: Bindings
     etag_hex: str
     in_force: Delayed[Bindings]
+    audit_configs: AuditConfigs | None = None
+    """None until they are set for the first time."""
 
     @property
     def etag(self) -> bytes:
@@ -113,9 +147,11 @@ class Policy(_Record):
     def new(cls, bindings: Bindings, now: dt.datetime) -> Policy:
         return cls(bindings=bindings, etag_hex=_etag(), in_force=Delayed[Bindings].of(bindings, now))
 
-    def replaced(self, bindings: Bindings, now: dt.datetime, delay: dt.timedelta) -> Policy:
+    def replaced(
+        self, bindings: Bindings, audit_configs: AuditConfigs | None, now: dt.datetime, delay: dt.timedelta
+    ) -> Policy:
         in_force = self.in_force.then(bindings, now, delay)
-        return Policy(bindings=bindings, etag_hex=_etag(), in_force=in_force)
+        return Policy(bindings=bindings, etag_hex=_etag(), in_force=in_force, audit_configs=audit_configs)
 
 
 def _etag() -> str:

@@ -21,7 +21,7 @@ from typing import Final
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
-from customercloud.google.delayed import Delayed
+from customercloud.delayed import Delayed
 from customercloud.google.errors import GoogleError, failed_precondition, not_found
 from customercloud.google.names import KeyName, VersionName
 

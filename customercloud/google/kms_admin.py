@@ -31,7 +31,7 @@ from customercloud.google.keys import (
 )
 from customercloud.google.messages import key_message, ring_message, version_message
 from customercloud.google.names import KeyName, LocationName, RingName, VersionName
-from customercloud.google.paging import Page, page_of
+from customercloud.google.paging import page_of
 from customercloud.google.state import GoogleState
 
 _LABEL_KEY: Final = re.compile(r"[^\W\d_A-Z][\w-]{0,62}")
@@ -91,11 +91,9 @@ class KmsAdmin:
         location = LocationName.parse(request.parent)
         self._access.require(call, "cloudkms.keyRings.list", location)
         rings = [ring for ring in self._state.snapshot.rings.values() if ring.name.startswith(f"{location}/")]
-        page: Page[Ring] = page_of(rings, lambda ring: ring.name, request)
+        page = page_of(kms_v1.KeyRing, map(ring_message, rings), request)
         return kms_v1.ListKeyRingsResponse(
-            key_rings=[ring_message(ring) for ring in page.items],
-            next_page_token=page.next_token,
-            total_size=len(rings),
+            key_rings=page.items, next_page_token=page.next_token, total_size=page.total_size
         )
 
     # ── crypto keys ────────────────────────────────────────────────────────────────────────────────────────────
@@ -135,9 +133,9 @@ class KmsAdmin:
         self._access.require(call, "cloudkms.cryptoKeys.list", ring)
         self._access.ring(ring)
         keys = [key for key in self._state.snapshot.keys.values() if key.name.startswith(f"{ring}/")]
-        page: Page[Key] = page_of(keys, lambda key: key.name, request)
+        page = page_of(kms_v1.CryptoKey, map(key_message, keys), request)
         return kms_v1.ListCryptoKeysResponse(
-            crypto_keys=[key_message(key) for key in page.items], next_page_token=page.next_token, total_size=len(keys)
+            crypto_keys=page.items, next_page_token=page.next_token, total_size=page.total_size
         )
 
     def update_crypto_key(self, call: Call, request: kms_v1.UpdateCryptoKeyRequest) -> kms_v1.CryptoKey:
@@ -196,11 +194,10 @@ class KmsAdmin:
         name = KeyName.parse(request.parent)
         self._access.require(call, "cloudkms.cryptoKeyVersions.list", name)
         key = self._access.key(name)
-        page = page_of(key.versions, lambda version: f"{version.number:09}", request)
+        versions = (version_message(key, version) for version in key.versions)
+        page = page_of(kms_v1.CryptoKeyVersion, versions, request, lambda v: f"{int(v.name.rpartition('/')[2]):09}")
         return kms_v1.ListCryptoKeyVersionsResponse(
-            crypto_key_versions=[version_message(key, version) for version in page.items],
-            next_page_token=page.next_token,
-            total_size=len(key.versions),
+            crypto_key_versions=page.items, next_page_token=page.next_token, total_size=page.total_size
         )
 
     def update_version(self, call: Call, request: kms_v1.UpdateCryptoKeyVersionRequest) -> kms_v1.CryptoKeyVersion:

@@ -1,4 +1,4 @@
-"""Pages of a list: ordered by name, with a token that says after which name the next page begins."""
+"""Pages of a list: filtered, ordered by name, with a token that says after which name the next page begins."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import base64
 import binascii
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
-from customercloud.google.errors import bad_request, invalid_argument, unimplemented
+import proto
 
-T = TypeVar("T")
+from customercloud.google import filters
+from customercloud.google.errors import bad_request, invalid_argument
+
+M = TypeVar("M", bound=proto.Message)
 DEFAULT_PAGE_SIZE: Final = 100
 MAX_PAGE_SIZE: Final = 1000
 _TOKEN_PREFIX: Final = b"after:"
+_DESCENDING: Final = {"": False, "name": False, "name asc": False, "name desc": True}
 
 
 class ListRequest(Protocol):
@@ -24,32 +28,47 @@ class ListRequest(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    items: list[T]
+class Page(Generic[M]):
+    items: list[M]
     next_token: str
     """Empty on the last page."""
+    total_size: int
+    """0 when a filter was applied, as the service has it."""
 
 
-def page_of(items: Iterable[T], name: Callable[[T], str], request: ListRequest) -> Page[T]:
-    """Raises INVALID_ARGUMENT for a token that is none; UNIMPLEMENTED for filters, which would be half ones."""
-    if request.filter or request.order_by not in ("", "name"):
-        raise unimplemented("filter and order_by (other than name) do not exist here.")
+def page_of(
+    kind: type[M], messages: Iterable[M], request: ListRequest, order: Callable[[M], str] | None = None
+) -> Page[M]:
+    """`order`: what sorts as the name does; the name itself if not given. Raises INVALID_ARGUMENT for a token, a filter
+    or an order that is none."""
+    name = order or _name
+    descending = _DESCENDING.get(" ".join(request.order_by.split()))
+    if descending is None:
+        raise bad_request("order_by", f"Invalid order_by: '{request.order_by[:64]}'. Results are sorted by name.")
     if request.page_size < 0:
         raise bad_request("page_size", "page_size must not be negative.")
     size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
     after = _name_in(request.page_token)
-    rest = sorted((item for item in items if name(item) > after), key=name)
+    everything = list(messages)
+    matches = filters.parsed(request.filter, kind.pb().DESCRIPTOR)
+    matching = sorted((m for m in everything if matches(kind.pb(m))), key=name, reverse=descending)
+    rest = [m for m in matching if after is None or (name(m) < after if descending else name(m) > after)]
     chosen = rest[:size]
-    return Page(chosen, _token(name(chosen[-1])) if len(rest) > size else "")
+    token = _token(name(chosen[-1])) if len(rest) > size else ""
+    return Page(chosen, token, 0 if request.filter else len(everything))
+
+
+def _name(message: Any) -> str:
+    return str(message.name)
 
 
 def _token(name: str) -> str:
     return base64.urlsafe_b64encode(_TOKEN_PREFIX + name.encode()).decode("ascii")
 
 
-def _name_in(token: str) -> str:
+def _name_in(token: str) -> str | None:
     if not token:
-        return ""
+        return None
     try:
         data = base64.b64decode(token, altchars=b"-_", validate=True)
         if not data.startswith(_TOKEN_PREFIX):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -12,7 +13,18 @@ from google.protobuf.message import Message
 from customercloud.google.access import Access
 from customercloud.google.call import Api, Call, LogType, Operation
 from customercloud.google.errors import Code, GoogleError, bad_request, invalid_argument, not_found
-from customercloud.google.iam import EMPTY_ETAG, ROLES, Binding, Bindings, Policy, is_member
+from customercloud.google.iam import (
+    ALL_SERVICES,
+    EMPTY_ETAG,
+    ROLES,
+    AuditConfig,
+    AuditConfigs,
+    AuditLog,
+    Binding,
+    Bindings,
+    Policy,
+    is_member,
+)
 from customercloud.google.names import (
     LOCATIONS,
     KeyName,
@@ -27,6 +39,13 @@ from customercloud.google.names import (
 from customercloud.google.state import GoogleState
 
 _MAX_MEMBERS: Final = 1500
+_DEFAULT_MASK: Final = {"bindings", "etag"}
+"""Of a request without one (google.iam.v1.SetIamPolicyRequest): it leaves the audit configs as they are."""
+_LOG_TYPES: Final = {
+    policy_pb2.AuditLogConfig.ADMIN_READ: "ADMIN_READ",
+    policy_pb2.AuditLogConfig.DATA_WRITE: "DATA_WRITE",
+    policy_pb2.AuditLogConfig.DATA_READ: "DATA_READ",
+}
 
 
 class Policies:
@@ -80,9 +99,13 @@ class Policies:
                 "There were concurrent policy changes. Please retry the whole read-modify-write with exponential "
                 "backoff.",
             )
-        if set(request.update_mask.paths) - {"bindings", "etag", "version"}:
-            raise bad_request("update_mask", "Only bindings can be updated.")
-        return _message(self._state.put_policy(target, self._bindings(asked), call.now, call.delay))
+        paths = set(request.update_mask.paths) or _DEFAULT_MASK
+        if paths - _DEFAULT_MASK - {"version", "audit_configs"}:
+            raise bad_request("update_mask", "Only bindings and audit_configs can be updated.")
+        configs = self._audit_configs(target, asked) if "audit_configs" in paths else None
+        kept = () if current is None else current.bindings
+        bindings = self._bindings(asked) if "bindings" in paths else kept
+        return _message(self._state.put_policy(target, bindings, call.now, call.delay, configs))
 
     def _test(self, call: Call, target: PolicyTarget, request: Message) -> Message:
         """Those of the permissions that the caller has; none on what does not exist."""
@@ -92,9 +115,9 @@ class Policies:
         return iam_policy_pb2.TestIamPermissionsResponse(permissions=held if self._exists(target) else [])
 
     def _bindings(self, policy: policy_pb2.Policy) -> Bindings:
-        if policy.audit_configs or any(binding.HasField("condition") for binding in policy.bindings):
+        if any(binding.HasField("condition") for binding in policy.bindings):
             # What is stored but not obeyed would be a policy that nobody enforces.
-            raise invalid_argument("Conditions and audit configs do not exist here.")
+            raise invalid_argument("Conditions are not supported on this resource.")
         members: dict[str, set[str]] = {}
         for binding in policy.bindings:
             if binding.role not in ROLES:
@@ -105,6 +128,25 @@ class Policies:
         if sum(len(m) for m in members.values()) > _MAX_MEMBERS:
             raise invalid_argument(f"The number of members in the policy is larger than {_MAX_MEMBERS}.")
         return tuple(Binding(role=role, members=frozenset(m)) for role, m in sorted(members.items()) if m)
+
+    def _audit_configs(self, target: PolicyTarget, policy: policy_pb2.Policy) -> AuditConfigs:
+        if policy.audit_configs and not isinstance(target, ProjectName):
+            raise invalid_argument("Audit configs are not supported on this resource.")
+        return tuple(self._audit_config(config) for config in policy.audit_configs)
+
+    def _audit_config(self, config: policy_pb2.AuditConfig) -> AuditConfig:
+        if config.service != ALL_SERVICES and not re.fullmatch(r"[a-z0-9-]{1,63}\.googleapis\.com", config.service):
+            raise invalid_argument(f"Invalid service in audit config: {config.service[:128]}")
+        if not config.audit_log_configs:
+            raise invalid_argument("An audit config must have at least one audit log config.")
+        logs = []
+        for log in config.audit_log_configs:
+            if log.log_type not in _LOG_TYPES:
+                raise invalid_argument("The log type of an audit log config must be specified.")
+            for member in log.exempted_members:
+                self._check_member(member)
+            logs.append(AuditLog(log_type=_LOG_TYPES[log.log_type], exempted=frozenset(log.exempted_members)))
+        return AuditConfig(service=config.service, logs=tuple(logs))
 
     def _check_member(self, member: str) -> None:
         if not is_member(member):
@@ -186,4 +228,17 @@ def _message(policy: Policy | None) -> policy_pb2.Policy:
     if policy is None:
         return policy_pb2.Policy(etag=EMPTY_ETAG)
     bindings = [policy_pb2.Binding(role=b.role, members=sorted(b.members)) for b in policy.bindings]
-    return policy_pb2.Policy(version=1, etag=policy.etag, bindings=bindings)
+    configs = [
+        policy_pb2.AuditConfig(
+            service=config.service,
+            audit_log_configs=[
+                policy_pb2.AuditLogConfig(
+                    log_type=policy_pb2.AuditLogConfig.LogType.Value(log.log_type),
+                    exempted_members=sorted(log.exempted),
+                )
+                for log in config.logs
+            ],
+        )
+        for config in policy.audit_configs or ()
+    ]
+    return policy_pb2.Policy(version=1, etag=policy.etag, bindings=bindings, audit_configs=configs)

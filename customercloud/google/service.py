@@ -21,10 +21,13 @@ from customercloud.google.auditlog import MAX_REASON_SIZE_CHARACTERS, MAX_USER_A
 from customercloud.google.call import Api, Call, LogType, Operation, Principal
 from customercloud.google.entries import Entries
 from customercloud.google.errors import Code, GoogleError, error_info, throttled, unauthenticated
+from customercloud.google.iam import audits
+from customercloud.google.identity import Project
 from customercloud.google.keys import Key, State
 from customercloud.google.kms_admin import KmsAdmin
 from customercloud.google.kms_crypto import KmsCrypto
-from customercloud.google.names import ServiceAccountName
+from customercloud.google.kms_elsewhere import KmsElsewhere
+from customercloud.google.names import ProjectName, ServiceAccountName
 from customercloud.google.oauth import Impersonation, OAuthAnswer, TokenEndpoint
 from customercloud.google.policies import Locations, Policies
 from customercloud.google.state import GoogleState
@@ -85,6 +88,7 @@ class GoogleEndpoint:
         operations = [
             *KmsCrypto(access).operations,
             *KmsAdmin(state, access).operations,
+            *KmsElsewhere(access).operations,
             *Locations(access).operations,
             *(operation for api in Api for operation in policies.operations(api) if api is not Api.CREDENTIALS),
             *Impersonation(state, access, tokens, self._token_lifetime).operations,
@@ -200,7 +204,7 @@ class GoogleEndpoint:
         project = None if resource is None else self._state.snapshot.projects.get(resource.project)
         if resource is None or log is None or project is None:
             return
-        if log is not LogType.ADMIN_WRITE and not project.data_access_logs:
+        if not self._is_logged(operation.api, log, call, project):
             return
         account = (
             self._state.snapshot.accounts.get(resource.email) if isinstance(resource, ServiceAccountName) else None
@@ -222,6 +226,15 @@ class GoogleEndpoint:
         except OSError as failure:
             _log.error("audit log cannot be written", method=operation.name, exc_info=failure)
             raise GoogleError(Code.INTERNAL, "Internal error encountered.") from None
+
+    def _is_logged(self, api: Api, log: LogType, call: Call, project: Project) -> bool:
+        """Activity always; data access as the audit configs of the project's policy say, or without any, its switch."""
+        policy = self._state.policy(ProjectName(project.project_id))
+        if log is LogType.ADMIN_WRITE:
+            return True
+        if policy is None or policy.audit_configs is None:
+            return project.data_access_logs
+        return audits(policy.audit_configs, api.domain, log.value, call.principal.member)
 
     def _housekeeping(self) -> None:
         """What KMS does by itself when its time has come: destroy versions, rotate keys. One write, if any."""

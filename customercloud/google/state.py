@@ -13,7 +13,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from customercloud.durable import SealedFile
-from customercloud.google.iam import Bindings, Policy
+from customercloud.google.iam import AuditConfigs, Bindings, Policy
 from customercloud.google.identity import Project, ServiceAccount
 from customercloud.google.keys import Key, Ring
 from customercloud.google.names import KeyName, PolicyTarget, RingName
@@ -76,9 +76,16 @@ class GoogleState:
     def policy(self, target: PolicyTarget) -> Policy | None:
         return self.snapshot.policies.get(str(target))
 
-    def put_policy(self, target: PolicyTarget, bindings: Bindings, now: dt.datetime, delay: dt.timedelta) -> Policy:
-        """Replaces the policy; decisions follow after `delay`."""
+    def put_policy(
+        self,
+        target: PolicyTarget,
+        bindings: Bindings,
+        now: dt.datetime,
+        delay: dt.timedelta,
+        audit_configs: AuditConfigs | None = None,
+    ) -> Policy:
+        """Replaces the bindings, and the audit configs if any are given; decisions follow after `delay`."""
         old = self.policy(target) or Policy.new((), now)
-        policy = old.replaced(bindings, now, delay)
+        policy = old.replaced(bindings, old.audit_configs if audit_configs is None else audit_configs, now, delay)
         self._commit(policies={**self.snapshot.policies, str(target): policy})
         return policy

@@ -51,6 +51,7 @@ _LOCATION: Final = "projects/*/locations/*"
 _RING: Final = f"{_LOCATION}/keyRings/*"
 _KEY: Final = f"{_RING}/cryptoKeys/*"
 _VERSION: Final = f"{_KEY}/cryptoKeyVersions/*"
+_JOB: Final = f"{_RING}/importJobs/*"
 _ACCOUNT: Final = "projects/*/serviceAccounts/*"
 
 
@@ -101,6 +102,23 @@ ROUTES: Final = [
     _kms("RawEncrypt", "POST", _VERSION, ":rawEncrypt"),
     _kms("RawDecrypt", "POST", _VERSION, ":rawDecrypt"),
     _kms("GetPublicKey", "GET", _VERSION, "/publicKey", field="name"),
+    _kms("ListImportJobs", "GET", _RING, "/importJobs"),
+    _kms("CreateImportJob", "POST", _RING, "/importJobs", body="import_job"),
+    _kms("GetImportJob", "GET", _JOB),
+    _kms("ImportCryptoKeyVersion", "POST", _KEY, "/cryptoKeyVersions:import"),
+    _kms(
+        "ImportTrustedKeyWrappedCryptoKeyVersion",
+        "POST",
+        _KEY,
+        "/cryptoKeyVersions:importTrustedKeyWrappedCryptoKeyVersion",
+    ),
+    _kms("ExportTrustedKeyWrappedCryptoKeyVersion", "GET", _VERSION, ":exportTrustedKeyWrappedCryptoKeyVersion"),
+    _kms("DeleteCryptoKey", "DELETE", _KEY),
+    _kms("DeleteCryptoKeyVersion", "DELETE", _VERSION),
+    _kms("Decapsulate", "POST", _VERSION, ":decapsulate"),
+    _kms("ListRetiredResources", "GET", _LOCATION, "/retiredResources"),
+    _kms("GetRetiredResource", "GET", f"{_LOCATION}/retiredResources/*"),
+    _kms("GetOperation", "GET", f"{_LOCATION}/operations/*"),
     *_policy_routes(Api.KMS, _RING, "GET"),
     *_policy_routes(Api.KMS, _KEY, "GET"),
     *_policy_routes(Api.IAM, _ACCOUNT, "POST"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from keylake.client import KeylakeClient
+    from keylake.cluster import Customer
     from keylake.reconcile.core import LoggedCall, Window
     from keylake.reconcile.run import Report
 
@@ -27,7 +28,8 @@ def reconcile(
         Path | None,
         typer.Option(
             help="The customer's log in a file: CloudTrail (lookup-events, or a trail's file), Azure Monitor "
-            "AuditEvent, or gcloud logging read, as JSON. Without it the local cluster's customer is asked.",
+            "AuditEvent, or gcloud logging read, as JSON. Without it the local cluster's cloud is asked, for all "
+            "three logs.",
             show_default=False,
             dir_okay=False,
         ),
@@ -87,19 +89,27 @@ def _from_file(cloud_log: Path, audit: Path | None, keys: Sequence[str], window:
 
 def _from_customer(keys: Sequence[str], window: Window, home: Path | None) -> Report:
     from keylake.cli import session
-    from keylake.reconcile.logs import Cloud, calls_of
     from keylake.reconcile.run import compare_now
 
     with session.customer(home) as customer:
 
-        def lookup() -> list[LoggedCall]:
-            """Newest first, with the customer's own credentials."""
-            return list(calls_of(customer.aws.events(), Cloud.AWS))
-
         async def compare(client: KeylakeClient) -> Report:
-            return await compare_now(client, lambda: asyncio.to_thread(lookup), Cloud.AWS, keys, window)
+            return await compare_now(client, lambda: asyncio.to_thread(live_calls, customer), None, keys, window)
 
         return session.ask(home, compare)
+
+
+def live_calls(customer: Customer) -> list[LoggedCall]:
+    """Of all the local cluster's clouds: CloudTrail with the customer's own credentials; Azure's and Google's logs, for
+    which it has none of its own, from the cloud's administrator."""
+    from keylake.reconcile.logs import Cloud, calls_of
+
+    logs = {
+        Cloud.AWS: customer.aws.events(),
+        Cloud.AZURE: customer.simulation.azure_audit_log(),
+        Cloud.GOOGLE: customer.simulation.google_audit_log(),
+    }
+    return [call for cloud, records in logs.items() for call in calls_of(records, cloud)]
 
 
 def _shown(report: Report) -> RenderableType:

@@ -81,13 +81,15 @@ class OurSide:
     def compare(
         self,
         theirs: Sequence[LoggedCall],
-        cloud: Cloud,
+        cloud: Cloud | None,
         only: Iterable[str],
         window: Window,
         newest_record: int | None = None,
     ) -> Report:
-        """`only`: these keys; none: all of this cloud's that we recorded a call on."""
-        keys = sorted(only) or sorted(key for key, provider in self.ours.providers.items() if provider == cloud)
+        """`cloud`: whose log it is; None for all of them together. `only`: these keys; none: all of those clouds' that
+        we recorded a call on."""
+        clouds = set(Cloud) if cloud is None else {cloud}
+        keys = sorted(only) or sorted(key for key, provider in self.ours.providers.items() if provider in clouds)
         result = reconcile(self.ours, theirs, keys=keys, window=window, newest_record=newest_record)
         return Report(result, keys, window, self.last, self.chain_problem)
 
@@ -95,7 +97,7 @@ class OurSide:
 async def compare_now(
     client: KeylakeClient,
     read_log: ReadLog,
-    cloud: Cloud,
+    cloud: Cloud | None,
     only: Iterable[str] = (),
     window: Window | None = None,
     *,

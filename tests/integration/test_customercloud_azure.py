@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import socket
 import ssl
@@ -22,6 +23,7 @@ from azure.core.exceptions import (
 from azure.core.rest import HttpResponse
 from azure.identity import ClientSecretCredential
 from azure.keyvault.keys import (
+    JsonWebKey,
     KeyClient,
     KeyRotationLifetimeAction,
     KeyRotationPolicy,
@@ -33,9 +35,12 @@ from azure.keyvault.keys.crypto import (
     KeyWrapAlgorithm,
     SignatureAlgorithm,
 )
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 
 from customercloud.azure.access import Mode, Permission, Role
 from customercloud.azure.admin import VaultRequest
+from customercloud.azure.bodies import base64url
 from customercloud.azure_client import AzureCustomer, AzureEndpoint, ClientSecret
 from customercloud.faults import Faults, Outage
 from shared.errors import ConflictError, NotFoundError
@@ -237,7 +242,9 @@ BAD_BODIES: list[tuple[Any, str]] = [
     ({"kty": 7}, "Property  has invalid value\r\n"),
     ({"kty": "RSA", "key_size": "2048"}, "Property  has invalid value\r\n"),
     ({"kty": "RSA", "key_size": 1024}, "Key size 1024 is not supported for key type RSA.\r\n"),
-    ({"kty": "EC", "crv": "P-256"}, "Key type 'EC' is not supported by this vault.\r\n"),
+    ({"kty": "oct"}, "Invalid kty value: oct"),
+    ({"kty": "EC", "crv": "P-1"}, "Property  has invalid value\r\n"),
+    ({"kty": "EC", "key_ops": ["wrapKey"]}, "Property  has invalid value\r\n"),
     ({"kty": "RSA", "key_ops": ["everything"]}, "Property  has invalid value\r\n"),
     ({"kty": "RSA", "tags": {"a": 1}}, "Property  has invalid value\r\n"),
     ({"kty": "RSA", "attributes": {"exp": -1}}, "Property  has invalid value\r\n"),
@@ -249,6 +256,122 @@ BAD_BODIES: list[tuple[Any, str]] = [
 def test_bad_bodies(raw: Raw, name: str) -> None:
     for body, message in BAD_BODIES:
         assert error_of(raw("POST", f"/keys/{name}/create", json=body)) == (400, "BadParameter", message), body
+
+
+# ── other kinds of keys, backups, and what a vault has not ─────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("curve", "algorithm", "hashed"),
+    [("P-256", "ES256", "sha256"), ("P-256K", "ES256K", "sha256"), ("P-384", "ES384", "sha384"),
+     ("P-521", "ES512", "sha512")],
+)  # fmt: skip
+def test_curves(azure: AzureTenant, keys: KeyClient, name: str, curve: str, algorithm: str, hashed: str) -> None:
+    key = keys.create_ec_key(name, curve=curve)
+    assert (key.key_type, key.key.crv, key.key_operations) == ("EC", curve, ["sign", "verify"])  # type: ignore[attr-defined]
+    digest = hashlib.new(hashed, b"x").digest()
+    signer = SignatureAlgorithm(algorithm)
+    with crypto(azure, str(key.id)) as remote:
+        signature = remote.sign(signer, digest).signature
+    local = keys.get_cryptography_client(name)
+    assert local.verify(signer, digest, signature).is_valid, "with the public key, by the SDK"
+    raw = Raw(azure)
+    value = base64url(signature)
+    for wrong, valid in ((value, True), (base64url(signature[:-1] + bytes([signature[-1] ^ 1])), False), ("AA", False)):
+        body = {"alg": algorithm, "digest": base64url(digest), "value": wrong}
+        assert raw("POST", f"/keys/{name}/verify", json=body).json() == {"value": valid}
+    status, code, message = error_of(raw("POST", f"/keys/{name}/sign", json={"alg": "RS256", "value": "A" * 43}))
+    assert (status, code) == (400, "BadParameter")
+    assert message.startswith(f"Key and signing algorithm are incompatible. Key {key.id} is of type 'EC'")
+    wrapped = raw("POST", f"/keys/{name}/wrapkey", json={"alg": "RSA-OAEP", "value": "AA"})
+    assert error_of(wrapped)[:2] == (403, "Forbidden")
+    raw.close()
+    assert keys.rotate_key(name).key.crv == curve  # type: ignore[attr-defined]
+
+
+def test_symmetric_keys_are_for_managed_hsms(keys: KeyClient, name: str) -> None:
+    expected = (400, "BadParameter", "KeyTypeNotSupported", "Invalid kty value: oct")
+    assert refusal(lambda: keys.create_oct_key(name)) == expected
+
+
+def test_a_key_of_ones_own_is_imported(azure: AzureTenant, keys: KeyClient, name: str) -> None:
+    own = rsa.generate_private_key(65537, 2048).private_numbers()
+    numbers = {"n": own.public_numbers.n, "e": own.public_numbers.e, "d": own.d, "p": own.p, "q": own.q,
+               "dp": own.dmp1, "dq": own.dmq1, "qi": own.iqmp}  # fmt: skip
+    members = {key: value.to_bytes((value.bit_length() + 7) // 8) for key, value in numbers.items()}
+    jwk = JsonWebKey(kty="RSA", key_ops=["wrapKey", "unwrapKey"], **members)
+    key = keys.import_key(name, jwk, tags={"own": "yes"})
+    assert (key.key_type, key.key_operations, key.properties.tags) == ("RSA", ["wrapKey", "unwrapKey"], {"own": "yes"})
+    wrapped = own.private_key().public_key().encrypt(b"secret", padding.OAEP(padding.MGF1(SHA256()), SHA256(), None))
+    with crypto(azure, str(key.id)) as client:
+        assert client.unwrap_key(KeyWrapAlgorithm.rsa_oaep_256, wrapped).key == b"secret"
+    assert keys.import_key(name, jwk, hardware_protected=True).key_type == "RSA-HSM"
+    assert len(list(keys.list_properties_of_key_versions(name))) == 2
+    broken = JsonWebKey(kty="RSA", **(members | {"d": members["d"][:-1] + b"\0"}))
+    assert refusal(lambda: keys.import_key(name, broken))[:2] == (400, "BadParameter")
+    curve = ec.generate_private_key(ec.SECP256R1()).private_numbers()
+    point = {"x": curve.public_numbers.x, "y": curve.public_numbers.y, "d": curve.private_value}
+    jwk = JsonWebKey(kty="EC", crv="P-256", **{key: value.to_bytes(32) for key, value in point.items()})
+    assert keys.import_key(f"{name}-ec", jwk).key.crv == "P-256"  # type: ignore[attr-defined]
+
+
+def test_a_backup_outlives_its_key(azure: AzureTenant, keys: KeyClient, name: str) -> None:
+    first = keys.create_rsa_key(name)
+    wrapped = keys.get_cryptography_client(name).wrap_key(KeyWrapAlgorithm.rsa_oaep_256, b"secret").encrypted_key
+    keys.create_rsa_key(name)
+    backup = keys.backup_key(name)
+    assert b"secret" not in backup
+    assert refusal(lambda: keys.restore_key_backup(backup))[:2] == (409, "Conflict")
+    keys.begin_delete_key(name).wait()
+    assert refusal(lambda: keys.restore_key_backup(backup))[2] == "ObjectIsDeletedButRecoverable"
+    keys.purge_deleted_key(name)
+    restored = keys.restore_key_backup(backup)
+    assert len(list(keys.list_properties_of_key_versions(name))) == 2
+    assert restored.name == name
+    with crypto(azure, str(first.id)) as client:
+        assert client.unwrap_key(KeyWrapAlgorithm.rsa_oaep_256, wrapped).key == b"secret"
+    altered = backup[:-1] + bytes([backup[-1] ^ 1])
+    message = "Backup blob contains invalid or corrupt version."
+    assert refusal(lambda: keys.restore_key_backup(altered)) == (400, "BadParameter", None, message)
+
+
+def test_what_is_not_here_is_refused_in_azures_shape(azure: AzureTenant, keys: KeyClient, raw: Raw) -> None:
+    assert refusal(lambda: keys.release_key(azure.key_name, "attestation"))[:3] == (
+        403, "Forbidden", "KeyOperationForbidden",
+    )  # fmt: skip
+    assert refusal(lambda: keys.get_key_attestation(azure.key_name))[:2] == (400, "BadParameter")
+    assert refusal(lambda: keys.get_random_bytes(8))[:2] == (400, "BadParameter")
+    for path in ("/secrets", "/secrets/s/", "/certificates/c", "/deletedsecrets/s", "/storage"):
+        assert error_of(raw("GET", path))[:2] == (501, "NotImplemented")
+        assert error_of(raw("GET", path, headers={}))[:2] == (401, "Unauthorized")
+
+
+def test_deletion_and_recovery_take_their_time(azure: AzureTenant, keys: KeyClient, name: str) -> None:
+    """Nothing here waits for a clock: what is in progress stays so, until the faults say that it takes no time."""
+    key = keys.create_rsa_key(name)
+    with azure.admin.during(Faults(key_vault_transition_s=600)):
+        poller = keys.begin_delete_key(name)
+        assert poller.result().name == name
+        assert poller.status() == "polling"
+        assert refusal(lambda: keys.get_deleted_key(name))[:2] == (404, "KeyNotFound")
+        assert refusal(lambda: keys.get_key(name))[:2] == (404, "KeyNotFound")
+        assert name not in {k.name for k in keys.list_deleted_keys()}
+        for call in (lambda: keys.create_rsa_key(name), lambda: keys.purge_deleted_key(name)):
+            assert refusal(call)[:3] == (409, "Conflict", "ObjectIsBeingDeleted")
+    with azure.admin.during(Faults(key_vault_transition_s=0.3)):
+        other = keys.create_rsa_key(f"{name}-2")
+        keys.begin_delete_key(other.name, _polling_interval=0.05).wait()
+        assert keys.get_deleted_key(other.name).name == other.name
+        recovery = keys.begin_recover_deleted_key(other.name, _polling_interval=0.05)
+        recovery.wait()
+        assert keys.get_key(other.name).id == other.id != key.id
+    keys.begin_delete_key(other.name).wait()
+    with azure.admin.during(Faults(key_vault_transition_s=600)):
+        keys.begin_recover_deleted_key(other.name)
+        message = f"Key {other.name} is currently being recovered and cannot be re-created; retry later."
+        expected = (409, "Conflict", "ObjectIsBeingRecovered", message)
+        assert refusal(lambda: keys.create_rsa_key(other.name)) == expected
+        assert refusal(lambda: keys.get_key(other.name))[:2] == (404, "KeyNotFound")
 
 
 # ── cryptography ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -551,9 +674,6 @@ def test_names_methods_sizes_and_garbage(azure: AzureTenant, raw: Raw) -> None:
     assert error_of(raw("POST", path, content=b"x" * 2_000_000))[:2] == (413, "BadParameter")
     assert error_of(raw("GET", "/keys", params=API | {"maxresults": "26"}))[:2] == (400, "BadParameter")
     assert error_of(raw("GET", "/keys", params=API | {"$skiptoken": "+"}))[:2] == (400, "BadParameter")
-    for operation in ("backup", "restore"):
-        target = "/keys/restore" if operation == "restore" else f"/keys/{azure.key_name}/backup"
-        assert error_of(raw("POST", target, json={}))[:2] == (400, "BadParameter")
 
 
 def test_unknown_vaults(azure: AzureTenant, raw: Raw) -> None:

@@ -45,8 +45,11 @@ def test_server_errors(aws: AwsTenant, key: str, kind: ErrorKind, expected: tupl
     vendor = aws.role_client()
     with aws.admin.during(Faults(error_rate=1, error_kind=kind)):
         assert error_of(lambda: vendor.encrypt(KeyId=key, Plaintext=b"x")) == expected
+        # STS and CloudTrail know nothing of the exceptions of KMS.
+        other = ("InternalFailure", 500) if kind is ErrorKind.INTERNAL else ("ServiceUnavailable", 503)
         if kind is not ErrorKind.BAD_GATEWAY:
-            assert error_of(aws.assume_role)[1] >= 500
+            assert error_of(aws.assume_role) == other
+            assert error_of(aws.client("cloudtrail", aws.names.customer).lookup_events) == other
     vendor.encrypt(KeyId=key, Plaintext=b"x")
 
 
@@ -55,6 +58,10 @@ def test_throttling(aws: AwsTenant, key: str) -> None:
     with aws.admin.during(Faults(throttle_rate=1)):
         assert error_of(lambda: vendor.encrypt(KeyId=key, Plaintext=b"x")) == ("ThrottlingException", 400)
         assert error_of(aws.assume_role) == ("Throttling", 400)
+        trail = aws.client("cloudtrail", aws.names.customer)
+        for call in (aws.assume_role, trail.lookup_events, trail.describe_trails):
+            with pytest.raises(ClientError, match="Rate exceeded"):
+                call()
 
 
 def test_faults_of_one_key_are_not_those_of_another(aws: AwsTenant, key: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from collections.abc import Callable
@@ -16,8 +17,11 @@ import pytest
 import requests
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import kms_v1
+from google.cloud.kms_v1.services.key_management_service.transports import KeyManagementServiceTransport
 from google.cloud.location import locations_pb2
 from google.iam.v1 import iam_policy_pb2, policy_pb2
+from google.longrunning import operations_pb2
+from google.protobuf import field_mask_pb2
 from tink import TinkError, aead
 from tink.integration import gcpkms
 
@@ -391,6 +395,135 @@ def test_policies_with_etag(google: GoogleTenant, kms: Kms, key: str) -> None:
         assert refusal(put, policy_pb2.Policy(bindings=[binding]))["status"] == "INVALID_ARGUMENT"
 
 
+def test_conditions_are_refused(google: GoogleTenant, kms: Kms, key: str) -> None:
+    binding = policy_pb2.Binding(
+        role="roles/cloudkms.viewer", members=[google.member], condition={"expression": "false"}
+    )
+    asked = iam_policy_pb2.SetIamPolicyRequest(resource=key, policy=policy_pb2.Policy(version=3, bindings=[binding]))
+    answer = refusal(lambda: kms.set_iam_policy(request=asked))
+    assert answer["message"] == "Conditions are not supported on this resource."
+    audited = policy_pb2.Policy(audit_configs=[policy_pb2.AuditConfig(service="allServices")])
+    mask = field_mask_pb2.FieldMask(paths=["audit_configs"])
+    asked = iam_policy_pb2.SetIamPolicyRequest(resource=key, policy=audited, update_mask=mask)
+    assert refusal(lambda: kms.set_iam_policy(request=asked))["status"] == "INVALID_ARGUMENT"
+
+
+# ── filters, orders, and methods that do nothing here ──────────────────────────────────────────────────────────────
+
+
+def test_filters_and_orders(google: GoogleTenant, kms: Kms, ring: str) -> None:
+    for key_id, team in (("a1", "red"), ("a2", "blue"), ("b1", "red")):
+        made = kms_v1.CryptoKey(SYMMETRIC, labels={"team": team})
+        kms.create_crypto_key(parent=ring, crypto_key_id=key_id, crypto_key=made)
+    kms.update_crypto_key_version(
+        crypto_key_version=kms_v1.CryptoKeyVersion(
+            name=f"{ring}/cryptoKeys/b1/cryptoKeyVersions/1", state=STATES.DISABLED
+        ),
+        update_mask=field_mask_pb2.FieldMask(paths=["state"]),
+    )
+
+    def listed(**request: Any) -> list[str]:
+        pages = kms.list_crypto_keys(request={"parent": ring, "page_size": 2, **request})
+        return [key.name.rpartition("/")[2] for key in pages]
+
+    for text, expected in {
+        "": ["a1", "a2", "b1"],
+        "labels.team=red": ["a1", "b1"],
+        "labels.team != red": ["a2"],
+        "-labels.team=red": ["a2"],
+        "NOT labels.team=red": ["a2"],
+        'name:"A" primary.state=ENABLED': ["a1", "a2"],
+        "primary.state=DISABLED AND labels.team=red": ["b1"],
+        # OR binds closer than AND.
+        "name:a1 OR name:b1 AND primary.state=DISABLED": ["b1"],
+        "name:a1 OR (name:b1 primary.state=DISABLED)": ["a1", "b1"],
+        "createTime < 2020-01-01T00:00:00Z": [],
+        'create_time > "2020-01-01T00:00:00Z"': ["a1", "a2", "b1"],
+        "purpose=ENCRYPT_DECRYPT": ["a1", "a2", "b1"],
+        "versionTemplate.protectionLevel=HSM": [],
+    }.items():
+        assert listed(filter=text) == expected, text
+    assert listed(order_by="name desc") == ["b1", "a2", "a1"]
+    assert listed(order_by="name desc", filter="labels.team=red") == ["b1", "a1"]
+    versions = kms.list_crypto_key_versions(
+        request={"parent": f"{ring}/cryptoKeys/b1", "filter": "state=DISABLED", "order_by": "name"}
+    )
+    assert [version.state for version in versions] == [STATES.DISABLED]
+    for request in ({"filter": "team=red"}, {"filter": "name:"}, {"filter": "(name:a"}, {"order_by": "createTime"}):
+        assert refusal(lambda request=request: listed(**request))["status"] == "INVALID_ARGUMENT", request
+
+
+def test_no_method_of_the_service_is_unknown(google: GoogleTenant, kms: Kms, key: str, ring: str) -> None:
+    """Of all that the SDK knows of, over both transports: each succeeds or refuses in the service's own words."""
+    location = ring.partition("/keyRings")[0]
+    names = {
+        "location": location, "keyRing": ring, "cryptoKey": key, "cryptoKeyVersion": f"{key}/cryptoKeyVersions/1",
+        "importJob": f"{ring}/importJobs/j", "retiredResource": f"{location}/retiredResources/r",
+    }  # fmt: skip
+    methods = {name for name, value in vars(KeyManagementServiceTransport).items() if isinstance(value, property)}
+    assert methods - LOOKED_AT_ELSEWHERE == RPCS.keys()
+    for method, (member, kind) in RPCS.items():
+        request: dict[str, Any] = {member: names[kind]}
+        call = getattr(kms, method)
+        if method in NOT_HERE:
+            answer = refusal(lambda call=call, request=request: call(request=request))
+            assert answer["status"] == "UNIMPLEMENTED", method
+            assert answer["message"].endswith(" does not exist here."), method
+            continue
+        with contextlib.suppress(api_errors.BadRequest, api_errors.NotFound):  # in words that other tests look at
+            call(request=request)
+    assert list(kms.list_import_jobs(parent=ring)) == []
+    assert list(kms.list_retired_resources(parent=location)) == []
+    assert refusal(lambda: kms.get_import_job(name=names["importJob"]))["status"] == "NOT_FOUND"
+    operation = operations_pb2.GetOperationRequest(name=f"{location}/operations/o")
+    assert refusal(lambda: kms.get_operation(request=operation))["status"] == "NOT_FOUND"
+
+
+LOOKED_AT_ELSEWHERE = {
+    "host", "kind", "operations_client", "update_crypto_key", "update_crypto_key_version", "get_iam_policy",
+    "set_iam_policy", "test_iam_permissions", "get_location", "list_locations", "get_operation",
+}  # fmt: skip
+NOT_HERE = {
+    "create_import_job", "import_crypto_key_version", "import_trusted_key_wrapped_crypto_key_version",
+    "export_trusted_key_wrapped_crypto_key_version", "delete_crypto_key", "delete_crypto_key_version", "decapsulate",
+}  # fmt: skip
+RPCS = {
+    "list_key_rings": ("parent", "location"),
+    "list_crypto_keys": ("parent", "keyRing"),
+    "list_crypto_key_versions": ("parent", "cryptoKey"),
+    "list_import_jobs": ("parent", "keyRing"),
+    "list_retired_resources": ("parent", "location"),
+    "get_key_ring": ("name", "keyRing"),
+    "get_crypto_key": ("name", "cryptoKey"),
+    "get_crypto_key_version": ("name", "cryptoKeyVersion"),
+    "get_public_key": ("name", "cryptoKeyVersion"),
+    "get_import_job": ("name", "importJob"),
+    "get_retired_resource": ("name", "retiredResource"),
+    "create_key_ring": ("parent", "location"),
+    "create_crypto_key": ("parent", "keyRing"),
+    "create_crypto_key_version": ("parent", "cryptoKey"),
+    "create_import_job": ("parent", "keyRing"),
+    "import_crypto_key_version": ("parent", "cryptoKey"),
+    "import_trusted_key_wrapped_crypto_key_version": ("parent", "cryptoKey"),
+    "export_trusted_key_wrapped_crypto_key_version": ("name", "cryptoKeyVersion"),
+    "delete_crypto_key": ("name", "cryptoKey"),
+    "delete_crypto_key_version": ("name", "cryptoKeyVersion"),
+    "update_crypto_key_primary_version": ("name", "cryptoKey"),
+    "destroy_crypto_key_version": ("name", "cryptoKeyVersion"),
+    "restore_crypto_key_version": ("name", "cryptoKeyVersion"),
+    "encrypt": ("name", "cryptoKey"),
+    "decrypt": ("name", "cryptoKey"),
+    "raw_encrypt": ("name", "cryptoKeyVersion"),
+    "raw_decrypt": ("name", "cryptoKeyVersion"),
+    "asymmetric_sign": ("name", "cryptoKeyVersion"),
+    "asymmetric_decrypt": ("name", "cryptoKeyVersion"),
+    "mac_sign": ("name", "cryptoKeyVersion"),
+    "mac_verify": ("name", "cryptoKeyVersion"),
+    "decapsulate": ("name", "cryptoKeyVersion"),
+    "generate_random_bytes": ("location", "location"),
+}
+
+
 def test_every_permission_counts_by_itself(google: GoogleTenant, kms: Kms, key: str, transport: str) -> None:
     """An encrypter may not decrypt, a decrypter may not encrypt, neither may look."""
     blob = kms.encrypt(name=key, plaintext=b"x").ciphertext
@@ -495,7 +628,8 @@ def test_requests_that_are_none(google: GoogleTenant, key: str) -> None:
         ("GET", "", b'{"a": 1}', 400),
         ("PATCH", "?updateMask=labels,", b"{}", 400),
         ("POST", ":frobnicate", b"{}", 404),
-        ("DELETE", "", b"", 404),
+        ("DELETE", "", b"", 501),
+        ("PUT", "", b"", 404),
     ):
         answer = session.request(method, url + path, data=content)
         assert answer.status_code == status, (path, content, answer.text)

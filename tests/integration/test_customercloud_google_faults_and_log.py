@@ -184,6 +184,47 @@ def test_data_access_logs_are_the_customers_choice_and_activity_is_not(
     assert google.entries()[-1]["protoPayload"]["methodName"] == "Encrypt"
 
 
+def test_audit_configs_of_the_project_say_what_is_logged(google: GoogleTenant, kms: Kms, key: str) -> None:
+    """As a customer really switches data access logs on: in the project's IAM policy."""
+    url = f"{google.cloud.url}/v1/projects/{google.project}"
+    session = google.authorized_session()
+    other = google.admin.put_account(google.project, "auditor")
+    reader = f"serviceAccount:{other.email}"
+
+    def put(mask: str | None, **policy: Any) -> Any:
+        body = {"policy": policy} | ({} if mask is None else {"updateMask": mask})
+        return session.post(f"{url}:setIamPolicy", json=body)
+
+    def logged() -> list[str]:
+        before = len(google.entries())
+        encrypt(kms, key)
+        kms.get_crypto_key(name=key)
+        return [e["protoPayload"]["methodName"] for e in google.entries()[before:]]
+
+    policy = session.post(f"{url}:getIamPolicy", json={}).json()
+    assert "auditConfigs" not in policy
+    assert put("auditConfigs", auditConfigs=[]).json()["bindings"] == policy["bindings"]
+    assert logged() == []
+    reads = {"service": "cloudkms.googleapis.com", "auditLogConfigs": [{"logType": "DATA_READ"}]}
+    assert put("auditConfigs", auditConfigs=[reads]).json()["auditConfigs"] == [reads]
+    assert logged() == ["Encrypt"]
+    # Without a mask the audit configs stay as they are.
+    assert put(None, bindings=policy["bindings"]).json()["auditConfigs"] == [reads]
+    admin = google.names.customer.email
+    exempted = {"logType": "DATA_READ", "exemptedMembers": [f"serviceAccount:{admin}"]}
+    all_but = {"service": "allServices", "auditLogConfigs": [exempted, {"logType": "ADMIN_READ"}]}
+    assert put("bindings,auditConfigs", bindings=policy["bindings"], auditConfigs=[reads, all_but]).status_code == 200
+    assert logged() == ["GetCryptoKey"]
+    for bad in (
+        {"service": "allServices"},
+        {"service": "x", "auditLogConfigs": [{"logType": "DATA_READ"}]},
+        {"service": "allServices", "auditLogConfigs": [{}]},
+        {"service": "allServices", "auditLogConfigs": [{"logType": "DATA_READ", "exemptedMembers": ["nobody"]}]},
+    ):
+        assert put("auditConfigs", auditConfigs=[bad]).status_code == 400, bad
+    assert reader not in str(session.post(f"{url}:getIamPolicy", json={}).json())
+
+
 def test_entries_can_be_late(google: GoogleTenant, kms: Kms, key: str) -> None:
     with google.admin.during(Faults(trail_delay_s=3600)):
         encrypt(kms, key)

@@ -75,8 +75,9 @@ def test_re_encrypt_needs_both_of_its_operations(aws: AwsTenant, kms: Any, key: 
     [
         (
             {"EncryptionContextSubset": {"tenant": "t1"}},
-            [{"tenant": "t1"}, CONTEXT],
-            [{}, {"tenant": "t2"}, {"Tenant": "t1"}],
+            # Names are compared without case, values with it (API reference, GrantConstraints).
+            [{"tenant": "t1"}, {"Tenant": "t1"}, CONTEXT],
+            [{}, {"tenant": "t2"}, {"tenant": "T1"}],
         ),
         ({"EncryptionContextEquals": CONTEXT}, [CONTEXT], [{}, {"tenant": "t1"}, {**CONTEXT, "more": "1"}]),
     ],

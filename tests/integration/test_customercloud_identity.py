@@ -165,7 +165,11 @@ def test_durations(aws: AwsTenant) -> None:
 
 def test_what_would_narrow_a_session_is_refused_not_ignored(aws: AwsTenant) -> None:
     with refused("ValidationError", 400):
+        aws.assume_role(PolicyArns=[{"arn": "arn:aws:iam::aws:policy/ReadOnlyAccess"}])
+    with refused("MalformedPolicyDocument", 400):
         aws.assume_role(Policy=json.dumps({"Statement": []}))
+    with refused("AccessDenied", 403):
+        aws.assume_role(SerialNumber="arn:aws:iam::111122223333:mfa/x", TokenCode="123456")
 
 
 def test_an_altered_or_foreign_session_token(aws: AwsTenant) -> None:
@@ -181,10 +185,9 @@ def test_an_altered_or_foreign_session_token(aws: AwsTenant) -> None:
 
 
 def test_a_session_expires(aws: AwsTenant) -> None:
-    aws.admin.set_faults(Faults(session_lifetime_s=2.0))
+    aws.admin.set_faults(Faults(session_lifetime_s=0.1))
     credentials = aws.assume_role()["Credentials"]
     sts, kms = aws.client("sts", credentials), aws.client("kms", credentials)
-    sts.get_caller_identity()
     time.sleep(max(0.0, (credentials["Expiration"] - datetime.now(UTC)).total_seconds()) + 0.05)
     with refused("ExpiredToken", 403):
         sts.get_caller_identity()

@@ -397,6 +397,29 @@ async def test_a_change_is_in_force_only_after_its_propagation(customer: KmsCust
     customer.enable()
 
 
+@over("propagation_delay", "deny")
+async def test_a_denial_is_in_force_only_after_its_propagation(customer: KmsCustomer, kms: KmsProvider) -> None:
+    """The delay is far longer than the test: what must not be seen yet cannot be."""
+    kek = await kms.generate_kek(CONTEXT)
+    customer.propagation_delay(600.0)
+    customer.deny()
+    assert (await kms.unwrap(kek.wrapped, CONTEXT)).matches(kek.plaintext)
+    customer.propagation_delay(0.0)
+    customer.allow()
+
+
+@over("propagation_delay", "rotate")
+async def test_a_rotation_is_in_force_only_after_its_propagation(customer: KmsCustomer, kms: KmsProvider) -> None:
+    """Nothing of before is lost meanwhile, and nothing of after can be made that could not be opened."""
+    old = await kms.generate_kek(CONTEXT)
+    customer.propagation_delay(600.0)
+    customer.rotate()
+    new = await kms.generate_kek(CONTEXT)
+    for kek in (old, new):
+        assert (await kms.unwrap(kek.wrapped, CONTEXT)).matches(kek.plaintext)
+    customer.propagation_delay(0.0)
+
+
 # ── both sides of the trust boundary ───────────────────────────────────────────────────────────────────────────────
 
 

@@ -15,9 +15,12 @@ import pytest
 
 from customercloud.faults import Outage
 from keylake import audit_file
+from keylake.cli.reconcile import live_calls
+from keylake.cluster import Customer
 from keylake.reconcile.core import Kind, LoggedCall, Window
 from keylake.reconcile.logs import Cloud, calls_of, read_log
 from keylake.reconcile.run import OurSide, Report, compare_now, reach
+from keymanager.kms.base import KmsCall
 from shared.api.keymanager import CreateKeyConfiguration, CreateWorkspace, KeyConfiguration, KeyState, Rewrap, Workspace
 from shared.crypto.context import EncryptionContext
 from tests.fixtures.key_source_contract import Losses, named
@@ -182,6 +185,39 @@ async def test_every_call_stands_on_both_sides_until_one_is_smuggled_in(
         assert found & lost
     finally:
         await connection.close()
+
+
+async def test_the_local_clusters_customer_has_the_logs_of_all_its_clouds(
+    customer: LoggingCustomer, kms_clouds: KmsClouds
+) -> None:
+    """What `keylake audit reconcile` reads when it is given no file."""
+    made: list[KmsCall] = []
+    provider = customer.provider(made.append)
+    try:
+        await provider.generate_kek(EncryptionContext({"a": "b"}))
+    finally:
+        await provider.aclose()
+    cloud = kms_clouds.customercloud
+
+    def read() -> list[LoggedCall]:
+        with aws_customer(cloud) as aws:
+            local = Customer(aws.names, cloud.endpoint, cloud.admin())
+            try:
+                return live_calls(local)
+            finally:
+                local.close()
+
+    if Cloud(customer.name) is not Cloud.AWS:  # whose log is each customer's own
+        logged = await asyncio.to_thread(read)
+        uses = {call.request_id for call in logged if call.key == customer.cmk.identifier}
+        assert {call.request_id for call in made if call.operation in ("Encrypt", "WrapKey")} & uses
+
+
+def test_keys_of_every_cloud_are_compared_together() -> None:
+    side = OurSide()
+    side.ours.providers.update({"a": Cloud.AWS, "z": Cloud.AZURE, "g": Cloud.GOOGLE, "o": "openbao"})
+    assert list(side.compare([], None, (), Window()).keys) == ["a", "g", "z"]
+    assert list(side.compare([], Cloud.GOOGLE, (), Window()).keys) == ["g"]
 
 
 async def test_a_killed_keymanager_leaves_calls_that_are_named_and_an_outage_leaves_none(

@@ -37,7 +37,7 @@ from customercloud.azure.bundles import parsed_rotation_policy
 from customercloud.azure.durations import DurationError, approximate_days, moved
 from customercloud.azure.errors import AzureError
 from customercloud.azure.identity import ServicePrincipal, SigningKey
-from customercloud.azure.keys import Attributes, Key, KeyVersion, RotationAction, RotationPolicy
+from customercloud.azure.keys import Attributes, Key, KeySpec, KeyVersion, RotationAction, RotationPolicy
 from customercloud.azure.routes import route
 from customercloud.azure.rsa import RsaKey
 from customercloud.azure.service import AzureEndpoint
@@ -64,7 +64,7 @@ PRINCIPAL = ServicePrincipal(object_id="oid", client_id="app", tenant_id=TENANT)
 
 
 def new_version(now: dt.datetime = NOW) -> KeyVersion:
-    return KeyVersion.new("RSA", 2048, PRIVATE_KEY, now)
+    return KeyVersion.new(KeySpec("RSA", 2048), PRIVATE_KEY, now)
 
 
 def new_key(**attributes: object) -> Key:

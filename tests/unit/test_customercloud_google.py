@@ -15,8 +15,8 @@ from google.iam.v1 import iam_policy_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from customercloud.delayed import Delayed
 from customercloud.google.blob import HEADER_SIZE_BYTES, CiphertextBlob, open_blob, seal
-from customercloud.google.delayed import Delayed
 from customercloud.google.errors import Code, GoogleError
 from customercloud.google.iam import Binding, grants, is_member, lineage
 from customercloud.google.identity import TOKEN_AUDIENCE, AccountKey, ServiceAccount
@@ -287,24 +287,34 @@ def test_a_delayed_value_is_seen_in_order(changes: list[tuple[int, int, int]], l
 # ── paging and transcoding ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(st.sets(st.text(min_size=1, max_size=5), max_size=20), st.integers(1, 7))
-def test_pages_are_the_list(names: set[str], size: int) -> None:
+@given(st.sets(st.text(min_size=1, max_size=5), max_size=20), st.integers(1, 7), st.booleans())
+def test_pages_are_the_list(names: set[str], size: int, descending: bool) -> None:
     seen: list[str] = []
     token = ""
+    order = "name desc" if descending else ""
+    rings = [kms_v1.KeyRing(name=name) for name in names]
     while True:
-        request = kms_v1.ListCryptoKeysRequest(page_size=size, page_token=token)
-        page = page_of(names, str, request)
-        seen += page.items
+        request = kms_v1.ListKeyRingsRequest(page_size=size, page_token=token, order_by=order)
+        page = page_of(kms_v1.KeyRing, rings, request)
+        seen += [ring.name for ring in page.items]
         token = page.next_token
         if not token:
             break
-    assert seen == sorted(names)
+    assert seen == sorted(names, reverse=descending)
+
+
+@given(st.text(alphabet='name:=<>!()-"\\ ANDORT.labels1', max_size=30))
+def test_any_filter_is_one_or_refused(text: str) -> None:
+    try:
+        page_of(kms_v1.CryptoKey, [kms_v1.CryptoKey(name="a")], kms_v1.ListCryptoKeysRequest(filter=text))
+    except GoogleError as error:
+        assert error.code is Code.INVALID_ARGUMENT  # noqa: PT017
 
 
 @given(st.text(max_size=30))
 def test_any_page_token_is_one_or_refused(text: str) -> None:
     try:
-        page_of(["a"], str, kms_v1.ListCryptoKeysRequest(page_token=text))
+        page_of(kms_v1.KeyRing, [], kms_v1.ListKeyRingsRequest(page_token=text))
     except (GoogleError, UnicodeEncodeError) as error:
         assert isinstance(error, UnicodeEncodeError) or error.code is Code.INVALID_ARGUMENT  # noqa: PT017
 

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from customercloud.aws.errors import AwsError
+from customercloud.aws.identity import AccessKey, Rights, Role, account_of_access_key
 from customercloud.aws.keys import Key, KeyPolicy, KeyState
+from customercloud.aws.state import Alias
 
 NOW = dt.datetime(2026, 11, 22, 2, 0, tzinfo=dt.UTC)
 NO_DELAY = dt.timedelta(0)
@@ -103,13 +105,56 @@ def test_rotation_is_seen_with_its_material() -> None:
 def test_automatic_rotation_when_it_is_due_and_enabled() -> None:
     key = new_key().enable_rotation(90, NOW)
     due = NOW + dt.timedelta(days=90)
-    assert key.automatic_rotation(due - dt.timedelta(seconds=1)) is None
-    assert key.disable(NOW, NO_DELAY).automatic_rotation(due) is None
-    rotated = key.automatic_rotation(due)
+    assert key.automatic_rotation(due - dt.timedelta(seconds=1), NO_DELAY) is None
+    assert key.disable(NOW, NO_DELAY).automatic_rotation(due, NO_DELAY) is None
+    rotated = key.automatic_rotation(due, NO_DELAY)
     assert rotated is not None
     assert rotated.current_material.rotation_type == "AUTOMATIC"
     assert rotated.next_rotation == due + dt.timedelta(days=90)
-    assert rotated.automatic_rotation(due) is None
+    assert rotated.automatic_rotation(due, NO_DELAY) is None
+
+
+def test_an_automatic_rotation_and_tags_are_seen_after_the_delay() -> None:
+    delay, due = dt.timedelta(seconds=5), NOW + dt.timedelta(days=90)
+    key = new_key().enable_rotation(90, NOW)
+    rotated = key.automatic_rotation(due, delay)
+    assert rotated is not None
+    assert rotated.effective(due).material_id == key.current_material.material_id
+    assert rotated.effective(due + delay).material_id == rotated.current_material.material_id
+    tagged = key.with_tags({"a": "b"}, NOW, delay)
+    assert tagged.tags == {"a": "b"}
+    assert (tagged.effective_tags(NOW), tagged.effective_tags(NOW + delay)) == ({}, {"a": "b"})
+
+
+def test_an_alias_leads_elsewhere_after_the_delay() -> None:
+    delay = dt.timedelta(seconds=5)
+    alias = Alias.new("alias/a", "111122223333", "k1", NOW, delay)
+    assert [alias.target(NOW + n * delay) for n in (0, 1)] == [None, "k1"]
+    moved = alias.pointed_at("k2", NOW + delay, delay)
+    assert (moved.key_id, moved.target(NOW + delay), moved.target(NOW + 2 * delay)) == ("k2", "k1", "k2")
+    ended = moved.ended(NOW + 2 * delay, delay)
+    assert (ended.target(NOW + 2 * delay), ended.target(NOW + 3 * delay)) == ("k2", None)
+    older = Alias(name="alias/a", account_id="111122223333", key_id="k1", created_at=NOW)
+    assert older.target(NOW) == "k1"
+
+
+def test_identities_of_an_earlier_version_are_read() -> None:
+    older = {
+        "account_id": "111122223333", "name": "r", "role_id": "AROA1", "trust_policy": "t", "trust_binding": {"a": "b"},
+        "policies": {"p": "q"},
+    }  # fmt: skip
+    role = Role.model_validate(older)
+    assert role.rights.at(NOW) == Rights(policies={"p": "q"}, trust_policy="t", trust_binding={"a": "b"})
+    assert Role.model_validate_json(role.model_dump_json()) == role
+
+
+@given(st.integers(0, 10**12 - 1), st.sampled_from(["AKIA", "ASIA"]))
+def test_an_access_key_id_says_its_account(number: int, prefix: str) -> None:
+    account_id = f"{number:012}"
+    key = AccessKey.new(account_id, prefix)
+    assert key.access_key_id[:4] == prefix
+    assert len(key.access_key_id) == 20
+    assert account_of_access_key(key.access_key_id) == account_id
 
 
 def test_destruction_is_due_at_the_deletion_date_and_only_then() -> None:

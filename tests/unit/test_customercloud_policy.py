@@ -13,15 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from customercloud.aws.authorization import Caller, Refusal, authorize
-from customercloud.aws.policy import (
-    Context,
-    MalformedPolicyError,
-    PolicyKind,
-    Verdict,
-    glob_matches,
-    identity_verdict,
-    parse_policy,
-)
+from customercloud.aws.patterns import Context, MalformedPolicyError, expand, glob_matches, plain, without_variables
+from customercloud.aws.policy import PolicyKind, Verdict, identity_verdict, parse_policy
 
 OWNER, STRANGER = "111122223333", "444455556666"
 KEY = f"arn:aws:kms:eu-central-1:{OWNER}:key/k"
@@ -178,6 +171,127 @@ def test_conditions(condition: Any, holds: bool) -> None:
     assert (refusal is None) is holds
 
 
+REQUEST: Context = {
+    "aws:epochtime": ("1000",),
+    "aws:sourceip": ("10.1.2.3",),
+    "aws:userid": ("AIDA1:bob",),
+    "aws:principaltag/team": ("a*",),
+    "aws:principaltag/bytes": ("QUJD",),
+    "kms:encryptioncontext:tenant": ("t1", "t2"),
+    "kms:encryptioncontext:owner": ("AIDA1:bob",),
+    "kms:requestalias": ("alias/a*",),
+}
+
+
+@pytest.mark.parametrize(
+    ("condition", "holds"),
+    [
+        ({"NumericLessThan": {"aws:EpochTime": "1000.5"}}, True),
+        ({"NumericLessThan": {"aws:EpochTime": 1000}}, False),
+        ({"NumericGreaterThanEquals": {"aws:EpochTime": "1e3"}}, True),
+        ({"NumericNotEquals": {"aws:EpochTime": ["999", "1000"]}}, False),
+        ({"NumericEquals": {"aws:userid": "1"}}, False),
+        ({"DateEquals": {"aws:EpochTime": "1970-01-01T00:16:40Z"}}, True),
+        ({"DateNotEquals": {"aws:EpochTime": "1970-01-01T00:16:40Z"}}, False),
+        ({"IpAddress": {"aws:SourceIp": ["192.0.2.0/24", "10.0.0.0/8"]}}, True),
+        ({"IpAddress": {"aws:SourceIp": "10.1.2.4"}}, False),
+        ({"IpAddress": {"aws:SourceIp": "::/0"}}, False),
+        ({"NotIpAddress": {"aws:SourceIp": "10.0.0.0/8"}}, False),
+        ({"NotIpAddress": {"aws:SourceIp": "192.0.2.0/24"}}, True),
+        ({"BinaryEquals": {"aws:PrincipalTag/bytes": "QUJD"}}, True),
+        ({"BinaryEquals": {"aws:PrincipalTag/bytes": "QUJE"}}, False),
+        ({"StringEquals": {"kms:EncryptionContext:owner": "${aws:userid}"}}, True),
+        ({"StringNotEquals": {"kms:EncryptionContext:owner": "${aws:userid}"}}, False),
+        ({"StringLike": {"kms:EncryptionContext:owner": "${aws:username, 'AIDA*'}"}}, False),
+        ({"StringEquals": {"kms:EncryptionContext:owner": "${aws:username, 'AIDA1:bob'}"}}, True),
+        ({"StringEquals": {"kms:EncryptionContext:owner": "${aws:username}"}}, False),
+        # What a caller put into a tag is no wildcard.
+        ({"StringLike": {"kms:RequestAlias": "alias/${aws:PrincipalTag/team}"}}, True),
+        ({"StringLike": {"kms:EncryptionContext:owner": "${aws:PrincipalTag/team}"}}, False),
+        ({"StringLike": {"kms:RequestAlias": "alias/a${*}"}}, True),
+        ({"StringLike": {"aws:userid": "AIDA${*}"}}, False),
+        ({"StringEquals": {"kms:RequestAlias": "alias/a${*}"}}, True),
+        # Two values without a quantifier: both must match to allow.
+        ({"StringEquals": {"kms:EncryptionContext:tenant": "t1"}}, False),
+        ({"StringEquals": {"kms:EncryptionContext:tenant": ["t1", "t2"]}}, True),
+    ],
+)
+def test_all_operators_and_variables(condition: Any, holds: bool) -> None:
+    refusal = decide(caller(), statement(principal="*", Condition=condition), context=REQUEST)
+    assert (refusal is None) is holds
+
+
+def test_of_two_values_one_suffices_to_deny() -> None:
+    deny = statement("Deny", principal="*", Condition={"StringEquals": {"kms:EncryptionContext:tenant": "t1"}})
+    refusal = decide(caller(), statement(principal="*"), deny, context=REQUEST)
+    assert refusal is not None
+    assert refusal.explicit
+
+
+def test_variables_in_resources_and_not_in_the_older_version() -> None:
+    context: Context = {"aws:principaltag/key": ("k",), "aws:principaltag/star": ("*",)}
+    base = KEY.rpartition("/")[0]
+    for resource, allowed in (("${aws:PrincipalTag/key}", True), ("${aws:PrincipalTag/star}", False)):
+        allow = statement(principal="*", Resource=f"{base}/{resource}")
+        assert (decide(caller(), allow, context=context) is None) is allowed
+    older = json.dumps({"Statement": [statement(principal="*", Resource=f"{base}/${{aws:PrincipalTag/key}}")]})
+    assert parse_policy(older, PolicyKind.KEY).statements[0].resources == (f"{base}/${{$}}{{aws:PrincipalTag/key}}",)
+    unfilled = {"Effect": "Allow", "Principal": "*", "Action": "*", "NotResource": "${aws:PrincipalTag/none}"}
+    assert decide(caller(), unfilled, context=context) is not None
+
+
+def test_everybody_but_some_is_denied() -> None:
+    """Whoever is excepted is named with session, role and account."""
+    allow = statement(principal="*")
+    for excepted, allowed in (([SESSION, ROLE, ROOT], True), ([SESSION, ROLE], False), ([ROOT], False)):
+        deny = {"Effect": "Deny", "NotPrincipal": {"AWS": excepted}, "Action": "kms:*", "Resource": "*"}
+        assert (decide(caller(), allow, deny) is None) is allowed
+        assert decide(caller(), allow, deny, binding={ROLE: "AROA0"}) is not None
+
+
+def test_paths_services_and_federated_identities_are_principals() -> None:
+    for principal in (
+        {"AWS": f"arn:aws:iam::{OWNER}:role/aws-service-role/x.amazonaws.com/r"},
+        {"AWS": f"arn:aws:sts::{OWNER}:federated-user/bob"},
+        {"Federated": "cognito-identity.amazonaws.com"},
+        {"Federated": f"arn:aws:iam::{OWNER}:oidc-provider/token.actions.githubusercontent.com"},
+    ):
+        assert decide(caller(OWNER, IDENTITY_ALLOW), statement(principal=principal)) is not None
+
+
+# ── session policies ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def narrowed(to: dict[str, Any], *identity: dict[str, Any]) -> Caller:
+    return replace(caller(OWNER, *identity), session_policies=(parse_policy(document(to), PolicyKind.IDENTITY),))
+
+
+ENCRYPT_ONLY = {"Effect": "Allow", "Action": "kms:Encrypt", "Resource": "*"}
+NO_SESSION = Refusal("because no session policy allows the kms:Decrypt action")
+
+
+@pytest.mark.parametrize("principal", [{"AWS": ROOT}, {"AWS": ROLE}, "*"])
+def test_a_session_policy_narrows(principal: Any) -> None:
+    who = narrowed(ENCRYPT_ONLY, IDENTITY_ALLOW)
+    assert decide(who, statement(principal=principal), action="kms:Encrypt") is None
+    assert decide(who, statement(principal=principal)) == NO_SESSION
+
+
+def test_a_session_policy_does_not_limit_what_the_key_gives_to_the_session_itself() -> None:
+    assert decide(narrowed(ENCRYPT_ONLY), statement(principal={"AWS": SESSION})) is None
+    denied = Refusal("with an explicit deny in a session policy", explicit=True)
+    assert decide(narrowed(IDENTITY_DENY), statement(principal={"AWS": SESSION})) == denied
+    assert decide(narrowed(IDENTITY_ALLOW), statement(principal={"AWS": ROOT})) is not None, "it gives nothing"
+
+
+@given(st.text(alphabet="a*?${}:,' ", max_size=12))
+def test_an_older_text_means_itself(text: str) -> None:
+    pattern = without_variables(text)
+    assert expand(pattern, {}) == pattern
+    assert plain(pattern) == text
+    assert glob_matches(pattern, text)
+
+
 def test_date_conditions_cut_off_older_sessions() -> None:
     """How IAM's "revoke active sessions" works: a Deny on sessions that are older than the click."""
     older = {"DateLessThan": {"aws:TokenIssueTime": "2026-11-22T02:00:00Z"}}
@@ -210,8 +324,21 @@ def test_date_conditions_cut_off_older_sessions() -> None:
         document(statement(principal="*", Unknown=1)),
         document(statement(principal="*", Condition={"StringSounds": {"a": "b"}})),
         document(statement(principal="*", Condition={"StringEquals": {}})),
-        document(statement(principal="*", Condition={"StringEquals": {"a": []}})),
-        document(statement(principal="*", Condition={"DateLessThan": {"a": "yesterday"}})),
+        document(statement(principal="*", Condition={"StringEquals": {"aws:userid": []}})),
+        document(statement(principal="*", Condition={"StringEquals": {"aws:userid": [["x"]]}})),
+        document(statement(principal="*", Condition={"DateLessThan": {"aws:CurrentTime": "yesterday"}})),
+        document(statement(principal="*", Condition={"NumericEquals": {"aws:EpochTime": "many"}})),
+        document(statement(principal="*", Condition={"IpAddress": {"aws:SourceIp": "10.0.0.0/33"}})),
+        document(statement(principal="*", Condition={"BinaryEquals": {"aws:userid": "-"}})),
+        document(statement(principal="*", Condition={"Bool": {"aws:SecureTransport": "perhaps"}})),
+        document(statement(principal="*", Condition={"Bool": {"aws:SecureTransport": "${aws:userid}"}})),
+        document(statement(principal="*", Condition={"StringEquals": {"nothing": "x"}})),
+        document(statement(principal="*", Condition={"StringEquals": {"kms:EncryptionContxt:a": "x"}})),
+        document(statement(principal="*", Condition={"StringEquals": {"aws:userid": "${aws:Nobody}"}})),
+        document(statement(principal="*", Resource="${aws:userid")),
+        document(statement(principal="*", Resource="${}")),
+        document({"Effect": "Allow", "NotPrincipal": "*", "Action": "*", "Resource": "*"}),
+        document({"Effect": "Deny", "NotPrincipal": "*", "Principal": "*", "Action": "*", "Resource": "*"}),
         document(statement()),
         '{"Statement": {"Effect": "Allow", "Effect": "Deny", "Action": "*", "Resource": "*", "Principal": "*"}}',
         "[" * 100_000,

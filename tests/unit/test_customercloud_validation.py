@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from customercloud.aws.errors import AwsError
-from customercloud.aws.service import kms_model
+from customercloud.aws.service import service_model
+from customercloud.faults import Service
 
 KEY = "1234abcd-12ab-34cd-56ef-1234567890ab"
 FAILED = "failed to satisfy constraint:"
+KMS = service_model(Service.KMS)
 
 
 def refusal(operation: str, **members: Any) -> AwsError:
     with pytest.raises(AwsError) as caught:
-        kms_model().validate(operation, members)
+        KMS.validate(operation, members)
     return caught.value
 
 
@@ -107,7 +109,7 @@ def test_wrong_types(operation: str, members: dict[str, Any]) -> None:
 
 
 def test_members_that_the_model_does_not_know_are_ignored() -> None:
-    kms_model().validate("DescribeKey", {"KeyId": KEY, "Invented": 1})
+    KMS.validate("DescribeKey", {"KeyId": KEY, "Invented": 1})
 
 
 JSON_VALUES = st.recursive(
@@ -119,12 +121,12 @@ JSON_VALUES = st.recursive(
 
 @given(st.data())
 def test_any_members_are_valid_or_refused_as_aws_refuses(data: st.DataObject) -> None:
-    operation = data.draw(st.sampled_from(sorted(kms_model().operations)))
-    shapes = kms_model().members_of(operation)
+    operation = data.draw(st.sampled_from(sorted(KMS.operations)))
+    shapes = KMS.members_of(operation)
     members = data.draw(st.dictionaries(st.sampled_from(shapes) if shapes else st.text(), JSON_VALUES))
     code = None
     try:
-        kms_model().validate(operation, members)
+        KMS.validate(operation, members)
     except AwsError as error:
         code = error.code
     assert code in (None, "ValidationException", "SerializationException")

@@ -1,4 +1,4 @@
-"""A value whose changes take time to be seen: "eventual consistency" of key state and of IAM policy.
+"""A value whose changes take time to be seen: "eventual consistency" of key state, aliases and IAM.
 
 Management calls see the newest value at once; what decides (cryptography, authorisation) asks `at(now)`.
 """
@@ -31,6 +31,11 @@ class Delayed(BaseModel, Generic[T]):
     def of(cls, value: T, now: dt.datetime) -> Delayed[T]:
         """`value`, at once and whatever was on its way before."""
         return cls(views=(_View[T](visible_at=now, value=value),))
+
+    @property
+    def newest(self) -> T:
+        """What management calls see."""
+        return self.views[-1].value
 
     def at(self, now: dt.datetime) -> T:
         return self.views[self._index(now)].value
