@@ -121,6 +121,10 @@ class SafekeeperNode:
             return
         try:
             state = self._read_control(directory, key)
+        except OSError as error:  # one timeline's trouble is not the others'
+            self._damaged[key] = f"its control file cannot be read: {error.strerror}"
+            _log.error("a timeline cannot be opened", timeline_id=str(key.timeline_id), reason=error.strerror)
+            return
         except CorruptedError as error:
             self._damaged[key] = str(error)
             _log.error("a timeline cannot be opened", timeline_id=str(key.timeline_id), reason=str(error))
@@ -130,7 +134,8 @@ class SafekeeperNode:
         keys = self._keys_of(key.project_id)
         timeline = Timeline(directory, state, keys, self._environment)
         self._timelines[key] = timeline
-        with contextlib.suppress(IntegrityError):  # logged; it stays at fault, which its status says
+        # Logged; it stays at fault, or not ready, which its status says.
+        with contextlib.suppress(IntegrityError, UnavailableError):
             await timeline.check_files()
 
     def _read_control(self, directory: Path, key: _Key) -> ControlState | None:
@@ -147,7 +152,8 @@ class SafekeeperNode:
         return state
 
     async def _keep_house(self) -> None:
-        """Verify what could not be verified yet, and bring commit_lsn to disk now and then."""
+        """Verify what could not be verified yet, and bring commit_lsn to disk now and then. Ends with the node only:
+        what goes wrong with one timeline, even by a defect, ends nothing for the others."""
         while True:
             await asyncio.gather(*(self._tend(timeline) for timeline in self._timelines.values()))
             await asyncio.sleep(_HOUSEKEEPING_PERIOD_S)
@@ -160,9 +166,12 @@ class SafekeeperNode:
         except KeylakeError as error:
             if not error.retryable and not timeline.fault:
                 _log.error("housekeeping failed", timeline_id=str(timeline.timeline_id), reason=str(error))
+        except Exception as error:
+            _log.error("housekeeping failed", timeline_id=str(timeline.timeline_id), exc_info=error)
 
     async def _offload(self) -> None:
-        """One timeline after the other, at times that differ from node to node: mostly one of them puts a piece."""
+        """One timeline after the other, at times that differ from node to node: mostly one of them puts a piece. Ends
+        with the node only, as `_keep_house`."""
         interval_s = self._environment.offload.interval_s
         faults: dict[_Key, str] = {}
         while True:
@@ -175,6 +184,8 @@ class SafekeeperNode:
                     if faults.get(key) != error.code:
                         _log.warning("WAL is not offloaded", timeline_id=str(key.timeline_id), reason=str(error))
                     faults[key] = error.code
+                except Exception as error:
+                    _log.error("offloading failed", timeline_id=str(key.timeline_id), exc_info=error)
 
     # --- timelines ---
 

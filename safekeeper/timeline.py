@@ -17,11 +17,12 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from collections.abc import Coroutine
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, assert_never
+from typing import Any, Final, TypeVar, assert_never
 
 from safekeeper import acceptor, files
 from safekeeper.acceptor import AcceptorState, DropStream, Effect, EndSubscriptions, Persist, ReplyVote
@@ -65,6 +66,7 @@ from shared.telemetry import get_logger
 from shared.wire.walstream import Feedback, Status
 
 _log = get_logger(__name__)
+T = TypeVar("T")
 
 DELETED_SUFFIX: Final = ".deleted"
 """Of a timeline's directory that is being removed; finished at the next start."""
@@ -193,7 +195,7 @@ class Timeline:
 
     async def check_files(self) -> None:
         """For one that was on the disk already. Raises IntegrityError, and is at fault then, for damage that shows
-        without keys."""
+        without keys; UnavailableError when the disk cannot be read now, and `make_ready` looks again."""
         await self._store.check_files()
 
     @property
@@ -224,7 +226,7 @@ class Timeline:
     async def persist_commit_lsn(self) -> None:
         """Raises UnavailableError, IntegrityError."""
         if self._control.commit_lsn_is_dirty and self._store.loaded and not self._store.fault:
-            await self._store.persist(self._control.state.acceptor)
+            await self._store.persist_commit_lsn()
 
     async def offload(self) -> None:
         """One pass of offload.py. Raises KeyAccessError, UnavailableError, StoreDeniedError, IntegrityError."""
@@ -268,13 +270,8 @@ class Timeline:
 
     async def vote(self, request: VoteRequest) -> VoteResponse:
         """Raises ConflictError for another disk or an old membership, UnavailableError when not ready or the disk is
-        full, IntegrityError at fault."""
-        async with self._lock:
-            await self.make_ready()
-            state = self._control.state.acceptor
-            effects = acceptor.vote(state, request.term, request.seat, request.generation)
-            response = await self._perform(effects)
-        assert response is not None  # noqa: S101 - every vote ends in a reply
+        full, IntegrityError at fault. Goes on to its end when the caller is cancelled."""
+        response = await _to_its_end(self._vote(request))
         _log.info(
             "vote",
             timeline_id=str(self.timeline_id),
@@ -285,20 +282,25 @@ class Timeline:
         )
         return response
 
+    async def _vote(self, request: VoteRequest) -> VoteResponse:
+        # Invariant: whoever decides by the acceptor's state holds the lock until the effects are performed. Another
+        # one, deciding meanwhile by the state of before, would take back what was promised.
+        async with self._lock:
+            await self.make_ready()
+            state = self._control.state.acceptor
+            effects = acceptor.vote(state, request.term, request.seat, request.generation)
+            response = await self._perform(effects)
+        assert response is not None  # noqa: S101 - every vote ends in a reply
+        return response
+
     async def elected(self, request: Elected) -> TimelineStatus:
-        """Adopt the leader's history; returns when the log reaches its start.
+        """Adopt the leader's history; returns when the log reaches its start. The history is adopted when the caller is
+        cancelled, too.
 
         Raises ConflictError, InvalidInputError (see acceptor.elected), KeyAccessError, UnavailableError when copying
         takes too long (it goes on; ask again), IntegrityError.
         """
-        history = TermHistory.of((entry.term, entry.start_lsn.value) for entry in request.term_history)
-        async with self._lock:
-            await self.make_ready()
-            # Decided before the writer is stopped: a refused message must not hurt a stream that is in order.
-            if self._decide_elected(request.term, history):
-                await self._stop_writer()
-                await self._perform(self._decide_elected(request.term, history))
-            recovery = await self._recover(history, request)
+        recovery = await _to_its_end(self._adopt(request))
         if recovery is not None:
             try:
                 async with asyncio.timeout(self._environment.elected_timeout_s):
@@ -306,6 +308,17 @@ class Timeline:
             except TimeoutError:
                 raise UnavailableError("still copying WAL from the donor") from None
         return self.status()
+
+    async def _adopt(self, request: Elected) -> PeerRecovery | None:
+        """What copies the rest of the log; None when there is no rest."""
+        history = TermHistory.of((entry.term, entry.start_lsn.value) for entry in request.term_history)
+        async with self._lock:
+            await self.make_ready()
+            # Decided before the writer is stopped: a refused message must not hurt a stream that is in order.
+            if self._decide_elected(request.term, history):
+                await self._stop_writer()
+                await self._perform(self._decide_elected(request.term, history))
+            return await self._recover(history, request)
 
     def _decide_elected(self, term: int, history: TermHistory) -> list[Effect]:
         return acceptor.elected(self._control.state.acceptor, self._store.flush_lsn, term, history)
@@ -557,6 +570,11 @@ class Timeline:
                 await asyncio.gather(*(subscription.finished.wait() for subscription in subscriptions))
         steps_s["subscriptions_gone"] = time.monotonic() - started_s
         return steps_s
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which goes on when the caller is cancelled."""
+    return await asyncio.shield(asyncio.create_task(work))
 
 
 def _term_starts(history: TermHistory) -> list[TermStart]:

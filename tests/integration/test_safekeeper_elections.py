@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
+import threading
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from safekeeper import files, node, piece_file
 from safekeeper.wal_sender import Subscription
 from shared.api.safekeeper import Donor, TermStart
 from shared.config import Address
@@ -17,6 +20,7 @@ from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
 from shared.wal.reader import WalStreamDecoder
 from shared.wire.walstream import Feedback, Status, Subscribe, SubscribeFlags
 from tests.fixtures.safekeeper_nodes import Leadership, NodeBench, choose, elect, nodes
+from tests.fixtures.waiting import wait_until
 from tests.fixtures.wal import WalBuilder
 
 START = WAL_SEGMENT_SIZE_BYTES + 40
@@ -158,6 +162,95 @@ async def test_feedback_counts_only_in_the_logs_own_term(tmp_path: Path, rng: ra
         await benches[0].vote(2)
         benches[0].timeline.feedback(Feedback(START + len(data), 0))
         assert benches[0].timeline.status().commit_lsn == Lsn(START)
+
+
+class SlowDisk:
+    """Control files are not written before `go_on`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.writing, self.go_on = threading.Event(), threading.Event()
+        self._replace_file = files.replace_file
+        patch.setattr(files, "replace_file", self._slowly)
+
+    def _slowly(self, path: Path, data: bytes) -> None:
+        self.writing.set()
+        assert self.go_on.wait(20)
+        self._replace_file(path, data)
+
+
+async def test_what_was_promised_is_not_taken_back_by_those_who_write_beside_it(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    """While a vote is being written, housekeeping writes commit_lsn, and its caller leaves."""
+    async with nodes(tmp_path, START, count=1) as [bench]:
+        await elect([bench], 1, of=1)
+        data = records(WalBuilder(START), rng, 3)
+        await bench.write(1, START, data)
+        timeline = bench.timeline
+        timeline.feedback(Feedback(START + len(data), 0))
+        with pytest.MonkeyPatch.context() as patch:
+            disk = SlowDisk(patch)
+            voting = asyncio.create_task(bench.vote(5))
+            await asyncio.to_thread(disk.writing.wait, 20)
+            keeping = asyncio.create_task(timeline.persist_commit_lsn())
+            await asyncio.sleep(0)
+            disk.go_on.set()
+            assert (await voting).granted
+            await keeping
+        assert timeline.status().term == 5
+        assert timeline.status().commit_lsn == Lsn(START + len(data))
+
+        with pytest.MonkeyPatch.context() as patch:
+            disk = SlowDisk(patch)
+            voting = asyncio.create_task(bench.vote(7))
+            await asyncio.to_thread(disk.writing.wait, 20)
+            voting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await voting
+            lower = asyncio.create_task(bench.vote(6))
+            await asyncio.sleep(0)
+            disk.go_on.set()
+            assert not (await lower).granted
+        assert timeline.status().term == 7
+        await bench.crash()
+        await bench.start()
+        assert bench.timeline.status().term == 7
+
+
+async def test_housekeeping_outlives_what_goes_wrong_with_a_timeline(
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "_HOUSEKEEPING_PERIOD_S", 0.01)
+    async with nodes(tmp_path, START, count=1) as [bench]:
+        await elect([bench], 1, of=1)
+        data = records(WalBuilder(START), rng, 3)
+        await bench.write(1, START, data)
+        await bench.crash()
+        refused = []
+
+        def refuse(*arguments: Any) -> Any:
+            refused.append(arguments)
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(piece_file, "read_header", refuse)
+            await bench.start()
+            await wait_until(lambda: len(refused) > 2)
+            with pytest.raises(UnavailableError):
+                await bench.log()
+        await wait_until(lambda: bench.timeline.loaded)
+        assert await bench.log() == data
+
+        def defect() -> None:
+            refused.clear()
+            raise ValueError("a defect")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.timeline._store, "persist_commit_lsn", defect)
+            bench.timeline.feedback(Feedback(START + 100, 0))
+            await wait_until(lambda: not refused)
+        persisted = bench.timeline._control
+        await wait_until(lambda: not persisted.commit_lsn_is_dirty)
 
 
 async def test_a_vote_overtakes_a_recovery_that_hangs(tmp_path: Path, rng: random.Random) -> None:

@@ -282,6 +282,10 @@ class SimLog:
                 del self._bytes[clip_lsn - self._start_lsn :]
             self._writer = None
 
+    async def persist_commit_lsn(self) -> None:
+        self.check_ready()
+        await self._change(lambda state: state)
+
     async def _change(self, change: Callable[[ControlState], ControlState]) -> None:
         before = [extent.piece for extent in self._control.state.log.extents]
         try:
