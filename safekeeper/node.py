@@ -217,7 +217,11 @@ class SafekeeperNode:
                 return found
             keys = self._keys_of(project_id)
             await keys.acquire()
-            made = await Timeline.create(self._directory(key), *key, request, keys, self._environment)
+            try:
+                made = await Timeline.create(self._directory(key), *key, request, keys, self._environment)
+            except IntegrityError as error:  # a failed fsync: to make it once more would look as if it had worked
+                self._damaged[key] = str(error)
+                raise
             self._timelines[key] = made
             return made
 
