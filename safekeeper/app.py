@@ -98,8 +98,10 @@ def create_app(
         return (await node.create(*ids, request)).status()
 
     @app.delete(_TIMELINE, dependencies=admin, status_code=204)
-    async def delete(ids: Ids) -> Response:
-        await node.delete(*ids)
+    async def delete(ids: Ids, offloaded: bool = False) -> Response:
+        """What this safekeeper has of it. With `offloaded`, which is refused while it has any, instead what all of them
+        have put into the object store: when the timeline is deleted on each, and not before."""
+        await (node.delete_offloaded if offloaded else node.delete)(*ids)
         return Response(status_code=204)
 
     @app.get(_TIMELINE, dependencies=reader)

@@ -25,8 +25,8 @@ from safekeeper.control_file import FILE_NAME, ControlState
 from safekeeper.files import fsync_directory
 from safekeeper.key_project import ProjectUpkeep
 from safekeeper.piece_keys import ProjectKeys
-from safekeeper.remote_wal import project_prefix
-from safekeeper.timeline import DELETED_SUFFIX, Timeline, TimelineEnvironment
+from safekeeper.remote_wal import project_prefix, timeline_prefix
+from safekeeper.timeline import DELETED_SUFFIX, Timeline, TimelineEnvironment, remove_directory
 from safekeeper.wal_sender import Log
 from shared.api.safekeeper import CreateTimeline, SafekeeperStatus
 from shared.deletion import Deletion
@@ -226,19 +226,37 @@ class SafekeeperNode:
             return made
 
     async def delete(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
-        """Idempotent. Gives the project's lease back with its last timeline."""
+        """What this node has of it on its disk. Idempotent. Gives the project's lease back with its last timeline.
+
+        Raises UnavailableError; then it is to be called again.
+        """
         key = _Key(project_id, timeline_id)
         async with self._changing:
             self._damaged.pop(key, None)
             timeline = self._timelines.pop(key, None)
-            if timeline is not None:
-                await timeline.delete()
-            elif (directory := self._directory(key)).exists():
-                shutil.rmtree(directory)
+            try:
+                if timeline is not None:
+                    await timeline.delete()
+                elif (directory := self._directory(key)).exists():
+                    await asyncio.to_thread(remove_directory, directory)
+            except OSError as error:
+                raise UnavailableError(f"the timeline could not be deleted: {error.strerror}") from None
             if not any(other.project_id == project_id for other in self._timelines):
                 keys = self._projects.pop(project_id, None)
                 if keys is not None:
                     await keys.release()
+
+    async def delete_offloaded(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
+        """The timeline's WAL in the object store, whoever put it. Idempotent. Only when no safekeeper has the timeline
+        any more: until then these may be the only copies of WAL that a peer, or the pageserver, still needs.
+
+        Raises ConflictError while this one has it, StoreUnavailableError, StoreDeniedError.
+        """
+        async with self._changing:
+            if _Key(project_id, timeline_id) in self._timelines.keys() | self._damaged.keys():
+                raise ConflictError("this safekeeper has the timeline: delete it on every safekeeper first")
+            if self._environment.objects is not None:
+                await purge(self._environment.objects, timeline_prefix(project_id, timeline_id))
 
     async def delete_project(self, project_id: ProjectId) -> Deletion:
         """Everything of a shredded project: see `shared.deletion.DeleteProject`. Raises UnavailableError."""

@@ -249,17 +249,13 @@ class Timeline:
             await self._store.aclose()
 
     async def delete(self) -> None:
-        """Close, and remove everything of it from the disk, and what this node has put into the object store.
-
-        Raises StoreUnavailableError, StoreDeniedError (nothing is removed from the disk then).
-        """
+        """Close, and remove everything of it from the disk. What is in the object store stays: peers may have it there
+        only. Raises OSError, IntegrityError."""
         await self.aclose()
         async with self._offloading:  # what a pass was just putting is there now, and no other pass begins
-            if self._remote is not None:
-                own = [p for p in await self._remote.pieces() if p.node_id == self._environment.node_id]
-                await self._remote.remove(own)
+            pass
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._environment.executor, _remove_directory, self._directory)
+        await loop.run_in_executor(self._environment.executor, remove_directory, self._directory)
 
     def same_as(self, request: CreateTimeline) -> bool:
         state = self._control.state
@@ -588,9 +584,12 @@ def _create_directory(directory: Path, state: ControlState) -> None:
     files.replace_file(directory / FILE_NAME, state.serialize())
 
 
-def _remove_directory(directory: Path) -> None:
+def remove_directory(directory: Path) -> None:
+    """Of a timeline. Raises OSError, FsyncFailedError; the next start finishes it, if its name is gone already."""
     # Renamed first: a crash half way leaves nothing that looks like a damaged timeline.
     doomed = directory.with_name(directory.name + DELETED_SUFFIX)
+    if doomed.exists():
+        shutil.rmtree(doomed)
     directory.rename(doomed)
     files.fsync_directory(directory.parent)
     shutil.rmtree(doomed)

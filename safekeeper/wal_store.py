@@ -517,20 +517,29 @@ class WalStore:
     # --- offload ---
 
     async def offload(self, remote: RemoteWal, node_id: str, keep_size_bytes: int) -> None:
-        """One pass (offload.py). Raises UnavailableError, StoreDeniedError, IntegrityError."""
+        """One pass (offload.py). Raises KeyAccessError, UnavailableError, StoreDeniedError, IntegrityError."""
         self.check_ready()
         for extent in to_offload(self._control.state):
             end_lsn, term = extent.end_lsn, extent.piece.term
             assert end_lsn is not None  # noqa: S101 - to_offload picks closed ones
             there = await remote.pieces(extent.piece.segment_number)
             if not any(piece.covers(term, extent.start_lsn, end_lsn) for piece in there):
-                await self._put(remote, RemotePiece(extent.piece, extent.start_lsn, end_lsn, node_id), extent)
+                await self._put(remote, node_id, extent)
             failpoint("offload-put")
             await self._place(extent, Place.BOTH)
         for extent in to_remove(self._control.state, keep_size_bytes):
-            await self._place(extent, Place.REMOTE)
+            if await self._is_remote(extent):
+                await self._place(extent, Place.REMOTE)
+            else:
+                self._log.warning("offloaded WAL is gone or damaged, it is put again", piece=extent.piece.file_name)
+                await self._put(remote, node_id, extent)
 
-    async def _put(self, remote: RemoteWal, piece: RemotePiece, extent: Extent) -> None:
+    async def _is_remote(self, extent: Extent) -> bool:
+        return self._remote is not None and await self._remote.has(extent)
+
+    async def _put(self, remote: RemoteWal, node_id: str, extent: Extent) -> None:
+        assert extent.end_lsn is not None  # noqa: S101 - only closed ones are offloaded
+        piece = RemotePiece(extent.piece, extent.start_lsn, extent.end_lsn, node_id)
         try:
             _, envelope = await self._in_thread(piece_file.read_header, self._directory, extent.piece, extent.start_lsn)
             content = await read_for_upload(self._directory, extent)
