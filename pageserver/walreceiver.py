@@ -157,7 +157,8 @@ class WalReceiver:
             await asyncio.sleep(min(_RECONNECT_DELAY_S * failures, 2.0) or 0.01)
 
     async def _connect(self, peer: Peer) -> FramedConnection:
-        token = self._issuer.issue(Service.SAFEKEEPER, [Scope.WAL_READ], project_id=self._project_id)
+        scopes = [Scope.WAL_READ, Scope.WAL_FEEDBACK]
+        token = self._issuer.issue(Service.SAFEKEEPER, scopes, project_id=self._project_id)
         return await connect(Service.SAFEKEEPER, peer.address, self._context, token, MAX_FRAME_SIZE_BYTES)
 
     async def _session(self, peer: Peer) -> None:

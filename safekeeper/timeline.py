@@ -506,12 +506,16 @@ class Timeline:
         return await self._store.read(lsn, max_size_bytes)
 
     def feedback(self, feedback: Feedback) -> None:
-        self._backpressure.heard(feedback.ingested_lsn, time.monotonic())
-        self._control.raise_remote_consistent_lsn(feedback.remote_consistent_lsn)
-        state = self._control.state.acceptor
-        raised = acceptor.commit(state, self._store.flush_lsn, feedback.commit_lsn)
+        """What a pageserver says. It is taken as far as this log reaches, and while that is of the current term."""
+        state, flush_lsn = self._control.state.acceptor, self._store.flush_lsn
+        self._backpressure.heard(min(feedback.ingested_lsn, flush_lsn), time.monotonic())
+        raised = acceptor.commit(state, flush_lsn, feedback.commit_lsn)
         if raised is not state:
             self._control.raise_commit_lsn(raised.commit_lsn)
+        if state.last_log_term(flush_lsn) == state.term:
+            # What is in layers was committed before, so the rule is the same.
+            self._control.raise_remote_consistent_lsn(min(feedback.remote_consistent_lsn, flush_lsn))
+        if raised is not state:
             self._wake_subscriptions()
 
     def subscribe(self, subscription: Subscription) -> None:

@@ -14,11 +14,15 @@ import pytest
 from safekeeper import files, node, piece_file
 from safekeeper.wal_sender import Subscription
 from shared.api.safekeeper import Donor, TermStart
+from shared.auth import Scope, Service
 from shared.config import Address
-from shared.errors import ConflictError, IntegrityError, InvalidInputError, UnavailableError
+from shared.errors import ConflictError, IntegrityError, InvalidInputError, PermissionDeniedError, UnavailableError
+from shared.framed_tcp import FramedConnection, connect
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
+from shared.tls import client_context
 from shared.wal.reader import WalStreamDecoder
-from shared.wire.walstream import Feedback, Status, Subscribe, SubscribeFlags
+from shared.wire.frames import ERROR, ErrorFrame
+from shared.wire.walstream import MAX_FRAME_SIZE_BYTES, Feedback, Status, Subscribe, SubscribeFlags
 from tests.fixtures.safekeeper_nodes import Leadership, NodeBench, choose, elect, nodes
 from tests.fixtures.waiting import wait_until
 from tests.fixtures.wal import WalBuilder
@@ -176,6 +180,60 @@ class SlowDisk:
         self.writing.set()
         assert self.go_on.wait(20)
         self._replace_file(path, data)
+
+
+async def test_feedback_is_taken_from_pageservers_only(tmp_path: Path, rng: random.Random) -> None:
+    """Computes and peers read WAL by the same port. By their word nothing is committed, or in layers."""
+    async with nodes(tmp_path, START, count=1) as [bench]:
+        await elect([bench], 1, of=1)
+        data = records(WalBuilder(START), rng, 3)
+        await bench.write(1, START, data)
+        assert bench.server is not None
+        address, context = Address(port=bench.server.port), client_context(bench.realm.ca_certificate)
+        end = START + len(data)
+
+        async def connected(service: Service, *scopes: Scope) -> FramedConnection:
+            token = bench.realm.issuers[service].issue(Service.SAFEKEEPER, scopes, project_id=bench.project_id)
+            connection = await connect(Service.SAFEKEEPER, address, context, token, MAX_FRAME_SIZE_BYTES)
+            flags = SubscribeFlags.STATUS_ONLY
+            await connection.send(Subscribe(bench.project_id, bench.timeline_id, START, 0, flags).pack())
+            await connection.send(Feedback(end, end, end).pack())
+            return connection
+
+        for service in (Service.COMPUTE, Service.SAFEKEEPER):
+            connection = await connected(service, Scope.WAL_READ)
+            said = []
+            while frames := await connection.receive():
+                said += [ErrorFrame.parse(payload).exception() for kind, payload in frames if kind == ERROR]
+            assert [type(error) for error in said] == [PermissionDeniedError]
+            await connection.close()
+            with pytest.raises(PermissionDeniedError):
+                await connected(service, Scope.WAL_READ, Scope.WAL_FEEDBACK)
+        state = bench.timeline._control.state
+        assert (state.acceptor.commit_lsn, state.remote_consistent_lsn) == (START, 0)
+
+        connection = await connected(Service.PAGESERVER, Scope.WAL_READ, Scope.WAL_FEEDBACK)
+        await wait_until(lambda: bench.timeline.status().commit_lsn == Lsn(end))
+        assert bench.timeline._control.state.remote_consistent_lsn == end
+        await connection.close()
+
+
+async def test_feedback_counts_as_far_as_the_log_reaches_and_in_its_own_term(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    async with nodes(tmp_path, START, count=1) as [bench]:
+        await elect([bench], 1, of=1)
+        data = records(WalBuilder(START), rng, 3)
+        await bench.write(1, START, data[:100])
+        beyond = (1 << 64) - 1
+        bench.timeline.feedback(Feedback(beyond, beyond, beyond))
+        state = bench.timeline._control.state
+        assert (state.acceptor.commit_lsn, state.remote_consistent_lsn) == (START + 100, START + 100)
+        await bench.write(1, START, data)
+        await bench.vote(2)
+        bench.timeline.feedback(Feedback(beyond, beyond, beyond))
+        state = bench.timeline._control.state
+        assert (state.acceptor.commit_lsn, state.remote_consistent_lsn) == (START + 100, START + 100)
 
 
 async def test_what_was_promised_is_not_taken_back_by_those_who_write_beside_it(

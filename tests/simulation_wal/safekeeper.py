@@ -588,7 +588,7 @@ class SimSafekeeper:
         timeline = self._found()
         await timeline.make_ready()
         request = Subscribe.parse(first[1])
-        await Subscription(timeline, request, cast("FramedConnection", connection)).run()
+        await Subscription(timeline, request, cast("FramedConnection", connection), takes_feedback=True).run()
 
     async def _connect_to_peer(self, donor: Donor, project_id: ProjectId) -> Connection:
         return await self._network.connect(self.node_id, donor.node_id, self.peers[donor.node_id].serve_wal)
