@@ -21,6 +21,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Self
 
+from pageserver.announced import announced_lsn
 from pageserver.ingest_shell import IngestShell, load_tip
 from pageserver.initdb_import import read_position, read_values
 from pageserver.key_project import ProjectKeys
@@ -337,8 +338,14 @@ class Tenants:
         await self._keep(project, timeline)
 
     async def _open(self, project: _Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
-        services, config = self._services(project), self._environment.config
-        return await Timeline.open(project.project_id, timeline_id, services, lease, config, find=self.timeline)
+        environment, services = self._environment, self._services(project)
+        project_id, config = project.project_id, environment.config
+        announced = await announced_lsn(
+            project_id, timeline_id, environment.peers, environment.issuer, environment.peer_context
+        )
+        return await Timeline.open(
+            project_id, timeline_id, services, lease, config, at_least_lsn=announced, find=self.timeline
+        )
 
     async def _keep(self, project: _Project, timeline: Timeline) -> None:
         attached = AttachedTimeline(timeline, self._environment)

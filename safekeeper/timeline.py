@@ -128,7 +128,7 @@ class Timeline:
         self._streamed: tuple[int, str, int] | None = None
         self._subscriptions: set[Subscription] = set()
         self._boundary: RecordBoundary | None = None
-        self._status_cache: tuple[int, AcceptorState, Status] | None = None
+        self._status_cache: tuple[int, ControlState, Status] | None = None
 
     # The two places where a timeline meets the disk and the compute; the simulation puts its own ones there.
 
@@ -494,12 +494,14 @@ class Timeline:
         return self._store.flush_lsn
 
     def wire_status(self) -> Status:
-        state, flush_lsn = self._control.state.acceptor, self._store.flush_lsn
+        control, flush_lsn = self._control.state, self._store.flush_lsn
         cached = self._status_cache
-        if cached is not None and cached[0] == flush_lsn and cached[1] is state:
+        if cached is not None and cached[0] == flush_lsn and cached[1] is control:
             return cached[2]
-        status = Status(state.term, state.last_log_term(flush_lsn), flush_lsn, state.commit_lsn)
-        self._status_cache = flush_lsn, state, status
+        state = control.acceptor
+        last_log_term = state.last_log_term(flush_lsn)
+        status = Status(state.term, last_log_term, flush_lsn, state.commit_lsn, control.remote_consistent_lsn)
+        self._status_cache = flush_lsn, control, status
         return status
 
     async def read(self, lsn: int, max_size_bytes: int) -> bytes:

@@ -14,6 +14,7 @@ from shared.errors import NotFoundError, UnavailableError
 from shared.ids import ProjectId, TimelineId
 from shared.keyspace import CHECKPOINT_KEY, CONTROL_FILE_KEY
 from shared.postgres_installation import PostgresInstallation
+from shared.storage.base import ObjectStore
 from shared.storage.memory import MemoryObjectStore
 from shared.tls import client_context
 from tests.fixtures.pageserver import QUICK, Engine
@@ -36,7 +37,7 @@ class SlowStore(MemoryObjectStore):
         return await super().get(key)
 
 
-def environment(process: Engine, store: SlowStore, realm: Realm) -> Environment:
+def environment(process: Engine, store: ObjectStore, realm: Realm) -> Environment:
     nowhere = Path("/nonexistent")  # nobody redoes anything here
     binaries = RedoBinaries(PostgresInstallation(nowhere, "17"), nowhere, nowhere)
     issuer, context = realm.issuers[Service.PAGESERVER], client_context(realm.ca_certificate)
