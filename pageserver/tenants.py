@@ -29,6 +29,7 @@ from pageserver.key_upkeep import TimelineKeys
 from pageserver.layer_cache import LayerCache
 from pageserver.project_redo import ProjectRedo
 from pageserver.redo.build import RedoBinaries
+from pageserver.scrub import MAX_FINDINGS
 from pageserver.timeline import (
     AncestorNotLoadedError,
     InitdbPosition,
@@ -38,7 +39,15 @@ from pageserver.timeline import (
     TimelineServices,
 )
 from pageserver.walreceiver import Peer, WalReceiver
-from shared.api.pageserver import ADMIN_ROLE, AncestorInfo, RetentionWindow, TimelineInfo
+from shared.api.pageserver import (
+    ADMIN_ROLE,
+    AncestorInfo,
+    Finding,
+    FindingKind,
+    RetentionWindow,
+    Strays,
+    TimelineInfo,
+)
 from shared.auth import TokenIssuer
 from shared.deletion import Deletion
 from shared.errors import (
@@ -67,6 +76,8 @@ from shared.wal.reader import WalStreamDecoder
 _LEASE_POLL_S: Final = 0.1
 _FAULT_PAUSE_S: Final = 1.0
 PROJECTS_PREFIX: Final = "projects/"
+_WAL_PREFIX: Final = "wal/"
+"""Of what safekeepers offload: wal/<project>/<timeline>/…"""
 _ANCESTOR_POLL_S: Final = 0.1
 BRANCH_WAIT_S: Final = 30.0
 """How long making a branch waits for its LSN to be ingested."""
@@ -540,6 +551,35 @@ class Tenants:
                 raise UnavailableError(f"local copies of layers cannot be deleted: {error.strerror}") from None
             self._projects.pop(project_id, None)
         return done
+
+    async def strays(self, project_id: ProjectId) -> Strays:
+        """What the object store holds of the project's timelines that are not here: made half, or deleted half. By
+        names alone. Raises NotFoundError when there is nothing of such a project, ShreddedError, UnavailableError,
+        StoreDeniedError."""
+        self._check_there(project_id)
+        project = self._projects.get(project_id)
+        found: dict[str, list[int]] = {}
+        objects = 0
+        async with contextlib.nullcontext() if project is None else project.changing:  # nobody is just making one
+            known = set() if project is None else {str(each) for each in (*project.timelines, *project.tasks)}
+            for prefix in (f"{PROJECTS_PREFIX}{project_id}/timelines/", f"{_WAL_PREFIX}{project_id}/"):
+                async for info in self._environment.store.list(prefix):
+                    objects += 1
+                    timeline = info.key[len(prefix) :].partition("/")[0]
+                    if timeline not in known:
+                        found.setdefault(f"{prefix}{timeline}/", []).append(info.size_bytes)
+        if project is None and not objects:
+            raise NotFoundError("there is nothing of such a project on this pageserver")
+        findings = [
+            Finding(
+                kind=FindingKind.ORPHAN,
+                object=name,
+                detail=f"{len(sizes)} objects, {sum(sizes)} bytes, of a timeline that is not here",
+            )
+            for name, sizes in sorted(found.items())
+        ]
+        more = max(0, len(findings) - MAX_FINDINGS)
+        return Strays(objects=objects, findings=findings[:MAX_FINDINGS], more_findings=more)
 
     def timeline(self, project_id: ProjectId, timeline_id: TimelineId) -> Timeline:
         """For reads. Raises as `attached`."""

@@ -24,6 +24,7 @@ from shared.api.safekeeper import (
     VoteRequest,
     VoteResponse,
     WalContent,
+    WalScrubReport,
 )
 from shared.auth import Scope, Service, TokenVerifier
 from shared.authorize import Authorizer
@@ -92,6 +93,12 @@ def create_app(
     async def inspect(timeline: Found, request: InspectWal) -> WalContent:
         """Which records the log has at the positions of a piece; no data leaves."""
         return await timeline.describe(request)
+
+    @app.post(_TIMELINE + ":scrub", dependencies=reader)
+    async def scrub(timeline: Found) -> WalScrubReport:
+        """Read and verify all offloaded WAL of the timeline, whoever put it, and hold it against this safekeeper's log.
+        One run at a time."""
+        return await timeline.scrub()
 
     @app.post(_TIMELINE, dependencies=admin)
     async def create(ids: Ids, request: CreateTimeline) -> TimelineStatus:

@@ -38,6 +38,7 @@ from safekeeper.peer_recovery import ConnectToPeer, PeerRecovery
 from safekeeper.piece_keys import PieceKeys, ProjectKeys
 from safekeeper.remote_upkeep import RemoteUpkeep
 from safekeeper.remote_wal import RemoteWal
+from safekeeper.scrub import WalScrubber
 from safekeeper.term_history import TermHistory
 from safekeeper.wal_receiver import ReceiverTuning, WalReceiver
 from safekeeper.wal_sender import Subscription, ended_by_election
@@ -54,6 +55,7 @@ from shared.api.safekeeper import (
     VoteRequest,
     VoteResponse,
     WalContent,
+    WalScrubReport,
 )
 from shared.errors import ConflictError, KeyAccessError, NotFoundError, UnavailableError
 from shared.failpoints import failpoint
@@ -109,7 +111,11 @@ class Timeline:
         self._environment = environment
         objects = environment.objects
         self._remote = None if objects is None else RemoteWal(objects, state.project_id, state.timeline_id)
+        self._reader = None if self._remote is None else RemoteReader(self._remote, self._keys_of)
         self._control, self._store = self._open_log(state)
+        self._scrubber: WalScrubber | None = None
+        if self._remote is not None and self._reader is not None:
+            self._scrubber = WalScrubber(self._remote, self._reader, lambda: self._control.state.log)
         self.key_upkeep = PieceUpkeep(
             self._store,
             directory,
@@ -143,7 +149,7 @@ class Timeline:
             self._wake_subscriptions,
             self._is_awaited,
             environment.store,
-            None if self._remote is None else RemoteReader(self._remote, self._keys_of),
+            self._reader,
         )
         return control, store
 
@@ -416,6 +422,15 @@ class Timeline:
         )
         self.keys.check()  # Invariant: after decrypting, before anything leaves
         return found
+
+    async def scrub(self) -> WalScrubReport:
+        """What is wrong with the offloaded WAL (scrub.py). Raises ConflictError while another run is under way,
+        KeyAccessError, UnavailableError, StoreDeniedError."""
+        await self.make_ready()
+        lease = await self.keys.acquire()
+        if self._scrubber is None:
+            return WalScrubReport(pieces=0, size_bytes=0, objects=0, findings=[])
+        return await self._scrubber.run(lease.kek_version, lease.dek_floor)
 
     # --- stream ---
 
