@@ -186,9 +186,10 @@ class Manager:
                 await self._repository.timeline_deleting(timeline_id)
             await self._end_runs(timeline_id, "its branch is deleted", graceful=False)
             await self._pageserver.delete_timeline(project_id, timeline_id)
-            await asyncio.gather(
-                *(each.delete_timeline(project_id, timeline_id) for each in self._services.safekeepers)
-            )
+            safekeepers = self._services.safekeepers
+            await asyncio.gather(*(each.delete_timeline(project_id, timeline_id) for each in safekeepers))
+            # Invariant: only when no safekeeper has the timeline any more, and none offloads.
+            await asyncio.gather(*(each.delete_offloaded(project_id, timeline_id) for each in safekeepers))
             await self._repository.delete_timeline(timeline_id)
         finally:
             await self._drop_all(needed)

@@ -64,8 +64,13 @@ class SafekeeperClient:
         return await self._http.call(TimelineStatus, "POST", path, body=body, project_id=project_id)
 
     async def delete_timeline(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
-        """Does nothing when there is none."""
+        """Its own copy. Does nothing when there is none."""
         await self._http.request("DELETE", timeline_path(project_id, timeline_id), project_id=project_id)
+
+    async def delete_offloaded(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
+        """What any safekeeper has put into the object store; after all of them have deleted their copies."""
+        path = timeline_path(project_id, timeline_id)
+        await self._http.request("DELETE", path, params={"offloaded": True}, project_id=project_id)
 
     async def status(self, project_id: ProjectId, timeline_id: TimelineId) -> TimelineStatus | None:
         """None when it does not know the timeline."""

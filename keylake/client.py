@@ -35,12 +35,13 @@ from shared.api.pageserver import (
     PageserverStatus,
     RetentionWindow,
     ScrubReport,
+    Strays,
     TimelineInfo,
 )
-from shared.api.safekeeper import InspectWal, SafekeeperStatus, WalContent
+from shared.api.safekeeper import InspectWal, SafekeeperStatus, WalContent, WalScrubReport
 from shared.auth import BearerToken, PersonRole, Service, TokenIssuer
 from shared.config import Address
-from shared.errors import KeylakeError, NotFoundError, PermissionDeniedError, UnavailableError
+from shared.errors import KeylakeError, NotFoundError, PermissionDeniedError, ShreddedError, UnavailableError
 from shared.http import ServiceClient
 from shared.ids import EndpointId, KeyConfigurationId, ProjectId, TimelineId, TokenId, WorkspaceId
 from shared.lsn import Lsn
@@ -518,6 +519,33 @@ class KeylakeClient:
         """The object store against a timeline's index, by the pageserver. Takes as long as reading all of it."""
         path = f"/v1/projects/{timeline.project_id}/timelines/{timeline.timeline_id}:scrub"
         return await self._pageserver.call(ScrubReport, "POST", path, timeout_s=_SCRUB_TIMEOUT_S)
+
+    async def scrub_project(self, project_id: ProjectId) -> Strays | None:
+        """What the object store holds of timelines that the pageserver does not know. None when it holds nothing, as of
+        a project that is shredded."""
+        path = f"/v1/projects/{project_id}:scrub"
+        try:
+            return await self._pageserver.call(Strays, "POST", path, timeout_s=_SCRUB_TIMEOUT_S)
+        except (NotFoundError, ShreddedError):
+            return None
+
+    async def scrub_wal(self, timeline: TimelineInfo) -> WalScrubReport | None:
+        """A timeline's offloaded WAL against the log of the first safekeeper that can say it. None when none has one.
+
+        Raises UnavailableError when some have, or may have, and none answers.
+        """
+        path = f"/v1/projects/{timeline.project_id}/timelines/{timeline.timeline_id}:scrub"
+        failure: UnavailableError | None = None
+        for client in self._safekeepers:
+            try:
+                return await client.call(WalScrubReport, "POST", path, timeout_s=_SCRUB_TIMEOUT_S)
+            except NotFoundError:
+                pass
+            except UnavailableError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return None
 
     async def inspect_object(
         self, project_id: ProjectId, timeline_id: TimelineId, name: str, sha256: str

@@ -23,7 +23,7 @@ import pageserver.app
 import safekeeper.app
 from keymanager.session import KEYS_SCOPE, SESSION_SCOPE
 from pageserver.page_service import PAGES_SCOPE
-from safekeeper.wal_sender import WAL_SCOPE
+from safekeeper.wal_sender import FEEDBACK_SCOPE, WAL_SCOPE
 from shared.auth import Service, TokenVerifier, TrustBundle
 from shared.authorize import Operation, Reach, operations
 from shared.roles import PERSON_SCOPES, SERVICE_SCOPES, Scope
@@ -79,6 +79,9 @@ CONNECTIONS: Final = (
     ),
     Connection(Service.PAGESERVER, "pages port: read pages, make a basebackup", frozenset({PAGES_SCOPE})),
     Connection(Service.SAFEKEEPER, "WAL port: read WAL", frozenset({WAL_SCOPE})),
+    Connection(
+        Service.SAFEKEEPER, "WAL port: say what is committed and in layers", frozenset({WAL_SCOPE, FEEDBACK_SCOPE})
+    ),
 )
 
 _INTRODUCTION: Final = """\

@@ -26,6 +26,7 @@ from shared.api.pageserver import (
     PageserverStatus,
     RetentionWindow,
     ScrubReport,
+    Strays,
     TimelineInfo,
 )
 from shared.auth import Principal, Scope, Service, TokenVerifier
@@ -136,6 +137,14 @@ def create_app(
     @app.get(_TIMELINE, dependencies=reader)
     async def get_timeline(ids: Ids) -> TimelineInfo:
         return tenants.attached(*ids).info()
+
+    @app.post("/v1/projects/{project_id}:scrub", dependencies=reader)
+    async def scrub_project(project_id: str) -> Strays:
+        """What the object store holds, by its names, of timelines that are not here."""
+        try:
+            return await tenants.strays(ProjectId.parse(project_id))
+        except ValueError as error:
+            raise InvalidInputError(str(error)) from None
 
     add_key_routes(app, node_id, authorize, tenants.upkeep, tenants.project_keys)
 

@@ -27,8 +27,9 @@ any key.
 
 What the index cannot show by itself is that it is the *newest*: an object store that hides the last versions serves an
 older, valid timeline. Two things can show it. The highest slot that this machine has seen is kept beside the layer
-cache, and loading less is refused; and `at_least_lsn` is what the safekeepers were told to be durable. With an empty
-disk and safekeepers that know nothing, a rollback of the whole timeline is not detected (docs/formats/index.md).
+cache, and loading less is refused; and `at_least_lsn` is what the safekeepers remember to be durable, who are asked
+when a timeline is attached (announced.py) and heard while it lives (walreceiver.py). With an empty disk and safekeepers
+that know nothing, or cannot be reached, a rollback of the whole timeline is not detected (docs/formats/index.md).
 """
 
 from __future__ import annotations

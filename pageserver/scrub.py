@@ -1,8 +1,8 @@
 """The object store against the index: what is missing, left over, unreadable, or under a key that it should not be.
 
 Every layer that the index lists is read from the object store as a whole (not from the local copy), every chunk is
-opened, and its footer and index are held against the timeline's index. Nothing is changed. Plaintext is dropped layer
-by layer.
+opened, and its footer and index are held against the timeline's index. So is every version of the index that is kept.
+Nothing is changed. Plaintext is dropped layer by layer. (Offloaded WAL is the safekeepers': `safekeeper/scrub.py`.)
 
 What is listed and what is there is compared at one moment, under the locks of all who change either; so what is
 reported is so, whatever ingest, compaction and key upkeep do meanwhile. A layer that goes away while its turn has not
@@ -19,17 +19,18 @@ from typing import Final
 
 from pageserver.compactor import Compactor
 from pageserver.flusher import Flusher
+from pageserver.index_part import IndexPart
 from pageserver.layer.footer import FOOTER_SIZE_BYTES, Footer
 from pageserver.layer.name import LayerDescriptor, parse_generation
 from pageserver.layer.opened import PARSE_INDEX
 from pageserver.live import Live, TimelineServices
-from pageserver.remote_timeline import KEPT_INDEX_VERSIONS
+from pageserver.remote_timeline import INDEX_KIND, KEPT_INDEX_VERSIONS, VOID
 from shared.api.pageserver import Finding, FindingKind, ScrubReport
 from shared.crypto.aead import AeadKey
 from shared.crypto.context import EncryptionContext
 from shared.crypto.envelope import Envelope
 from shared.crypto.sealed_object import open_object
-from shared.errors import ConflictError, CorruptedError, IntegrityError, UnavailableError
+from shared.errors import ConflictError, CorruptedError, IntegrityError, NotFoundError, UnavailableError
 from shared.storage.base import ObjectNotFoundError
 
 _ENVELOPE_SUFFIX: Final = ".key"
@@ -82,6 +83,11 @@ class Scrubber:
         async with self._compactor.lock, self._flusher.lock:
             moment = await self._look(live)
         findings = _strays(live, moment)
+        for slot in _kept_slots(moment):
+            live.check()
+            found = await self._examine_index(live, slot, kek_version, dek_floor)
+            if found is not None:
+                findings.append(found)
         size_bytes = 0
         for layer, listed in moment.layers:
             live.check()
@@ -109,6 +115,29 @@ class Scrubber:
     @staticmethod
     def _is_listed(live: Live, layer: LayerDescriptor) -> bool:
         return any(known.name == layer.name for known, _ in live.index.layers)
+
+    async def _examine_index(self, live: Live, name: str, kek_version: int, dek_floor: int) -> Finding | None:
+        """The first thing that is wrong with a version of the index; nothing with one that has been deleted since."""
+        object_key = live.remote.prefix + name
+        try:
+            sealed = await self._services.store.get(object_key)
+            if sealed == VOID:
+                return None
+            envelope = await live.remote.stored_envelope(object_key)
+            if envelope is None:
+                return None  # missing, which the listing has said
+            key, context = await live.remote.stored_key(object_key, INDEX_KIND)
+            index = IndexPart.parse(await self._services.pool.run(open_object, key, context, sealed))
+            if (index.project_id, index.timeline_id) != (live.index.project_id, live.index.timeline_id):
+                raise CorruptedError("the index belongs to another timeline")
+        except ObjectNotFoundError:
+            return None
+        except (IntegrityError, NotFoundError) as error:  # also of the KEK that it is under
+            return Finding(kind=FindingKind.UNREADABLE, object=name, detail=str(error))
+        if envelope.kek_version < kek_version or envelope.dek_version < dek_floor:
+            detail = f"KEK version {envelope.kek_version}, DEK of version {envelope.dek_version}"
+            return Finding(kind=FindingKind.OUTDATED_KEY, object=name, detail=detail)
+        return None
 
     async def _examine(
         self, live: Live, layer: LayerDescriptor, listed: Envelope, kek_version: int, dek_floor: int
@@ -155,12 +184,17 @@ def _verify(key: AeadKey, context: EncryptionContext, layer: LayerDescriptor, se
         index.find(one)
 
 
+def _kept_slots(moment: _Moment) -> list[str]:
+    """Names of the newest versions of the index."""
+    slots = sorted({name.removesuffix(_ENVELOPE_SUFFIX) for name in moment.objects if _SLOT.fullmatch(name)})
+    return slots[-KEPT_INDEX_VERSIONS:]
+
+
 def _strays(live: Live, moment: _Moment) -> list[Finding]:
     """Objects that nothing refers to. Some of them are ordinary: what a crash left goes with a later index."""
     listed = {layer.name for layer, _ in moment.layers} | moment.on_their_way
     findings = []
-    slots = sorted({name.removesuffix(_ENVELOPE_SUFFIX) for name in moment.objects if _SLOT.fullmatch(name)})
-    kept = set(slots[-KEPT_INDEX_VERSIONS:])
+    kept = set(_kept_slots(moment))
     for name in sorted(moment.objects):
         base = name.removesuffix(_ENVELOPE_SUFFIX)
         if base in kept:

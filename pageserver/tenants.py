@@ -21,6 +21,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Self
 
+from pageserver.announced import announced_lsn
 from pageserver.ingest_memory import IngestMemory
 from pageserver.ingest_shell import IngestShell, load_tip
 from pageserver.initdb_import import read_position, read_values
@@ -30,6 +31,7 @@ from pageserver.layer_cache import LayerCache
 from pageserver.project_redo import ProjectRedo
 from pageserver.redo.build import RedoBinaries
 from pageserver.removal import Mark, Removal
+from pageserver.scrub import MAX_FINDINGS
 from pageserver.timeline import (
     AncestorNotLoadedError,
     InitdbPosition,
@@ -40,7 +42,15 @@ from pageserver.timeline import (
     TimelineServices,
 )
 from pageserver.walreceiver import Peer, WalReceiver
-from shared.api.pageserver import ADMIN_ROLE, AncestorInfo, RetentionWindow, TimelineInfo
+from shared.api.pageserver import (
+    ADMIN_ROLE,
+    AncestorInfo,
+    Finding,
+    FindingKind,
+    RetentionWindow,
+    Strays,
+    TimelineInfo,
+)
 from shared.auth import TokenIssuer
 from shared.deletion import Deletion
 from shared.errors import (
@@ -69,6 +79,8 @@ from shared.wal.reader import WalStreamDecoder
 _LEASE_POLL_S: Final = 0.1
 _FAULT_PAUSE_S: Final = 1.0
 PROJECTS_PREFIX: Final = "projects/"
+_WAL_PREFIX: Final = "wal/"
+"""Of what safekeepers offload: wal/<project>/<timeline>/…"""
 _ANCESTOR_POLL_S: Final = 0.1
 BRANCH_WAIT_S: Final = 30.0
 """How long making a branch waits for its LSN to be ingested."""
@@ -381,13 +393,17 @@ class Tenants:
             return None
 
     async def _open(self, project: _Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
-        services, config = self._services(project), self._environment.config
+        environment, services = self._environment, self._services(project)
+        project_id, config = project.project_id, environment.config
+        announced = await announced_lsn(
+            project_id, timeline_id, environment.peers, environment.issuer, environment.peer_context
+        )
 
-        def find(project_id: ProjectId, ancestor_id: TimelineId) -> Timeline:
-            project.ancestors[timeline_id] = project_id, ancestor_id
-            return self.timeline(project_id, ancestor_id)
+        def find(of_project: ProjectId, ancestor_id: TimelineId) -> Timeline:
+            project.ancestors[timeline_id] = of_project, ancestor_id
+            return self.timeline(of_project, ancestor_id)
 
-        return await Timeline.open(project.project_id, timeline_id, services, lease, config, find=find)
+        return await Timeline.open(project_id, timeline_id, services, lease, config, at_least_lsn=announced, find=find)
 
     async def _keep(self, project: _Project, timeline: Timeline) -> None:
         attached = AttachedTimeline(timeline, self._environment)
@@ -647,6 +663,35 @@ class Tenants:
                 raise UnavailableError(f"local copies of layers cannot be deleted: {error.strerror}") from None
             self._projects.pop(project_id, None)
         return done
+
+    async def strays(self, project_id: ProjectId) -> Strays:
+        """What the object store holds of the project's timelines that are not here: made half, or deleted half. By
+        names alone. Raises NotFoundError when there is nothing of such a project, ShreddedError, UnavailableError,
+        StoreDeniedError."""
+        self._check_there(project_id)
+        project = self._projects.get(project_id)
+        found: dict[str, list[int]] = {}
+        objects = 0
+        async with contextlib.nullcontext() if project is None else project.changing:  # nobody is just making one
+            known = set() if project is None else {str(each) for each in (*project.timelines, *project.tasks)}
+            for prefix in (f"{PROJECTS_PREFIX}{project_id}/timelines/", f"{_WAL_PREFIX}{project_id}/"):
+                async for info in self._environment.store.list(prefix):
+                    objects += 1
+                    timeline = info.key[len(prefix) :].partition("/")[0]
+                    if timeline not in known:
+                        found.setdefault(f"{prefix}{timeline}/", []).append(info.size_bytes)
+        if project is None and not objects:
+            raise NotFoundError("there is nothing of such a project on this pageserver")
+        findings = [
+            Finding(
+                kind=FindingKind.ORPHAN,
+                object=name,
+                detail=f"{len(sizes)} objects, {sum(sizes)} bytes, of a timeline that is not here",
+            )
+            for name, sizes in sorted(found.items())
+        ]
+        more = max(0, len(findings) - MAX_FINDINGS)
+        return Strays(objects=objects, findings=findings[:MAX_FINDINGS], more_findings=more)
 
     def timeline(self, project_id: ProjectId, timeline_id: TimelineId) -> Timeline:
         """For reads. Raises as `attached`."""

@@ -24,7 +24,7 @@ from typing import Final
 from pageserver.quorum import NOTHING_COMMITTED, committed, majority
 from shared.auth import Scope, Service, TokenIssuer
 from shared.config import Address
-from shared.errors import CorruptedError, KeylakeError, UnavailableError
+from shared.errors import CorruptedError, IntegrityError, KeylakeError, UnavailableError
 from shared.framed_tcp import FramedConnection, connect
 from shared.ids import ProjectId, TimelineId
 from shared.telemetry import get_logger
@@ -55,6 +55,10 @@ class Peer:
 
     node_id: str
     address: Address
+
+
+class RolledBackError(IntegrityError):
+    """The object store shows an older timeline than it was given."""
 
 
 IngestRecords = Callable[[Sequence[RawRecord]], Awaitable[None]]
@@ -100,7 +104,8 @@ class WalReceiver:
         return self._committed.lsn
 
     async def run(self) -> None:
-        """Raises CorruptedError when committed WAL cannot be decoded, or whatever `ingest` raises."""
+        """Raises CorruptedError when committed WAL cannot be decoded, RolledBackError when a safekeeper was told that
+        more is durable than is there, or whatever `ingest` raises."""
         async with asyncio.TaskGroup() as group:
             for peer in self._peers:
                 group.create_task(self._follow(peer))
@@ -149,6 +154,8 @@ class WalReceiver:
             try:
                 await self._session(peer)
                 failures = 0
+            except RolledBackError:
+                raise
             except KeylakeError as error:
                 failures += 1
                 if failures in (1, 10, 100):
@@ -158,7 +165,8 @@ class WalReceiver:
             await asyncio.sleep(min(_RECONNECT_DELAY_S * failures, 2.0) or 0.01)
 
     async def _connect(self, peer: Peer) -> FramedConnection:
-        token = self._issuer.issue(Service.SAFEKEEPER, [Scope.WAL_READ], project_id=self._project_id)
+        scopes = [Scope.WAL_READ, Scope.WAL_FEEDBACK]
+        token = self._issuer.issue(Service.SAFEKEEPER, scopes, project_id=self._project_id)
         return await connect(Service.SAFEKEEPER, peer.address, self._context, token, MAX_FRAME_SIZE_BYTES)
 
     async def _session(self, peer: Peer) -> None:
@@ -207,6 +215,9 @@ class WalReceiver:
     # --- flow ---
 
     async def _status(self, node_id: str, status: Status) -> None:
+        # Whatever this pageserver, or one before it, has ever reported was durable by then.
+        if status.remote_consistent_lsn > self._remote_consistent_lsn():
+            raise RolledBackError("the object store lacks what safekeepers were told to be durable")
         self._statuses[node_id] = status
         if node_id == self._source:
             self._changed.set()  # it may be in a newer term now

@@ -24,6 +24,7 @@ from shared.api.safekeeper import (
     VoteRequest,
     VoteResponse,
     WalContent,
+    WalScrubReport,
 )
 from shared.auth import Scope, Service, TokenVerifier
 from shared.authorize import Authorizer
@@ -93,13 +94,21 @@ def create_app(
         """Which records the log has at the positions of a piece; no data leaves."""
         return await timeline.describe(request)
 
+    @app.post(_TIMELINE + ":scrub", dependencies=reader)
+    async def scrub(timeline: Found) -> WalScrubReport:
+        """Read and verify all offloaded WAL of the timeline, whoever put it, and hold it against this safekeeper's log.
+        One run at a time."""
+        return await timeline.scrub()
+
     @app.post(_TIMELINE, dependencies=admin)
     async def create(ids: Ids, request: CreateTimeline) -> TimelineStatus:
         return (await node.create(*ids, request)).status()
 
     @app.delete(_TIMELINE, dependencies=admin, status_code=204)
-    async def delete(ids: Ids) -> Response:
-        await node.delete(*ids)
+    async def delete(ids: Ids, offloaded: bool = False) -> Response:
+        """What this safekeeper has of it. With `offloaded`, which is refused while it has any, instead what all of them
+        have put into the object store: when the timeline is deleted on each, and not before."""
+        await (node.delete_offloaded if offloaded else node.delete)(*ids)
         return Response(status_code=204)
 
     @app.get(_TIMELINE, dependencies=reader)

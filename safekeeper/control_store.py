@@ -53,20 +53,27 @@ class ControlStore:
     def raise_remote_consistent_lsn(self, lsn: int) -> None:
         self._remote_consistent_lsn = max(self._remote_consistent_lsn, lsn)
 
-    async def update(self, change: Callable[[ControlState], ControlState]) -> ControlState:
+    async def update(
+        self, change: Callable[[ControlState], ControlState], applied: Callable[[], None] = lambda: None
+    ) -> ControlState:
         """Apply `change` to the current state, make the result durable, then visible. Not to be cancelled half way: a
         caller that is cancelled leaves it running to its end.
 
+        `applied` is called in the step that makes it visible: what else in memory has to agree with the file does so
+        at any moment, whatever becomes of the caller.
         Raises DiskFullError (nothing changed), FsyncFailedError (the timeline must stop), or what `change` raises.
         """
-        return await asyncio.shield(asyncio.create_task(self._update(change)))
+        return await asyncio.shield(asyncio.create_task(self._update(change, applied)))
 
-    async def _update(self, change: Callable[[ControlState], ControlState]) -> ControlState:
+    async def _update(
+        self, change: Callable[[ControlState], ControlState], applied: Callable[[], None]
+    ) -> ControlState:
         async with self._lock:
             state = change(self.state)
             if state != self._state:
                 await self._write(state.serialize())
                 self._state = state
+            applied()
             return state
 
     async def _write(self, data: bytes) -> None:

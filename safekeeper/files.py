@@ -73,16 +73,22 @@ def replace_file(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     temporary.unlink(missing_ok=True)
+    # Opened before: behind the rename only the fsync itself may fail, or the caller would take the old content for the
+    # one in force.
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        write_new(temporary, data)
-        failpoint(f"{path.name}-written")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    failpoint(f"{path.name}-renamed")
-    fsync_directory(path.parent)
-    failpoint(f"{path.name}-durable")
+        try:
+            write_new(temporary, data)
+            failpoint(f"{path.name}-written")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        failpoint(f"{path.name}-renamed")
+        fsync(directory)
+        failpoint(f"{path.name}-durable")
+    finally:
+        os.close(directory)
 
 
 def remove(path: Path) -> None:

@@ -25,8 +25,8 @@ from safekeeper.control_file import FILE_NAME, ControlState
 from safekeeper.files import fsync_directory
 from safekeeper.key_project import ProjectUpkeep
 from safekeeper.piece_keys import ProjectKeys
-from safekeeper.remote_wal import project_prefix
-from safekeeper.timeline import DELETED_SUFFIX, Timeline, TimelineEnvironment
+from safekeeper.remote_wal import project_prefix, timeline_prefix
+from safekeeper.timeline import DELETED_SUFFIX, Timeline, TimelineEnvironment, remove_directory
 from safekeeper.wal_sender import Log
 from shared.api.safekeeper import CreateTimeline, SafekeeperStatus
 from shared.deletion import Deletion
@@ -121,6 +121,10 @@ class SafekeeperNode:
             return
         try:
             state = self._read_control(directory, key)
+        except OSError as error:  # one timeline's trouble is not the others'
+            self._damaged[key] = f"its control file cannot be read: {error.strerror}"
+            _log.error("a timeline cannot be opened", timeline_id=str(key.timeline_id), reason=error.strerror)
+            return
         except CorruptedError as error:
             self._damaged[key] = str(error)
             _log.error("a timeline cannot be opened", timeline_id=str(key.timeline_id), reason=str(error))
@@ -130,7 +134,8 @@ class SafekeeperNode:
         keys = self._keys_of(key.project_id)
         timeline = Timeline(directory, state, keys, self._environment)
         self._timelines[key] = timeline
-        with contextlib.suppress(IntegrityError):  # logged; it stays at fault, which its status says
+        # Logged; it stays at fault, or not ready, which its status says.
+        with contextlib.suppress(IntegrityError, UnavailableError):
             await timeline.check_files()
 
     def _read_control(self, directory: Path, key: _Key) -> ControlState | None:
@@ -147,7 +152,8 @@ class SafekeeperNode:
         return state
 
     async def _keep_house(self) -> None:
-        """Verify what could not be verified yet, and bring commit_lsn to disk now and then."""
+        """Verify what could not be verified yet, and bring commit_lsn to disk now and then. Ends with the node only:
+        what goes wrong with one timeline, even by a defect, ends nothing for the others."""
         while True:
             await asyncio.gather(*(self._tend(timeline) for timeline in self._timelines.values()))
             await asyncio.sleep(_HOUSEKEEPING_PERIOD_S)
@@ -160,9 +166,12 @@ class SafekeeperNode:
         except KeylakeError as error:
             if not error.retryable and not timeline.fault:
                 _log.error("housekeeping failed", timeline_id=str(timeline.timeline_id), reason=str(error))
+        except Exception as error:
+            _log.error("housekeeping failed", timeline_id=str(timeline.timeline_id), exc_info=error)
 
     async def _offload(self) -> None:
-        """One timeline after the other, at times that differ from node to node: mostly one of them puts a piece."""
+        """One timeline after the other, at times that differ from node to node: mostly one of them puts a piece. Ends
+        with the node only, as `_keep_house`."""
         interval_s = self._environment.offload.interval_s
         faults: dict[_Key, str] = {}
         while True:
@@ -175,6 +184,8 @@ class SafekeeperNode:
                     if faults.get(key) != error.code:
                         _log.warning("WAL is not offloaded", timeline_id=str(key.timeline_id), reason=str(error))
                     faults[key] = error.code
+                except Exception as error:
+                    _log.error("offloading failed", timeline_id=str(key.timeline_id), exc_info=error)
 
     # --- timelines ---
 
@@ -206,24 +217,46 @@ class SafekeeperNode:
                 return found
             keys = self._keys_of(project_id)
             await keys.acquire()
-            made = await Timeline.create(self._directory(key), *key, request, keys, self._environment)
+            try:
+                made = await Timeline.create(self._directory(key), *key, request, keys, self._environment)
+            except IntegrityError as error:  # a failed fsync: to make it once more would look as if it had worked
+                self._damaged[key] = str(error)
+                raise
             self._timelines[key] = made
             return made
 
     async def delete(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
-        """Idempotent. Gives the project's lease back with its last timeline."""
+        """What this node has of it on its disk. Idempotent. Gives the project's lease back with its last timeline.
+
+        Raises UnavailableError; then it is to be called again.
+        """
         key = _Key(project_id, timeline_id)
         async with self._changing:
             self._damaged.pop(key, None)
             timeline = self._timelines.pop(key, None)
-            if timeline is not None:
-                await timeline.delete()
-            elif (directory := self._directory(key)).exists():
-                shutil.rmtree(directory)
+            try:
+                if timeline is not None:
+                    await timeline.delete()
+                elif (directory := self._directory(key)).exists():
+                    await asyncio.to_thread(remove_directory, directory)
+            except OSError as error:
+                raise UnavailableError(f"the timeline could not be deleted: {error.strerror}") from None
             if not any(other.project_id == project_id for other in self._timelines):
                 keys = self._projects.pop(project_id, None)
                 if keys is not None:
                     await keys.release()
+
+    async def delete_offloaded(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
+        """The timeline's WAL in the object store, whoever put it. Idempotent. Only when no safekeeper has the timeline
+        any more: until then these may be the only copies of WAL that a peer, or the pageserver, still needs.
+
+        Raises ConflictError while this one has it, StoreUnavailableError, StoreDeniedError.
+        """
+        async with self._changing:
+            if _Key(project_id, timeline_id) in self._timelines.keys() | self._damaged.keys():
+                raise ConflictError("this safekeeper has the timeline: delete it on every safekeeper first")
+            if self._environment.objects is not None:
+                await purge(self._environment.objects, timeline_prefix(project_id, timeline_id))
 
     async def delete_project(self, project_id: ProjectId) -> Deletion:
         """Everything of a shredded project: see `shared.deletion.DeleteProject`. Raises UnavailableError."""

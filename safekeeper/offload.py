@@ -6,12 +6,17 @@ time, oldest first:
     LOCAL   is a piece of this term in the object store that covers it, of whatever node?  no: put ours
             → control file: BOTH
     BOTH    below the pageserver's remote_consistent_lsn, and not of the newest `keep_size_bytes`
+            → does one that covers it open, to its last frame?  no: put ours, and look again the next time
             → control file: REMOTE → the local files go
 
-*Safe to remove* means all of: it is in the object store and was seen there in a listing, which is how peers find it;
-it is below remote_consistent_lsn, so the pageserver has layers of it that are durable; it is below commit_lsn, so no
-election takes it back; and all three are in this node's control file, by the same write that says REMOTE. A crash
-anywhere in between leaves a file that is not needed, or an object that is found again.
+*Safe to remove* means all of: it was found in the object store by a listing, which is how peers find it, read as a
+whole just before, and every frame of it is genuine; it is below remote_consistent_lsn, so the pageserver has layers of
+it that are durable; it is below commit_lsn, so no election takes it back; and all of that is in this node's control
+file, by the same write that says REMOTE. A crash anywhere in between leaves a file that is not needed, or an object
+that is found again. A name alone proves nothing: a peer may have died while it put the piece, and stores lose things.
+
+A piece may be the only copy of whoever says REMOTE, whichever node put it. So a node that deletes a timeline deletes
+its own files and no object; those go when the timeline is gone from every node (`SafekeeperNode.delete_offloaded`).
 
 Who offloads: whoever comes first. Each node looks before it puts, and nodes look at random times, so that mostly one of
 them puts; if two do at the same time, there are two pieces, and nothing else happens.
@@ -34,7 +39,9 @@ from safekeeper.piece_keys import PieceKeys
 from safekeeper.remote_wal import RemotePiece, RemoteWal
 from safekeeper.wal_segment import FrameIndex, PieceCipher, PieceHeader, index_frames, open_frames
 from shared.crypto.aead import AeadKey
-from shared.errors import CorruptedError, UnavailableError
+from shared.crypto.envelope import Envelope
+from shared.crypto.secret import KeyWipedError
+from shared.errors import CorruptedError, IntegrityError, NotFoundError, UnavailableError
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES
 from shared.storage.base import ObjectNotFoundError
 
@@ -78,12 +85,20 @@ class _Opened:
         self._index = index
 
     def read(self, lsn: int, end_lsn: int) -> bytes:
-        """Raises IntegrityError, KeyWipedError."""
+        """Bytes from `lsn` on, up to `end_lsn` or the piece's end. Raises IntegrityError, KeyWipedError."""
         index = self._index
+        end_lsn = min(end_lsn, self.source.end_lsn)
         first, last = index.frame_of(lsn), index.frame_of(end_lsn - 1)
         view = memoryview(self._content)[index.offsets[first] : index.offsets[last + 1]]
         opened = b"".join(open_frames(self._cipher, index, first, view, last + 1 - first))
         return opened[lsn - index.lsns[first] : end_lsn - index.lsns[first]]
+
+    def verify(self) -> None:
+        """Open every frame, one at a time. Raises IntegrityError, KeyWipedError."""
+        index, view = self._index, memoryview(self._content)
+        for number in range(index.frames):
+            frame = view[index.offsets[number] : index.offsets[number + 1]]
+            open_frames(self._cipher, index, number, frame, 1)
 
 
 KeysOf = Callable[[str], PieceKeys]
@@ -111,21 +126,63 @@ class RemoteReader:
         async with self._fetching:
             opened = self._last
             if opened is None or not opened.source.covers(extent.piece.term, lsn, lsn + 1):
-                opened = self._last = await self._open(extent.piece.term, lsn)
-        end_lsn = min(end_lsn, opened.source.end_lsn)
-        return await asyncio.to_thread(opened.read, lsn, end_lsn)
+                return await self._read_any(extent.piece.term, lsn, end_lsn)
+            try:
+                return await asyncio.to_thread(opened.read, lsn, end_lsn)
+            except IntegrityError:  # another piece may be good
+                self._last = None
+                return await self._read_any(extent.piece.term, lsn, end_lsn)
+            except KeyWipedError:
+                self._last = None
+                raise
 
-    async def _open(self, term: int, lsn: int) -> _Opened:
+    async def _read_any(self, term: int, lsn: int, end_lsn: int) -> bytes:
+        """From the first piece that has it, and is good there."""
+        damage: IntegrityError | None = None
         for source in await self._remote.pieces(lsn // WAL_SEGMENT_SIZE_BYTES):
             if not source.covers(term, lsn, lsn + 1):
                 continue
             try:
-                content, envelope = await self._remote.fetch(source)
+                opened, _ = await self._fetch(source)
+                data = await asyncio.to_thread(opened.read, lsn, end_lsn)
             except ObjectNotFoundError:
                 continue  # sealed anew meanwhile: another one has it
-            key, aad = await self._keys_of(source.node_id).unwrap(source.piece, envelope)
-            return self._opened(source, content, key, aad)
-        raise UnavailableError("the object store does not show this part of the log")
+            except IntegrityError as error:
+                damage = error
+                continue
+            self._last = opened
+            return data
+        raise damage or UnavailableError("the object store does not show this part of the log")
+
+    async def has(self, extent: Extent) -> bool:
+        """Does a piece that covers `extent` lie in the object store, and does every frame of it open?
+
+        Raises KeyAccessError, UnavailableError, StoreDeniedError.
+        """
+        assert extent.end_lsn is not None  # noqa: S101 - only closed ones are offloaded
+        for source in await self._remote.pieces(extent.piece.segment_number):
+            if source.covers(extent.piece.term, extent.start_lsn, extent.end_lsn):
+                try:
+                    await self.verify(source)
+                except (NotFoundError, IntegrityError):  # also of the KEK that it is under
+                    continue
+                return True
+        return False
+
+    async def verify(self, source: RemotePiece) -> Envelope:
+        """Read all of a piece, and open every frame. Its envelope.
+
+        Raises ObjectNotFoundError, NotFoundError for a KEK that is gone, KeyAccessError, UnavailableError,
+        StoreDeniedError, IntegrityError.
+        """
+        opened, envelope = await self._fetch(source)
+        await asyncio.to_thread(opened.verify)
+        return envelope
+
+    async def _fetch(self, source: RemotePiece) -> tuple[_Opened, Envelope]:
+        content, envelope = await self._remote.fetch(source)
+        key, aad = await self._keys_of(source.node_id).unwrap(source.piece, envelope)
+        return self._opened(source, content, key, aad), envelope
 
     def _opened(self, source: RemotePiece, content: bytes, key: AeadKey, aad: bytes) -> _Opened:
         header = PieceHeader.parse(content)

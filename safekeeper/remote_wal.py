@@ -36,6 +36,11 @@ def project_prefix(project_id: ProjectId) -> str:
     return f"wal/{project_id}/"
 
 
+def timeline_prefix(project_id: ProjectId, timeline_id: TimelineId) -> str:
+    """The same, of one timeline."""
+    return f"{project_prefix(project_id)}{timeline_id}/"
+
+
 @dataclass(frozen=True, slots=True)
 class RemotePiece:
     """One piece in the object store: WAL [start_lsn, end_lsn) of one segment and term."""
@@ -70,7 +75,12 @@ class RemoteWal:
 
     def __init__(self, store: ObjectStore, project_id: ProjectId, timeline_id: TimelineId) -> None:
         self._store = store
-        self._prefix = f"{project_prefix(project_id)}{timeline_id}/"
+        self._prefix = timeline_prefix(project_id, timeline_id)
+
+    async def objects(self, beginning: str = "") -> dict[str, int]:
+        """Everything below the timeline's prefix that begins so: name → size in bytes."""
+        start = len(self._prefix)
+        return {info.key[start:]: info.size_bytes async for info in self._store.list(self._prefix + beginning)}
 
     async def pieces(self, segment_number: int | None = None) -> list[RemotePiece]:
         """What is there, of one segment or of all. A store may hide the newest for a while."""

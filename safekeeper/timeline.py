@@ -17,11 +17,11 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, assert_never
+from typing import Any, Final, TypeVar, assert_never
 
 from safekeeper import acceptor, files
 from safekeeper.acceptor import AcceptorState, DropStream, Effect, EndSubscriptions, Persist, ReplyVote
@@ -37,6 +37,7 @@ from safekeeper.peer_recovery import ConnectToPeer, PeerRecovery
 from safekeeper.piece_keys import PieceKeys, ProjectKeys
 from safekeeper.remote_upkeep import RemoteUpkeep
 from safekeeper.remote_wal import RemoteWal
+from safekeeper.scrub import WalScrubber
 from safekeeper.term_history import TermHistory
 from safekeeper.wal_receiver import ReceiverTuning, WalReceiver
 from safekeeper.wal_sender import Subscription, ended_by_election
@@ -53,6 +54,7 @@ from shared.api.safekeeper import (
     VoteRequest,
     VoteResponse,
     WalContent,
+    WalScrubReport,
 )
 from shared.errors import ConflictError, KeyAccessError, NotFoundError, UnavailableError
 from shared.failpoints import failpoint
@@ -65,6 +67,7 @@ from shared.telemetry import get_logger
 from shared.wire.walstream import Feedback, Status
 
 _log = get_logger(__name__)
+T = TypeVar("T")
 
 DELETED_SUFFIX: Final = ".deleted"
 """Of a timeline's directory that is being removed; finished at the next start."""
@@ -108,7 +111,11 @@ class Timeline:
         self._environment = environment
         objects = environment.objects
         self._remote = None if objects is None else RemoteWal(objects, state.project_id, state.timeline_id)
+        self._reader = None if self._remote is None else RemoteReader(self._remote, self._keys_of)
         self._control, self._store = self._open_log(state)
+        self._scrubber: WalScrubber | None = None
+        if self._remote is not None and self._reader is not None:
+            self._scrubber = WalScrubber(self._remote, self._reader, lambda: self._control.state.log)
         self.key_upkeep = PieceUpkeep(
             self._store,
             directory,
@@ -127,7 +134,7 @@ class Timeline:
         self._streamed: tuple[int, str, int] | None = None
         self._subscriptions: set[Subscription] = set()
         self._boundary: RecordBoundary | None = None
-        self._status_cache: tuple[int, AcceptorState, Status] | None = None
+        self._status_cache: tuple[int, ControlState, Status] | None = None
 
     # The two places where a timeline meets the disk and the compute; the simulation puts its own ones there.
 
@@ -142,7 +149,7 @@ class Timeline:
             self._wake_subscriptions,
             self._is_awaited,
             environment.store,
-            None if self._remote is None else RemoteReader(self._remote, self._keys_of),
+            self._reader,
         )
         return control, store
 
@@ -194,7 +201,7 @@ class Timeline:
 
     async def check_files(self) -> None:
         """For one that was on the disk already. Raises IntegrityError, and is at fault then, for damage that shows
-        without keys."""
+        without keys; UnavailableError when the disk cannot be read now, and `make_ready` looks again."""
         await self._store.check_files()
 
     @property
@@ -225,7 +232,7 @@ class Timeline:
     async def persist_commit_lsn(self) -> None:
         """Raises UnavailableError, IntegrityError."""
         if self._control.commit_lsn_is_dirty and self._store.loaded and not self._store.fault:
-            await self._store.persist(self._control.state.acceptor)
+            await self._store.persist_commit_lsn()
 
     async def offload(self) -> None:
         """One pass of offload.py. Raises KeyAccessError, UnavailableError, StoreDeniedError, IntegrityError."""
@@ -248,17 +255,13 @@ class Timeline:
             await self._store.aclose()
 
     async def delete(self) -> None:
-        """Close, and remove everything of it from the disk, and what this node has put into the object store.
-
-        Raises StoreUnavailableError, StoreDeniedError (nothing is removed from the disk then).
-        """
+        """Close, and remove everything of it from the disk. What is in the object store stays: peers may have it there
+        only. Raises OSError, IntegrityError."""
         await self.aclose()
         async with self._offloading:  # what a pass was just putting is there now, and no other pass begins
-            if self._remote is not None:
-                own = [p for p in await self._remote.pieces() if p.node_id == self._environment.node_id]
-                await self._remote.remove(own)
+            pass
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._environment.executor, _remove_directory, self._directory)
+        await loop.run_in_executor(self._environment.executor, remove_directory, self._directory)
 
     def same_as(self, request: CreateTimeline) -> bool:
         state = self._control.state
@@ -269,13 +272,8 @@ class Timeline:
 
     async def vote(self, request: VoteRequest) -> VoteResponse:
         """Raises ConflictError for another disk or an old membership, UnavailableError when not ready or the disk is
-        full, IntegrityError at fault."""
-        async with self._lock:
-            await self.make_ready()
-            state = self._control.state.acceptor
-            effects = acceptor.vote(state, request.term, request.seat, request.generation)
-            response = await self._perform(effects)
-        assert response is not None  # noqa: S101 - every vote ends in a reply
+        full, IntegrityError at fault. Goes on to its end when the caller is cancelled."""
+        response = await _to_its_end(self._vote(request))
         _log.info(
             "vote",
             timeline_id=str(self.timeline_id),
@@ -286,20 +284,25 @@ class Timeline:
         )
         return response
 
+    async def _vote(self, request: VoteRequest) -> VoteResponse:
+        # Invariant: whoever decides by the acceptor's state holds the lock until the effects are performed. Another
+        # one, deciding meanwhile by the state of before, would take back what was promised.
+        async with self._lock:
+            await self.make_ready()
+            state = self._control.state.acceptor
+            effects = acceptor.vote(state, request.term, request.seat, request.generation)
+            response = await self._perform(effects)
+        assert response is not None  # noqa: S101 - every vote ends in a reply
+        return response
+
     async def elected(self, request: Elected) -> TimelineStatus:
-        """Adopt the leader's history; returns when the log reaches its start.
+        """Adopt the leader's history; returns when the log reaches its start. The history is adopted when the caller is
+        cancelled, too.
 
         Raises ConflictError, InvalidInputError (see acceptor.elected), KeyAccessError, UnavailableError when copying
         takes too long (it goes on; ask again), IntegrityError.
         """
-        history = TermHistory.of((entry.term, entry.start_lsn.value) for entry in request.term_history)
-        async with self._lock:
-            await self.make_ready()
-            # Decided before the writer is stopped: a refused message must not hurt a stream that is in order.
-            if self._decide_elected(request.term, history):
-                await self._stop_writer()
-                await self._perform(self._decide_elected(request.term, history))
-            recovery = await self._recover(history, request)
+        recovery = await _to_its_end(self._adopt(request))
         if recovery is not None:
             try:
                 async with asyncio.timeout(self._environment.elected_timeout_s):
@@ -307,6 +310,17 @@ class Timeline:
             except TimeoutError:
                 raise UnavailableError("still copying WAL from the donor") from None
         return self.status()
+
+    async def _adopt(self, request: Elected) -> PeerRecovery | None:
+        """What copies the rest of the log; None when there is no rest."""
+        history = TermHistory.of((entry.term, entry.start_lsn.value) for entry in request.term_history)
+        async with self._lock:
+            await self.make_ready()
+            # Decided before the writer is stopped: a refused message must not hurt a stream that is in order.
+            if self._decide_elected(request.term, history):
+                await self._stop_writer()
+                await self._perform(self._decide_elected(request.term, history))
+            return await self._recover(history, request)
 
     def _decide_elected(self, term: int, history: TermHistory) -> list[Effect]:
         return acceptor.elected(self._control.state.acceptor, self._store.flush_lsn, term, history)
@@ -409,6 +423,15 @@ class Timeline:
         self.keys.check()  # Invariant: after decrypting, before anything leaves
         return found
 
+    async def scrub(self) -> WalScrubReport:
+        """What is wrong with the offloaded WAL (scrub.py). Raises ConflictError while another run is under way,
+        KeyAccessError, UnavailableError, StoreDeniedError."""
+        await self.make_ready()
+        lease = await self.keys.acquire()
+        if self._scrubber is None:
+            return WalScrubReport(pieces=0, size_bytes=0, objects=0, findings=[])
+        return await self._scrubber.run(lease.kek_version, lease.dek_floor)
+
     # --- stream ---
 
     async def stream_from(self, request: StreamFrom) -> TimelineStatus:
@@ -486,24 +509,30 @@ class Timeline:
         return self._store.flush_lsn
 
     def wire_status(self) -> Status:
-        state, flush_lsn = self._control.state.acceptor, self._store.flush_lsn
+        control, flush_lsn = self._control.state, self._store.flush_lsn
         cached = self._status_cache
-        if cached is not None and cached[0] == flush_lsn and cached[1] is state:
+        if cached is not None and cached[0] == flush_lsn and cached[1] is control:
             return cached[2]
-        status = Status(state.term, state.last_log_term(flush_lsn), flush_lsn, state.commit_lsn)
-        self._status_cache = flush_lsn, state, status
+        state = control.acceptor
+        last_log_term = state.last_log_term(flush_lsn)
+        status = Status(state.term, last_log_term, flush_lsn, state.commit_lsn, control.remote_consistent_lsn)
+        self._status_cache = flush_lsn, control, status
         return status
 
     async def read(self, lsn: int, max_size_bytes: int) -> bytes:
         return await self._store.read(lsn, max_size_bytes)
 
     def feedback(self, feedback: Feedback) -> None:
-        self._backpressure.heard(feedback.ingested_lsn, time.monotonic())
-        self._control.raise_remote_consistent_lsn(feedback.remote_consistent_lsn)
-        state = self._control.state.acceptor
-        raised = acceptor.commit(state, self._store.flush_lsn, feedback.commit_lsn)
+        """What a pageserver says. It is taken as far as this log reaches, and while that is of the current term."""
+        state, flush_lsn = self._control.state.acceptor, self._store.flush_lsn
+        self._backpressure.heard(min(feedback.ingested_lsn, flush_lsn), time.monotonic())
+        raised = acceptor.commit(state, flush_lsn, feedback.commit_lsn)
         if raised is not state:
             self._control.raise_commit_lsn(raised.commit_lsn)
+        if state.last_log_term(flush_lsn) == state.term:
+            # What is in layers was committed before, so the rule is the same.
+            self._control.raise_remote_consistent_lsn(min(feedback.remote_consistent_lsn, flush_lsn))
+        if raised is not state:
             self._wake_subscriptions()
 
     def subscribe(self, subscription: Subscription) -> None:
@@ -576,6 +605,11 @@ class Timeline:
         await finished
 
 
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which goes on when the caller is cancelled."""
+    return await asyncio.shield(asyncio.create_task(work))
+
+
 def _term_starts(history: TermHistory) -> list[TermStart]:
     return [TermStart(term=entry.term, start_lsn=Lsn(entry.start_lsn)) for entry in history.entries]
 
@@ -587,9 +621,12 @@ def _create_directory(directory: Path, state: ControlState) -> None:
     files.replace_file(directory / FILE_NAME, state.serialize())
 
 
-def _remove_directory(directory: Path) -> None:
+def remove_directory(directory: Path) -> None:
+    """Of a timeline. Raises OSError, FsyncFailedError; the next start finishes it, if its name is gone already."""
     # Renamed first: a crash half way leaves nothing that looks like a damaged timeline.
     doomed = directory.with_name(directory.name + DELETED_SUFFIX)
+    if doomed.exists():
+        shutil.rmtree(doomed)
     directory.rename(doomed)
     files.fsync_directory(directory.parent)
     shutil.rmtree(doomed)

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 from shared.auth import Principal, Scope
-from shared.errors import ConflictError, InvalidInputError, KeylakeError
+from shared.errors import ConflictError, InvalidInputError, KeylakeError, PermissionDeniedError
 from shared.framed_tcp import FramedConnection
 from shared.ids import ProjectId, TimelineId
 from shared.wire.frames import ProtocolError, pack_frame
@@ -24,6 +24,9 @@ from shared.wire.walstream import END, FEEDBACK, SUBSCRIBE, Feedback, Status, Su
 
 WAL_SCOPE: Final = Scope.WAL_READ
 """Of everything on this port."""
+FEEDBACK_SCOPE: Final = Scope.WAL_FEEDBACK
+"""Of FEEDBACK, too. Whoever only reads the log says nothing about it: by a commit_lsn that is not true an election is
+refused, and a compute is one of those that read."""
 CHUNK_SIZE_BYTES: Final = 512 * 1024
 PACE_S: Final = 0.05
 """Shortest time between two messages to one that follows the tail."""
@@ -55,10 +58,13 @@ FindLog = Callable[[ProjectId, TimelineId], Awaitable[Log]]
 class Subscription:
     """One client of one timeline. Made, and run, by `serve`."""
 
-    def __init__(self, log: Log, request: Subscribe, connection: FramedConnection) -> None:
+    def __init__(
+        self, log: Log, request: Subscribe, connection: FramedConnection, *, takes_feedback: bool = False
+    ) -> None:
         self._log = log
         self._request = request
         self._connection = connection
+        self._takes_feedback = takes_feedback
         self._changed = asyncio.Event()
         self._ended: KeylakeError | None = None
         self.finished = asyncio.Event()
@@ -103,7 +109,10 @@ class Subscription:
             for kind, payload in frames:
                 if kind != FEEDBACK:
                     raise ProtocolError(f"unexpected frame type {kind:#x} on a WAL subscription")
-                self._log.feedback(Feedback.parse(payload))
+                feedback = Feedback.parse(payload)
+                if not self._takes_feedback:
+                    raise PermissionDeniedError(f"this token lacks the scope {FEEDBACK_SCOPE}")
+                self._log.feedback(feedback)
 
     async def _send(self) -> None:
         log, connection = self._log, self._connection
@@ -156,9 +165,11 @@ async def serve(connection: FramedConnection, principal: Principal, find: FindLo
     request = Subscribe.parse(payload)
     principal.require(WAL_SCOPE, request.project_id)
     log = await find(request.project_id, request.timeline_id)
-    if request.start < log.start_lsn or (request.end and request.end < request.start):
+    wants_wal = not request.flags & SubscribeFlags.STATUS_ONLY
+    if (wants_wal and request.start < log.start_lsn) or (request.end and request.end < request.start):
         raise InvalidInputError("the timeline has no such range of WAL")
-    await Subscription(log, request, connection).run()
+    takes_feedback = FEEDBACK_SCOPE in principal.scopes
+    await Subscription(log, request, connection, takes_feedback=takes_feedback).run()
 
 
 ENDED_BY_ELECTION: Final = "the safekeeper's term has changed: subscribe again"

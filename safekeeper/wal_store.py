@@ -114,6 +114,7 @@ class WalStore:
         self._keys_epoch = 0
         self.flush_lsn = control.state.log.closed_end_lsn
         self.loaded = False
+        self._checked = False
         self.fault = ""
 
     # --- start ---
@@ -121,12 +122,16 @@ class WalStore:
     async def check_files(self) -> None:
         """Without keys: every piece is there and is what its name says; files that are not part of the log go away.
 
-        Raises IntegrityError (and is at fault from then on).
+        Raises IntegrityError (and is at fault from then on), UnavailableError when the disk says "not now": `load`
+        does it again.
         """
         try:
             await self._in_thread(self._check_files)
         except KeylakeError as error:
             raise self.failed(error) from None
+        except OSError as error:
+            raise UnavailableError(f"the log cannot be looked at: {error.strerror}") from None
+        self._checked = True
 
     def _check_files(self) -> None:
         extents = self._control.state.log.extents
@@ -148,6 +153,8 @@ class WalStore:
         self.check_fault()
         if self.loaded:
             return
+        if not self._checked:
+            await self.check_files()
         state = self._control.state
         extent = state.log.open_extent
         try:
@@ -161,6 +168,8 @@ class WalStore:
             self.flush_lsn = state.end_of_log(open_end_lsn)
         except IntegrityError as error:
             raise self.failed(error) from None
+        except OSError as error:
+            raise UnavailableError(f"the log cannot be read: {error.strerror}") from None
         self.loaded = True
 
     # --- append ---
@@ -386,7 +395,7 @@ class WalStore:
         try:
             await self._change_control(change)
         except (ConflictError, DiskFullError):  # it will never be part of the log
-            await self._in_thread(piece_file.discard, self._directory, made.piece)
+            await self._discard([made.piece])
             raise
         await self._retire_writer()
         self._writer = made
@@ -406,10 +415,15 @@ class WalStore:
                 self._log.info("allocated space was not given back", piece=piece.piece.file_name, reason=error.strerror)
 
     async def _discard(self, pieces: Iterable[PieceId]) -> None:
+        """Remove the files of what is not part of the log. What the disk keeps goes at the next start: whoever changed
+        the log has done so, and must not be told otherwise."""
         for piece in pieces:
             failpoint("piece-before-removal")
             self._pieces.forget(piece)
-            await self._in_thread(piece_file.discard, self._directory, piece)
+            try:
+                await self._in_thread(piece_file.discard, self._directory, piece)
+            except OSError as error:
+                self._log.warning("a WAL piece was not removed", piece=piece.file_name, reason=error.strerror)
 
     # --- control file ---
 
@@ -425,19 +439,34 @@ class WalStore:
             log = state.log if clip_lsn is None else state.log.closed_at(clip_lsn)
             return replace(state, acceptor=replace(acceptor, commit_lsn=commit_lsn), log=log)
 
-        await self._change_control(change)
-        if clip_lsn is not None:
+        def clipped() -> None:
+            # Invariant: in the step in which the file's new content counts. With the old flush_lsn behind the new map
+            # the next piece would leave a gap, and what is in the gap would be acknowledged.
+            self._abandon_writer()
             self._absorb()
-            if clip_lsn < self.flush_lsn:
+            if clip_lsn is not None and clip_lsn < self.flush_lsn:
                 self.flush_lsn = clip_lsn
                 self._cache.wipe()
                 self._pieces.clear()
+
+        if clip_lsn is None:
+            await self._change_control(change)
+        else:
+            await self._change_control(change, clipped)
             await self._retire_writer()
 
-    async def _change_control(self, change: Callable[[ControlState], ControlState]) -> None:
+    async def persist_commit_lsn(self) -> None:
+        """Bring what is known of commit_lsn and remote_consistent_lsn to disk, and change nothing else: not by a copy
+        of the state, which an election that is under way may just be changing. Raises as `persist`."""
+        self.check_ready()
+        await self._change_control(lambda state: state)
+
+    async def _change_control(
+        self, change: Callable[[ControlState], ControlState], applied: Callable[[], None] = lambda: None
+    ) -> None:
         before = self._control.state.log.local_pieces
         try:
-            state = await self._control.update(change)
+            state = await self._control.update(change, applied)
         except IntegrityError as error:
             raise self.failed(error) from None
         await self._discard(before - state.log.local_pieces)
@@ -488,20 +517,29 @@ class WalStore:
     # --- offload ---
 
     async def offload(self, remote: RemoteWal, node_id: str, keep_size_bytes: int) -> None:
-        """One pass (offload.py). Raises UnavailableError, StoreDeniedError, IntegrityError."""
+        """One pass (offload.py). Raises KeyAccessError, UnavailableError, StoreDeniedError, IntegrityError."""
         self.check_ready()
         for extent in to_offload(self._control.state):
             end_lsn, term = extent.end_lsn, extent.piece.term
             assert end_lsn is not None  # noqa: S101 - to_offload picks closed ones
             there = await remote.pieces(extent.piece.segment_number)
             if not any(piece.covers(term, extent.start_lsn, end_lsn) for piece in there):
-                await self._put(remote, RemotePiece(extent.piece, extent.start_lsn, end_lsn, node_id), extent)
+                await self._put(remote, node_id, extent)
             failpoint("offload-put")
             await self._place(extent, Place.BOTH)
         for extent in to_remove(self._control.state, keep_size_bytes):
-            await self._place(extent, Place.REMOTE)
+            if await self._is_remote(extent):
+                await self._place(extent, Place.REMOTE)
+            else:
+                self._log.warning("offloaded WAL is gone or damaged, it is put again", piece=extent.piece.file_name)
+                await self._put(remote, node_id, extent)
 
-    async def _put(self, remote: RemoteWal, piece: RemotePiece, extent: Extent) -> None:
+    async def _is_remote(self, extent: Extent) -> bool:
+        return self._remote is not None and await self._remote.has(extent)
+
+    async def _put(self, remote: RemoteWal, node_id: str, extent: Extent) -> None:
+        assert extent.end_lsn is not None  # noqa: S101 - only closed ones are offloaded
+        piece = RemotePiece(extent.piece, extent.start_lsn, extent.end_lsn, node_id)
         try:
             _, envelope = await self._in_thread(piece_file.read_header, self._directory, extent.piece, extent.start_lsn)
             content = await read_for_upload(self._directory, extent)

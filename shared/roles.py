@@ -39,6 +39,7 @@ class Scope(enum.StrEnum):
     STORAGE_INSPECT = "storage:inspect"  # what sealed objects hold: counts, keys, positions; no values
     WAL_ELECT = "wal:elect"  # votes, elections, stream control
     WAL_READ = "wal:read"  # committed WAL and peer recovery
+    WAL_FEEDBACK = "wal:feedback"  # say what is committed, ingested and in layers: pageservers, nobody else
     COMPUTE_ADMIN = "compute:admin"  # endpoints: create, start, stop, kill
     COMPUTE_CONNECT = "compute:connect"  # the proxy: look up and wake an endpoint
     STATUS_READ = "status:read"  # /v1/status of every service
@@ -74,7 +75,7 @@ OWNER_SCOPES: Final = frozenset(
 SERVICE_SCOPES: Final[Mapping[str, frozenset[Scope]]] = {
     "keymanager": frozenset(),  # calls nobody; its key signs the audit chain's anchors
     "safekeeper": frozenset({Scope.KEYS_SESSION, Scope.KEYS_USE, Scope.WAL_READ}),
-    "pageserver": frozenset({Scope.KEYS_SESSION, Scope.KEYS_USE, Scope.WAL_READ}),
+    "pageserver": frozenset({Scope.KEYS_SESSION, Scope.KEYS_USE, Scope.WAL_READ, Scope.WAL_FEEDBACK}),
     "compute": frozenset(
         {
             Scope.KEYS_SESSION,

@@ -26,7 +26,8 @@ Contents = Annotated[
     bool,
     typer.Option(
         "--contents",
-        help="Ask the running cluster what is in it: an auditor's right. The file has to lie where it belongs.",
+        help="Ask the running cluster what is in it: an auditor's right. The file has to lie where it belongs. Of WAL "
+        "not the file is read, but a safekeeper's log at the same positions.",
     ),
 ]
 
@@ -42,7 +43,9 @@ def wal(file: _File, contents: Contents = False, home: Home = None, as_json: AsJ
     """A sealed piece of WAL, of a safekeeper's disk or of the object store: where it belongs and what frames it has.
 
     With its envelope beside it (FILE.key), also the versions of its keys. With --contents the records that the log has
-    at its positions: headers and blocks, no data.
+    at its positions: headers and blocks, no data. The file itself is not opened for that: a safekeeper reads its own
+    log, wherever that lies now. Whether FILE is intact says --contents not; of what is in the object store, keylake
+    scrub does.
     """
     from rich.console import Group
 

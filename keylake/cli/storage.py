@@ -14,7 +14,10 @@ from keylake.cli.inspect import app as inspection
 
 if TYPE_CHECKING:
     from keylake.client import KeylakeClient
-    from shared.api.pageserver import ScrubReport
+    from shared.api.pageserver import Findings
+
+    _Scrubbed = dict[str, dict[str, Findings | None]]
+    """Timeline → layers, wal; project → strays."""
 
 _File = Annotated[
     Path,
@@ -29,38 +32,52 @@ def scrub(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read and verify everything in the object store, and hold it against the index of each timeline.
+    """Read and verify everything in the object store: each timeline's layers and index, and its offloaded WAL.
 
-    Ends with 1 when something is missing, unreadable or under a wrong key. Orphans and outdated keys, which are
-    ordinary after a crash or a rotation, are only named.
+    They are held against the index and against a safekeeper's log; what belongs to no timeline is named, too. Ends with
+    1 when something is missing, unreadable or under a wrong key. Orphans and outdated keys, which are ordinary after a
+    crash or a rotation, are only named.
     """
     from keylake.cli import lookup, session
     from keylake.cli.output import emit, table
 
-    async def look(client: KeylakeClient) -> dict[str, ScrubReport]:
+    async def look(client: KeylakeClient) -> _Scrubbed:
         only = None if project is None else (await lookup.project(client, project)).project_id
-        timelines = (await client.pageserver_status()).timelines
-        return {
-            str(timeline.timeline_id): await client.scrub(timeline)
-            for timeline in timelines
-            if only is None or timeline.project_id == only
-        }
+        found: _Scrubbed = {}
+        for timeline in (await client.pageserver_status()).timelines:
+            if only is None or timeline.project_id == only:
+                parts: dict[str, Findings | None] = {"layers": await client.scrub(timeline)}
+                parts["wal"] = await client.scrub_wal(timeline)
+                found[str(timeline.timeline_id)] = parts
+        projects = [each.project_id for each in await client.projects()] if only is None else [only]
+        for project_id in projects:
+            found[str(project_id)] = {"strays": await client.scrub_project(project_id)}
+        return found
 
     found = session.ask(home, look)
+    reports = [
+        (place, part, report) for place, parts in found.items() for part, report in parts.items() if report is not None
+    ]
     rows = [
-        (timeline, finding.kind.value, finding.object, finding.detail)
-        for timeline, report in found.items()
+        (place, part, finding.kind.value, finding.object, finding.detail)
+        for place, part, report in reports
         for finding in report.findings
     ]
-    read = sum(report.layers for report in found.values())
-    size_mb = sum(report.size_bytes for report in found.values()) / 1e6
-    title = f"{len(found)} timelines, {read} layers, {size_mb:.1f} MB read"
+    sizes = [getattr(report, "size_bytes", 0) for _, _, report in reports]
+    objects = sum(report.objects for _, part, report in reports if part != "strays")
+    title = f"{objects} objects, {sum(sizes) / 1e6:.1f} MB read"
     emit(
-        {timeline: {**report.model_dump(mode="json"), "damaged": report.damaged} for timeline, report in found.items()},
+        {
+            place: {
+                part: None if report is None else {**report.model_dump(mode="json"), "damaged": report.damaged}
+                for part, report in parts.items()
+            }
+            for place, parts in found.items()
+        },
         as_json,
-        lambda: table(("timeline", "finding", "object", "detail"), rows, title=title, empty="nothing found"),
+        lambda: table(("of", "part", "finding", "object", "detail"), rows, title=title, empty="nothing found"),
     )
-    if any(report.damaged for report in found.values()):
+    if any(report.damaged for _, _, report in reports):
         raise typer.Exit(ExitCode.FAILED)
 
 

@@ -106,9 +106,9 @@ class ObjectContent(ApiModel):
 
 class FindingKind(enum.StrEnum):
     MISSING = "missing"
-    """The index lists it, and it is not in the object store."""
+    """The index, or a safekeeper's control file, lists it, and it is not in the object store."""
     UNREADABLE = "unreadable"
-    """It does not open, or is not what the index says."""
+    """It does not open, or is not what the index, or its name, says."""
     WRONG_KEY = "wrong_key"
     """Its envelope contradicts the index."""
     OUTDATED_KEY = "outdated_key"
@@ -120,17 +120,15 @@ class FindingKind(enum.StrEnum):
 class Finding(ApiModel):
     kind: FindingKind
     object: str
-    """Its key behind `projects/<project>/timelines/<timeline>/`."""
+    """Its key behind `projects/<project>/timelines/<timeline>/`, of WAL behind `wal/<project>/<timeline>/`."""
     detail: str = ""
 
 
-class ScrubReport(ApiModel):
-    """The object store against the index, every listed layer read and verified."""
+class Findings(ApiModel):
+    """What is wrong in a part of the object store."""
 
-    layers: int
-    size_bytes: int
-    """Of layers that were read."""
     objects: int
+    """That were listed."""
     findings: list[Finding]
     more_findings: int = 0
     """Not in the list any more."""
@@ -140,6 +138,18 @@ class ScrubReport(ApiModel):
         """Is anything lost or wrong? Orphans and outdated keys are not."""
         harmless = (FindingKind.ORPHAN, FindingKind.OUTDATED_KEY)
         return self.more_findings > 0 or any(finding.kind not in harmless for finding in self.findings)
+
+
+class ScrubReport(Findings):
+    """The object store against the index: every listed layer and every kept version of the index read and verified."""
+
+    layers: int
+    size_bytes: int
+    """Of layers that were read."""
+
+
+class Strays(Findings):
+    """Objects of a project's timelines that are not here, one finding for each timeline, with the whole key."""
 
 
 class TimelineInfo(ApiModel):

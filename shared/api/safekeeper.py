@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, SecretStr
 
 from shared.api.common import ApiModel
+from shared.api.pageserver import Findings
 from shared.config import Address
 from shared.ids import ProjectId, TimelineId
 from shared.lsn import Lsn
@@ -155,6 +156,14 @@ class WalContent(ApiModel):
     records: list[WalRecord]
     more: bool
     """There are more than were listed: ask from the last one's end."""
+
+
+class WalScrubReport(Findings):
+    """Offloaded WAL against a safekeeper's log: every piece read, every frame opened."""
+
+    pieces: int
+    size_bytes: int
+    """Of pieces that were read."""
 
 
 class SafekeeperStatus(ApiModel):

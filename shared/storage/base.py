@@ -51,6 +51,13 @@ class StoreDeniedError(KeylakeError):
     code = "store_denied"
 
 
+class StoreFailedError(StoreDeniedError):
+    """The disk did not make durable what the store had written. Nobody knows what is on it: from then on this store
+    writes nothing, until it is opened anew."""
+
+    code = "store_failed"
+
+
 class InvalidKeyError(InvalidInputError):
     """The key or prefix is outside the grammar; nothing was sent."""
 

@@ -11,6 +11,11 @@ A write goes to a temporary file, which is fsynced and then renamed (`put`) or h
 fails when the name exists, so exactly one creator wins) to its name; then the folder is fsynced. A crash at any
 point leaves the old object, the new one or none, and at worst a file under `@tmp`, which no key can name and which
 the next `open` of any process removes, once the lock of its dead owner is free. Empty folders stay.
+
+The fsync of a folder that failed is never tried again: the kernel may have dropped what it could not write and would
+report success the second time (PostgreSQL wiki, "Fsync Errors"). So the object that was being created goes away again,
+lest somebody finds it there and takes it for durable, and from then on this store refuses every write
+(StoreFailedError). The fsync of a temporary file may be tried again: each attempt writes a new one.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from shared.storage.base import (
     ObjectInfo,
     ObjectNotFoundError,
     StoreDeniedError,
+    StoreFailedError,
     StoreUnavailableError,
     check_key,
     check_prefix,
@@ -56,6 +62,7 @@ class LocalObjectStore:
         self._pool = pool
         self._temporary_names = itertools.count()
         self._durable_folders: set[Path] = {root}
+        self._failure = ""
 
     @classmethod
     async def open(cls, root: Path, *, threads: int = 8) -> Self:
@@ -125,7 +132,7 @@ class LocalObjectStore:
     def _write(self, key: str, data: Data, *, replace: bool) -> None:
         path = self._path(key)
         temporary = self._temporary / str(next(self._temporary_names))
-        with _narrowed():
+        with self._writing():
             try:
                 _write_durably(temporary, data)
                 self._make_folder(path.parent)
@@ -143,7 +150,25 @@ class LocalObjectStore:
             finally:
                 with suppress(FileNotFoundError):  # after the rename, or if it could not even be created
                     temporary.unlink()
-            _fsync_folder(path.parent)
+            try:
+                _fsync_folder(path.parent)
+            except StoreFailedError:
+                if not replace:
+                    with suppress(OSError):
+                        path.unlink()
+                raise
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises StoreFailedError when an fsync failed before, or does now."""
+        if self._failure:
+            raise StoreFailedError(self._failure)
+        with _narrowed():
+            try:
+                yield
+            except StoreFailedError as error:
+                self._failure = str(error)
+                raise
 
     def _make_folder(self, folder: Path) -> None:
         """Create `folder` and make its name durable, and those of the folders above it."""
@@ -169,7 +194,7 @@ class LocalObjectStore:
 
     def _delete(self, keys: Iterable[str]) -> None:
         changed: set[Path] = set()
-        with _narrowed():
+        with self._writing():
             for key in keys:
                 path = self._path(key)
                 with suppress(FileNotFoundError):
@@ -260,9 +285,13 @@ def _write_durably(path: Path, data: Data) -> None:
 
 
 def _fsync_folder(folder: Path) -> None:
+    """Raises StoreFailedError; OSError when it could not be tried, which may be tried again."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "unknown error")
+        raise StoreFailedError(f"object store directory: fsync failed ({name}), nothing is written any more") from error
     finally:
         os.close(fd)
 

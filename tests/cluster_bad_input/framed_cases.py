@@ -169,8 +169,8 @@ def _wal_requests(port: Port) -> Iterator[Attempt]:
     yield port.breaks_off(good[:10], token)
     yield port.breaks_off(good + b"\0\0", token)
     yield _future_wal(port, subscribe(END_OF_TIME - 8, END_OF_TIME))
-    # Nobody has that much: it counts for what there is.
-    yield port.breaks_off(good + walstream.Feedback(END_OF_TIME, END_OF_TIME).pack(), token)
+    feedback = good + walstream.Feedback(END_OF_TIME, END_OF_TIME).pack()
+    yield port.refuses("FEEDBACK by who only reads", feedback, "permission_denied", token=token)
 
 
 async def _future_wal(port: Port, sent: bytes) -> None:

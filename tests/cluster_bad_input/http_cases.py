@@ -17,7 +17,9 @@ from tests.cluster_bad_input.routes import Api, Ids, Route, check, ids_of_idle, 
 from tests.cluster_bad_input.tokens import for_another_project, wrong_tokens
 
 Attempt = Coroutine[Any, Any, object]
-_NO_HTTP_ROUTE: Final = frozenset({Scope.KEYS_SESSION, Scope.KEYS_USE, Scope.STORAGE_READ, Scope.WAL_READ})
+_NO_HTTP_ROUTE: Final = frozenset(
+    {Scope.KEYS_SESSION, Scope.KEYS_USE, Scope.STORAGE_READ, Scope.WAL_READ, Scope.WAL_FEEDBACK}
+)
 """Scopes of the framed ports and of key sessions."""
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "KEYLAKE")
 _NOWHERE: Final = (

@@ -11,6 +11,7 @@ import pytest_asyncio
 from keylake.client import KeylakeClient
 from keylake.roles_table import CONNECTIONS, Connection, http_operations
 from pageserver.page_service import PAGES_SCOPE
+from safekeeper.wal_sender import FEEDBACK_SCOPE
 from shared.api.compute import EndpointState
 from shared.api.keymanager import ObjectName, Role
 from shared.auth import BearerToken, PersonRole, Service, TokenIssuer
@@ -22,13 +23,15 @@ from shared.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from shared.framed_tcp import connect
+from shared.framed_tcp import FramedConnection, connect
 from shared.ids import InstanceId, TimelineId
 from shared.keyclient import KeyClient
 from shared.keysession import SessionIdentity, SessionOpener, dial_over_tls
 from shared.roles import PERSON_SCOPES
 from shared.tls import client_context
+from shared.wire.frames import ERROR, ErrorFrame
 from shared.wire.pagestream import MAX_FRAME_SIZE_BYTES
+from shared.wire.walstream import Feedback, Subscribe, SubscribeFlags
 from tests.cluster_roles.place import Place, Site, Subject, place_with_everybody, refusal, unknown_ids
 from tests.fixtures.waiting import wait_until
 
@@ -83,7 +86,11 @@ async def _open(place: Place, connection: Connection, subject: Subject) -> None:
     if connection.service is not Service.KEYMANAGER:
         port = ports.pages if PAGES_SCOPE in connection.all_of else ports.safekeepers_wal[0]
         framed = await connect(connection.service, Address(port=port), tls, token, MAX_FRAME_SIZE_BYTES)
-        await framed.close()
+        try:
+            if FEEDBACK_SCOPE in connection.all_of:
+                await _feed_back(framed, place.mine)
+        finally:
+            await framed.close()
         return
     identity = SessionIdentity(Role.PAGESERVER, f"test-{subject.name}", InstanceId.new())
     opener = SessionOpener([Address(port=ports.keymanager)], dial_over_tls(tls), identity, lambda: token, SystemClock())
@@ -99,6 +106,21 @@ async def _open(place: Place, connection: Connection, subject: Subject) -> None:
     finally:
         await session.close()
         await asyncio.gather(running, return_exceptions=True)
+
+
+async def _feed_back(connection: FramedConnection, site: Site) -> None:
+    """Feedback that says nothing new, and then what nobody may say: the first refusal tells which of them is refused.
+
+    Raises PermissionDeniedError.
+    """
+    project_id, timeline_id = site.running.project.project_id, site.running.timeline.timeline_id
+    subscribe = Subscribe(project_id, timeline_id, 0, 0, SubscribeFlags.STATUS_ONLY).pack()
+    await connection.send(subscribe + Feedback(0, 0).pack() + subscribe)
+    refusals: list[KeylakeError] = []
+    while frames := await connection.receive():
+        refusals += [ErrorFrame.parse(payload).exception() for kind, payload in frames if kind == ERROR]
+    if isinstance(refusals[0], PermissionDeniedError):
+        raise refusals[0]
 
 
 def _unused_keys(place: Place) -> KeyClient:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
+import threading
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from safekeeper import files, node, piece_file
 from safekeeper.wal_sender import Subscription
 from shared.api.safekeeper import Donor, TermStart
+from shared.auth import Scope, Service
 from shared.config import Address
-from shared.errors import ConflictError, IntegrityError, InvalidInputError, UnavailableError
+from shared.errors import ConflictError, IntegrityError, InvalidInputError, PermissionDeniedError, UnavailableError
+from shared.framed_tcp import FramedConnection, connect
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
+from shared.tls import client_context
 from shared.wal.reader import WalStreamDecoder
-from shared.wire.walstream import Feedback, Status, Subscribe, SubscribeFlags
+from shared.wire.frames import ERROR, ErrorFrame
+from shared.wire.walstream import MAX_FRAME_SIZE_BYTES, Feedback, Status, Subscribe, SubscribeFlags
 from tests.fixtures.safekeeper_nodes import Leadership, NodeBench, choose, elect, nodes
+from tests.fixtures.waiting import wait_until
 from tests.fixtures.wal import WalBuilder
 
 START = WAL_SEGMENT_SIZE_BYTES + 40
@@ -158,6 +166,149 @@ async def test_feedback_counts_only_in_the_logs_own_term(tmp_path: Path, rng: ra
         await benches[0].vote(2)
         benches[0].timeline.feedback(Feedback(START + len(data), 0))
         assert benches[0].timeline.status().commit_lsn == Lsn(START)
+
+
+class SlowDisk:
+    """Control files are not written before `go_on`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.writing, self.go_on = threading.Event(), threading.Event()
+        self._replace_file = files.replace_file
+        patch.setattr(files, "replace_file", self._slowly)
+
+    def _slowly(self, path: Path, data: bytes) -> None:
+        self.writing.set()
+        assert self.go_on.wait(20)
+        self._replace_file(path, data)
+
+
+async def test_feedback_is_taken_from_pageservers_only(tmp_path: Path, rng: random.Random) -> None:
+    """Computes and peers read WAL by the same port. By their word nothing is committed, or in layers."""
+    async with nodes(tmp_path, START, count=1) as [bench]:
+        await elect([bench], 1, of=1)
+        data = records(WalBuilder(START), rng, 3)
+        await bench.write(1, START, data)
+        assert bench.server is not None
+        address, context = Address(port=bench.server.port), client_context(bench.realm.ca_certificate)
+        end = START + len(data)
+
+        async def connected(service: Service, *scopes: Scope) -> FramedConnection:
+            token = bench.realm.issuers[service].issue(Service.SAFEKEEPER, scopes, project_id=bench.project_id)
+            connection = await connect(Service.SAFEKEEPER, address, context, token, MAX_FRAME_SIZE_BYTES)
+            flags = SubscribeFlags.STATUS_ONLY
+            await connection.send(Subscribe(bench.project_id, bench.timeline_id, START, 0, flags).pack())
+            await connection.send(Feedback(end, end, end).pack())
+            return connection
+
+        for service in (Service.COMPUTE, Service.SAFEKEEPER):
+            connection = await connected(service, Scope.WAL_READ)
+            said = []
+            while frames := await connection.receive():
+                said += [ErrorFrame.parse(payload).exception() for kind, payload in frames if kind == ERROR]
+            assert [type(error) for error in said] == [PermissionDeniedError]
+            await connection.close()
+            with pytest.raises(PermissionDeniedError):
+                await connected(service, Scope.WAL_READ, Scope.WAL_FEEDBACK)
+        state = bench.timeline._control.state
+        assert (state.acceptor.commit_lsn, state.remote_consistent_lsn) == (START, 0)
+
+        connection = await connected(Service.PAGESERVER, Scope.WAL_READ, Scope.WAL_FEEDBACK)
+        await wait_until(lambda: bench.timeline.status().commit_lsn == Lsn(end))
+        assert bench.timeline._control.state.remote_consistent_lsn == end
+        await connection.close()
+
+
+async def test_feedback_counts_as_far_as_the_log_reaches_and_in_its_own_term(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    async with nodes(tmp_path, START, count=1) as [bench]:
+        await elect([bench], 1, of=1)
+        data = records(WalBuilder(START), rng, 3)
+        await bench.write(1, START, data[:100])
+        beyond = (1 << 64) - 1
+        bench.timeline.feedback(Feedback(beyond, beyond, beyond))
+        state = bench.timeline._control.state
+        assert (state.acceptor.commit_lsn, state.remote_consistent_lsn) == (START + 100, START + 100)
+        await bench.write(1, START, data)
+        await bench.vote(2)
+        bench.timeline.feedback(Feedback(beyond, beyond, beyond))
+        state = bench.timeline._control.state
+        assert (state.acceptor.commit_lsn, state.remote_consistent_lsn) == (START + 100, START + 100)
+
+
+async def test_what_was_promised_is_not_taken_back_by_those_who_write_beside_it(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    """While a vote is being written, housekeeping writes commit_lsn, and its caller leaves."""
+    async with nodes(tmp_path, START, count=1) as [bench]:
+        await elect([bench], 1, of=1)
+        data = records(WalBuilder(START), rng, 3)
+        await bench.write(1, START, data)
+        timeline = bench.timeline
+        timeline.feedback(Feedback(START + len(data), 0))
+        with pytest.MonkeyPatch.context() as patch:
+            disk = SlowDisk(patch)
+            voting = asyncio.create_task(bench.vote(5))
+            await asyncio.to_thread(disk.writing.wait, 20)
+            keeping = asyncio.create_task(timeline.persist_commit_lsn())
+            await asyncio.sleep(0)
+            disk.go_on.set()
+            assert (await voting).granted
+            await keeping
+        assert timeline.status().term == 5
+        assert timeline.status().commit_lsn == Lsn(START + len(data))
+
+        with pytest.MonkeyPatch.context() as patch:
+            disk = SlowDisk(patch)
+            voting = asyncio.create_task(bench.vote(7))
+            await asyncio.to_thread(disk.writing.wait, 20)
+            voting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await voting
+            lower = asyncio.create_task(bench.vote(6))
+            await asyncio.sleep(0)
+            disk.go_on.set()
+            assert not (await lower).granted
+        assert timeline.status().term == 7
+        await bench.crash()
+        await bench.start()
+        assert bench.timeline.status().term == 7
+
+
+async def test_housekeeping_outlives_what_goes_wrong_with_a_timeline(
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "_HOUSEKEEPING_PERIOD_S", 0.01)
+    async with nodes(tmp_path, START, count=1) as [bench]:
+        await elect([bench], 1, of=1)
+        data = records(WalBuilder(START), rng, 3)
+        await bench.write(1, START, data)
+        await bench.crash()
+        refused = []
+
+        def refuse(*arguments: Any) -> Any:
+            refused.append(arguments)
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(piece_file, "read_header", refuse)
+            await bench.start()
+            await wait_until(lambda: len(refused) > 2)
+            with pytest.raises(UnavailableError):
+                await bench.log()
+        await wait_until(lambda: bench.timeline.loaded)
+        assert await bench.log() == data
+
+        def defect() -> None:
+            refused.clear()
+            raise ValueError("a defect")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.timeline._store, "persist_commit_lsn", defect)
+            bench.timeline.feedback(Feedback(START + 100, 0))
+            await wait_until(lambda: not refused)
+        persisted = bench.timeline._control
+        await wait_until(lambda: not persisted.commit_lsn_is_dirty)
 
 
 async def test_a_vote_overtakes_a_recovery_that_hangs(tmp_path: Path, rng: random.Random) -> None:

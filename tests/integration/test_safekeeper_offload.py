@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -10,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from safekeeper import piece_file
 from safekeeper.log_map import Place
 from safekeeper.remote_wal import RemotePiece, RemoteWal, project_prefix
+from shared.api.pageserver import FindingKind
 from shared.api.safekeeper import CreateTimeline
-from shared.errors import IntegrityError, KeyAccessError, UnavailableError
+from shared.errors import ConflictError, IntegrityError, KeyAccessError, UnavailableError
 from shared.key_upkeep import Pace, UpkeepTuning
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
 from shared.storage.faulty import FaultyObjectStore, Moment, Operation
@@ -261,16 +265,178 @@ async def test_keys_of_offloaded_wal_are_renewed_by_whoever_is_there(tmp_path: P
         await bench.reign()
         assert await second.log() == bench.data
 
-        # A timeline that is deleted takes its own pieces with it, a project all of them.
-        assert second.node is not None
-        await second.node.delete(second.project_id, second.timeline_id)
-        assert await bench.keys() == []
-        await bench.offload(first)
+        # A project that is shredded takes everything with it.
         await bench.store.put("wal/prj-ffffffffffffffff/other", b"of another project")
         assert first.node is not None
         assert (await first.node.delete_project(first.project_id)).deleted_objects >= 2
         assert await bench.keys() == ["wal/prj-ffffffffffffffff/other"]
         assert project_prefix(first.project_id) == f"wal/{first.project_id}/"
+
+
+async def test_a_scrub_names_what_is_wrong_with_offloaded_wal(tmp_path: Path) -> None:
+    async with bench_of(tmp_path) as bench:
+        first, second, third = bench.nodes
+        for _ in range(6):
+            await bench.reign([first, second])
+        for node in (first, second):
+            await bench.offload(node)
+        pieces = [piece.name for piece in await bench.remote().pieces()]
+        for node in (first, second):
+            report = await node.timeline.scrub()
+            assert (report.pieces, report.objects, report.findings) == (5, 10, [])
+            assert report.size_bytes > len(bench.data) * 5 // 6
+        assert (await third.timeline.scrub()).findings[0].detail == "the log has no WAL of this term there"
+
+        prefix = f"wal/{first.project_id}/{first.timeline_id}/"
+        gone, unwrapped, altered, swapped, good = pieces
+        await bench.store.delete(prefix + gone)
+        await bench.store.delete(prefix + unwrapped + ".key")
+        whole = await bench.store.get(prefix + altered)
+        await bench.store.put(prefix + altered, whole[:-1] + bytes([whole[-1] ^ 1]))
+        await bench.store.put(prefix + swapped, await bench.store.get(prefix + good))
+        await bench.store.put(prefix + "what", b"x")
+        report = await first.timeline.scrub()
+        assert report.damaged
+        assert {finding.object: finding.kind for finding in report.findings} == {
+            gone + ".key": FindingKind.ORPHAN,
+            gone[: gone.index("-") + 17]: FindingKind.MISSING,
+            unwrapped + ".key": FindingKind.MISSING,
+            altered: FindingKind.UNREADABLE,
+            swapped: FindingKind.UNREADABLE,
+            "what": FindingKind.ORPHAN,
+        }
+        await bench.store.delete_many([prefix + name for name in (gone + ".key", unwrapped, altered, swapped, "what")])
+        await bench.store.delete_many([prefix + name + ".key" for name in (altered, swapped)])
+        first.keys.rotate(first.project_id)
+        first.keys._grant(first.keys._held[first.project_id])
+        kinds = {finding.object: finding.kind for finding in (await first.timeline.scrub()).findings}
+        assert kinds.pop(good) is FindingKind.OUTDATED_KEY
+        assert set(kinds.values()) == {FindingKind.MISSING}
+        assert len(kinds) == 4
+
+
+async def test_a_scrub_meets_pieces_that_are_sealed_anew(tmp_path: Path) -> None:
+    """What comes and goes meanwhile is no finding; one run at a time."""
+    async with bench_of(tmp_path) as bench:
+        first = bench.nodes[0]
+        for _ in range(4):
+            await bench.reign([first, bench.nodes[1]])
+        await bench.offload(first)
+        hold = bench.store.hold(Operation.GET)
+        looking = asyncio.create_task(first.timeline.scrub())
+        await hold.reached.wait()
+        with pytest.raises(ConflictError):
+            await first.timeline.scrub()
+        first.keys.rotate(first.project_id, rekey=True)
+        first.keys._grant(first.keys._held[first.project_id])
+        await first.timeline.key_upkeep.rekey(2, FAST)
+        hold.release.set()
+        assert (await looking).findings == []
+        assert (await first.timeline.scrub()).findings == []
+
+
+async def test_a_node_that_deletes_a_timeline_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    """What it has put is what its peers have nowhere else. It goes when nobody has the timeline any more."""
+    async with bench_of(tmp_path) as bench:
+        first, second, third = bench.nodes
+        for _ in range(2):
+            await bench.reign([first, second])
+        for node in (first, second):
+            await bench.offload(node)
+        assert {piece.node_id for piece in await bench.remote().pieces()} == {"safekeeper-1"}
+        stored = await bench.keys()
+        ids = first.project_id, first.timeline_id
+        for node in (first, second):
+            assert node.node is not None
+            with pytest.raises(ConflictError):
+                await node.node.delete_offloaded(*ids)
+        assert first.node is not None
+        await first.node.delete(*ids)
+        assert await bench.keys() == stored
+        second.timeline._store.drop_keys()
+        assert await second.log() == bench.data
+        await bench.reign([second, third])
+        assert await third.log() == bench.data, "one that was away gets what lies in the object store only"
+
+        await bench.store.put("wal/prj-ffffffffffffffff/other", b"of another project")
+        for node in (second, third):
+            assert node.node is not None
+            await node.node.delete(*ids)
+        assert len(await bench.keys()) > len(stored)
+        for _ in range(2):
+            await first.node.delete_offloaded(*ids)
+            assert await bench.keys() == ["wal/prj-ffffffffffffffff/other"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "altered", "cut", "without envelope", "under another envelope"])
+async def test_a_peers_piece_is_read_before_the_local_one_goes(tmp_path: Path, damage: str) -> None:
+    async with bench_of(tmp_path) as bench:
+        first, second, _ = bench.nodes
+        for _ in range(3):
+            await bench.reign()
+        for node in (first, second):
+            await bench.offload(node, stored=False)
+        assert places(second) == [Place.BOTH, Place.BOTH, Place.LOCAL]
+        piece, other = [key for key in await bench.keys() if not key.endswith(".key")]
+        content = await bench.store.get(piece)
+        match damage:
+            case "gone":
+                await bench.store.delete(piece)
+            case "altered":
+                await bench.store.put(piece, content[:-1] + bytes([content[-1] ^ 1]))
+            case "cut":
+                await bench.store.put(piece, content[:-1])
+            case "without envelope":
+                await bench.store.delete(piece + ".key")
+            case _:
+                await bench.store.put(piece + ".key", await bench.store.get(other + ".key"))
+        await bench.offload(second)
+        assert places(second) == [Place.BOTH, Place.REMOTE, Place.LOCAL]
+        assert piece_files(second) == 2
+        assert "safekeeper-2" in {each.node_id for each in await bench.remote().pieces()}, "its own one is put instead"
+        await bench.offload(second)
+        assert places(second) == [Place.REMOTE, Place.REMOTE, Place.LOCAL]
+        second.timeline._store.drop_keys()
+        assert await second.log() == bench.data, "the damaged one, if it is there, is not in the way"
+
+
+async def test_without_a_lease_nothing_leaves_the_disk(tmp_path: Path) -> None:
+    """What nobody can open now may as well be rubbish."""
+    async with bench_of(tmp_path) as bench:
+        first = bench.nodes[0]
+        await bench.reign()
+        await bench.reign()
+        await bench.offload(first, stored=False)
+        await first.keys.revoke(first.project_id)
+        with pytest.raises(KeyAccessError):
+            await bench.offload(first)
+        assert places(first) == [Place.BOTH, Place.LOCAL]
+        await first.keys.restore(first.project_id)
+        await bench.offload(first)
+        assert places(first) == [Place.REMOTE, Place.LOCAL]
+
+
+async def test_files_that_the_disk_does_not_remove_go_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench_of(tmp_path) as bench:
+        first = bench.nodes[0]
+        await bench.reign()
+        await bench.reign()
+
+        def refuse(*arguments: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(piece_file, "discard", refuse)
+            await bench.offload(first)
+        assert places(first) == [Place.REMOTE, Place.LOCAL]
+        assert piece_files(first) == 2
+        await first.crash()
+        await first.start()
+        assert piece_files(first) == 1
+        await first.timeline.make_ready()
+        assert await first.log() == bench.data
 
 
 def test_names_of_pieces_are_parsed_or_refused() -> None:

@@ -282,6 +282,10 @@ class SimLog:
                 del self._bytes[clip_lsn - self._start_lsn :]
             self._writer = None
 
+    async def persist_commit_lsn(self) -> None:
+        self.check_ready()
+        await self._change(lambda state: state)
+
     async def _change(self, change: Callable[[ControlState], ControlState]) -> None:
         before = [extent.piece for extent in self._control.state.log.extents]
         try:
@@ -584,7 +588,7 @@ class SimSafekeeper:
         timeline = self._found()
         await timeline.make_ready()
         request = Subscribe.parse(first[1])
-        await Subscription(timeline, request, cast("FramedConnection", connection)).run()
+        await Subscription(timeline, request, cast("FramedConnection", connection), takes_feedback=True).run()
 
     async def _connect_to_peer(self, donor: Donor, project_id: ProjectId) -> Connection:
         return await self._network.connect(self.node_id, donor.node_id, self.peers[donor.node_id].serve_wal)

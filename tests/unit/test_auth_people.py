@@ -107,7 +107,8 @@ async def test_people_open_no_connection_that_stays() -> None:
 
 
 def test_no_role_of_people_has_a_scope_of_connections_that_stay() -> None:
-    of_connections = {Scope.KEYS_SESSION, Scope.KEYS_USE, Scope.STORAGE_READ, Scope.WAL_READ, Scope.WAL_ELECT}
+    of_wal = {Scope.WAL_READ, Scope.WAL_FEEDBACK, Scope.WAL_ELECT}
+    of_connections = {Scope.KEYS_SESSION, Scope.KEYS_USE, Scope.STORAGE_READ, *of_wal}
     for role, scopes in PERSON_SCOPES.items():
         assert not scopes & (of_connections | {Scope.STORAGE_ADMIN, Scope.COMPUTE_CONNECT, Scope.TOKENS_ISSUE}), role
     for service in SERVICE_SCOPES.keys() - {"admin"}:

@@ -14,9 +14,11 @@ from pageserver.remote_timeline import VOID, FencedError, RemoteTimeline, Timeli
 from shared.errors import CorruptedError, IntegrityError, UnavailableError
 from shared.keyspace import KeyRange
 from shared.retry import NO_RETRY, RetryPolicy
-from shared.storage.base import ObjectInfo
+from shared.storage.base import ObjectInfo, StoreFailedError
 from shared.storage.faulty import FaultyObjectStore, Moment, Operation
+from shared.storage.local import LocalObjectStore
 from shared.storage.memory import MemoryObjectStore
+from tests.fixtures.broken_sync import BrokenSync
 from tests.fixtures.pageserver import INITDB_LSN, REL, Engine, engine, page_of
 
 
@@ -228,6 +230,28 @@ async def test_an_older_index_shown_again_is_noticed(tmp_path: Path) -> None:
                 await remote(two).load(at_least_lsn=0x1020)
             # What cannot be noticed: no local memory, nobody who knows better.
             assert await remote(two).load() == replace(index_of(one, 0x1000), generation=1)
+
+
+async def test_an_index_whose_folder_was_not_synced_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = [await LocalObjectStore.open(tmp_path / "store") for _ in range(2)]
+    async with engine(tmp_path / "a", store=stores[0]) as one:
+        writer = remote(one, RetryPolicy(attempts=4, first_delay_s=0))
+        await writer.load()
+        await writer.publish(index_of(one, 0x1000))
+        with monkeypatch.context() as patch:
+            broken = BrokenSync(patch, directory=True)
+            for _ in range(3):
+                with pytest.raises(StoreFailedError):
+                    await writer.publish(index_of(one, 0x1010))
+            assert broken.failed
+        async with engine(tmp_path / "b", store=stores[1], like=one) as two:
+            after = remote(two)
+            assert await after.load() == replace(index_of(one, 0x1000), generation=1)
+            await after.publish(index_of(two, 0x1010))
+    for store in stores:
+        await store.close()
 
 
 async def test_an_index_under_another_number_or_name_does_not_open(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from keylake.object_files import Placed, inspect_index, inspect_layer
 from pageserver.layer.name import LayerKind, layer_name
+from pageserver.remote_timeline import VOID
+from pageserver.tenants import Tenants
 from pageserver.timeline import Timeline
-from shared.api.pageserver import FindingKind, ScrubReport
+from shared.api.pageserver import FindingKind, Findings, ScrubReport
 from shared.errors import (
     ConflictError,
     CorruptedError,
@@ -23,13 +25,16 @@ from shared.errors import (
     NotFoundError,
     UnavailableError,
 )
+from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import Pace
 from shared.storage.faulty import FaultyObjectStore, Operation
 from shared.storage.local import LocalObjectStore
 from shared.storage.memory import MemoryObjectStore
 from tests.fixtures.pageserver import REL, WAL, Engine, engine, record
+from tests.fixtures.realm import Realm
 from tests.unit.test_pageserver_compaction import BLOCKS, EAGER, filled, grow, objects
 from tests.unit.test_pageserver_key_upkeep import FAST
+from tests.unit.test_pageserver_tenants import environment
 from tests.unit.test_pageserver_timeline import put
 
 
@@ -37,7 +42,7 @@ async def scrub(on: Engine, timeline: Timeline) -> ScrubReport:
     return await timeline.scrubber.run(on.lease.kek_version, on.lease.dek_floor)
 
 
-def named(report: ScrubReport) -> dict[str, FindingKind]:
+def named(report: Findings) -> dict[str, FindingKind]:
     assert report.more_findings == 0
     return {finding.object: finding.kind for finding in report.findings}
 
@@ -96,7 +101,7 @@ async def test_keys_that_are_older_than_they_should_be(tmp_path: Path) -> None:
         one.keys.rotate(one.project_id)
         report = await scrub(one, timeline)
         assert {finding.kind for finding in report.findings} == {FindingKind.OUTDATED_KEY}
-        assert len(report.findings) == timeline.layer_count
+        assert len(report.findings) == timeline.layer_count + 2, "layers, and two versions of the index"
         assert not report.damaged
         await timeline.keys.rewrap(2, Pace(FAST))
         assert (await scrub(one, timeline)).findings == []
@@ -104,6 +109,56 @@ async def test_keys_that_are_older_than_they_should_be(tmp_path: Path) -> None:
         [finding] = (await scrub(one, timeline)).findings
         assert finding.kind is FindingKind.WRONG_KEY
         assert some.endswith(finding.object + ".key")
+
+
+async def test_versions_of_the_index_are_opened_too(tmp_path: Path) -> None:
+    """The one before the newest is what a slow writer's rival falls back on; nobody reads it in ordinary times."""
+    async with engine(tmp_path, config=EAGER) as one:
+        timeline, _ = await filled(one, layers=3)
+        prefix = f"projects/{one.project_id}/timelines/{one.timeline_id}/"
+        slots = [key for key in await objects(one.store, "/index/") if not key.endswith(".key")]
+        assert len(slots) == 2
+        for slot in slots:
+            name, whole, envelope = (
+                slot.removeprefix(prefix),
+                await one.store.get(slot),
+                await one.store.get(slot + ".key"),
+            )
+            other = slots[slots.index(slot) - 1]
+            for damaged, beside in (
+                (whole[:-1], envelope),
+                (whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:], envelope),
+                (await one.store.get(other), await one.store.get(other + ".key")),
+                (whole, b"rubbish"),
+            ):
+                await one.store.put(slot, damaged)
+                await one.store.put(slot + ".key", beside)
+                assert named(await scrub(one, timeline)) == {name: FindingKind.UNREADABLE}
+            await one.store.put(slot, VOID)
+            assert named(await scrub(one, timeline)) == {}, "a slot that a loader closed"
+            await one.store.put(slot, whole)
+            await one.store.put(slot + ".key", envelope)
+        assert named(await scrub(one, timeline)) == {}
+
+
+async def test_what_belongs_to_no_timeline_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pki").mkdir()
+    async with engine(tmp_path / "layers", config=EAGER) as one:
+        await one.create()
+        project, gone = one.project_id, TimelineId.new()
+        await one.store.put(f"wal/{project}/{one.timeline_id}/some", b"of a timeline that is here")
+        await one.store.put(f"wal/{ProjectId.new()}/{gone}/some", b"of another project")
+        strays = [f"projects/{project}/timelines/{gone}/", f"wal/{project}/{gone}/"]
+        async with Tenants(environment(one, one.store, Realm.create(tmp_path / "pki"))) as tenants:
+            await tenants.loaded(project, one.timeline_id, timeout_s=20)
+            assert (await tenants.strays(project)).findings == []
+            await one.store.put(f"{strays[0]}layers/x", b"never listed")
+            await one.store.put(f"{strays[1]}x", b"of a timeline that was deleted")
+            report = await tenants.strays(project)
+            assert named(report) == dict.fromkeys(strays, FindingKind.ORPHAN)
+            assert not report.damaged
+            with pytest.raises(NotFoundError):
+                await tenants.strays(ProjectId.new())
 
 
 async def test_while_everything_changes(tmp_path: Path) -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import random
 import resource
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from safekeeper import piece_file
+from safekeeper import files, piece_file
 from safekeeper.control_store import DiskFullError
 from safekeeper.term_history import TermHistory
 from safekeeper.wal_segment import FRAME_OVERHEAD_SIZE_BYTES, PIECE_HEADER_SIZE_BYTES, PieceId
 from safekeeper.wal_store import StoreTuning, WalStore
 from shared.errors import ConflictError, IntegrityError, InvalidInputError, KeyAccessError, UnavailableError
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES
+from tests.fixtures.broken_sync import BrokenSync
 from tests.fixtures.safekeepers import START_LSN, StoreBench, read_all, store_bench
 
 
@@ -359,6 +364,136 @@ async def test_a_failed_fsync_is_for_good(tmp_path: Path, monkeypatch: pytest.Mo
             await store.append(1, store.flush_lsn, [b"never again"])
         with pytest.raises(IntegrityError):
             await store.read(START_LSN, 1)
+
+
+ACROSS = 2 * WAL_SEGMENT_SIZE_BYTES - 1500
+"""A log that begins here has a second piece behind 1500 bytes."""
+
+
+def refusing(number: int) -> Callable[..., Any]:
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+async def test_a_clip_that_leaves_files_on_the_disk_is_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the disk keeps is not part of the log any more. The log goes on where it was cut, without a gap."""
+    async with store_bench(tmp_path / "t", start_lsn=ACROSS) as bench:
+        store = await bench.open()
+        await append(store, b"a" * 3000)
+        _, dropped = bench.pieces()
+        cut = ACROSS + 700
+        promised = replace(bench.state().acceptor, term=2, history=TermHistory.of([(1, ACROSS), (2, cut)]))
+        with monkeypatch.context() as patch:
+            patch.setattr(piece_file, "discard", refusing(errno.EROFS))
+            await store.persist(promised, clip_lsn=cut)
+        assert store.flush_lsn == cut
+        await append(store, b"b" * 500, term=2)
+        state = bench.state()
+        state.log.check(state.acceptor.history)
+        assert dropped.exists()
+        store = await bench.open()
+        assert await read_all(store, ACROSS) == b"a" * 700 + b"b" * 500
+        assert not dropped.exists(), "the next start removes it"
+        await store.aclose()
+
+
+async def test_a_clip_whose_caller_is_cancelled_is_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with store_bench(tmp_path / "t", start_lsn=ACROSS) as bench:
+        store = await bench.open()
+        await append(store, b"a" * 3000)
+        cut = ACROSS + 700
+        promised = replace(bench.state().acceptor, term=2, history=TermHistory.of([(1, ACROSS), (2, cut)]))
+        writing, go_on, replace_file = threading.Event(), threading.Event(), files.replace_file
+
+        def slowly(path: Path, data: bytes) -> None:
+            writing.set()
+            assert go_on.wait(20)
+            replace_file(path, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "replace_file", slowly)
+            clipping = asyncio.create_task(store.persist(promised, clip_lsn=cut))
+            await asyncio.to_thread(writing.wait, 20)
+            clipping.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await clipping
+            go_on.set()
+            await store.persist_commit_lsn()  # comes behind it
+        assert store.flush_lsn == cut
+        await append(store, b"b" * 500, term=2)
+        state = bench.state()
+        state.log.check(state.acceptor.history)
+        assert await read_all(store, ACROSS) == b"a" * 700 + b"b" * 500
+        await store.aclose()
+
+
+async def test_a_disk_that_says_not_now_at_the_start_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with store_bench(tmp_path / "t") as bench:
+        await written(bench, b"a" * 1000)
+        for name in ("read_header", "open_verified"):
+            with monkeypatch.context() as patch:
+                patch.setattr(piece_file, name, refusing(errno.EMFILE))
+                store = await bench.open(check=False, load=False)
+                with pytest.raises(UnavailableError):
+                    await store.load()
+            assert not store.fault
+            await store.load()
+            assert await read_all(store, START_LSN) == b"a" * 1000
+
+
+@pytest.mark.parametrize("directory", [False, True])
+async def test_a_control_file_whose_fsync_failed_is_never_relied_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: bool
+) -> None:
+    """Neither the old promise nor the new one is on the disk for sure: nobody is told either, by this process."""
+    async with store_bench(tmp_path / "t") as bench:
+        store = await bench.open()
+        await append(store, b"a" * 1000)
+        before = bench.state().acceptor
+        promised = replace(before, term=2)
+        with monkeypatch.context() as patch:
+            broken = BrokenSync(patch, directory=directory)
+            with pytest.raises(IntegrityError):
+                await store.persist(promised)
+            assert broken.failed
+            assert store.fault
+            for again in (store.persist(promised), store.append(1, store.flush_lsn, [b"x"]), store.read(START_LSN, 1)):
+                with pytest.raises(IntegrityError):
+                    await again
+        assert store._control.state.acceptor == before, "in memory nothing was promised"
+        assert bench.state().acceptor == (promised if directory else before), "on the disk there is one of them, whole"
+
+
+async def test_a_control_file_that_cannot_be_replaced_is_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever says that nothing has changed says so truly: also when the directory cannot be opened to sync it."""
+    async with store_bench(tmp_path / "t") as bench:
+        store = await bench.open()
+        await append(store, b"a" * 1000)
+        before, cut = bench.state(), START_LSN + 300
+        promised = replace(before.acceptor, term=2, history=TermHistory.of([(1, START_LSN), (2, cut)]))
+        open_file = os.open
+
+        def no_directory(path: Any, flags: int, *more: Any, **named: Any) -> int:
+            if flags & os.O_DIRECTORY:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return open_file(path, flags, *more, **named)
+
+        for name, refusal in (("open", no_directory), ("replace", refusing(errno.ENOSPC))):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, refusal)
+                with pytest.raises(DiskFullError):
+                    await store.persist(promised, clip_lsn=cut)
+            assert bench.state() == before
+            assert store.flush_lsn == START_LSN + 1000
+        await store.persist(promised, clip_lsn=cut)
+        assert store.flush_lsn == cut
+        await store.aclose()
 
 
 # --- keys ---

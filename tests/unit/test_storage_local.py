@@ -9,12 +9,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shared.storage.base import ObjectExistsError, ObjectNotFoundError, StoreDeniedError, StoreUnavailableError
+from safekeeper.remote_wal import RemotePiece, RemoteWal
+from safekeeper.wal_segment import PieceId
+from shared.api.keymanager import ObjectName
+from shared.ids import ProjectId, TimelineId
+from shared.lsn import WAL_SEGMENT_SIZE_BYTES
+from shared.storage.base import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StoreDeniedError,
+    StoreFailedError,
+    StoreUnavailableError,
+)
 from shared.storage.local import LocalObjectStore
+from tests.fixtures.broken_sync import BrokenSync
+from tests.fixtures.keys import InMemoryKeySource, ignore_loss
 
 OBJECT_BYTES = 24 << 20
 
@@ -170,6 +185,70 @@ async def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
     assert temporary_files(tmp_path) == []
     assert await store.get("key") == b"before"
     await store.close()
+
+
+@pytest.mark.parametrize("method", ["put", "put_if_absent", "delete", "delete_many"])
+async def test_a_folder_whose_fsync_failed_ends_all_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The second fsync would succeed, and prove nothing."""
+    store = await LocalObjectStore.open(tmp_path)
+    await store.put("a/there", b"1")
+    calls: dict[str, Callable[[], Awaitable[None]]] = {
+        "put": lambda: store.put("a/new", b"2"),
+        "put_if_absent": lambda: store.put_if_absent("a/new", b"2"),
+        "delete": lambda: store.delete("a/there"),
+        "delete_many": lambda: store.delete_many(["a/there"]),
+    }
+    with monkeypatch.context() as patch:
+        broken = BrokenSync(patch, directory=True)
+        with pytest.raises(StoreFailedError) as caught:
+            await calls[method]()
+        assert broken.failed
+        assert not caught.value.retryable
+        for again in calls.values():
+            with pytest.raises(StoreFailedError):
+                await again()
+    if method == "put_if_absent":  # nobody finds it there and takes it for durable
+        with pytest.raises(ObjectNotFoundError):
+            await store.get("a/new")
+    await store.close()
+    opened = await LocalObjectStore.open(tmp_path)
+    await opened.put_if_absent("b/new", b"2")
+    await opened.close()
+
+
+async def test_a_file_whose_fsync_failed_is_written_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = await LocalObjectStore.open(tmp_path)
+    with monkeypatch.context() as patch:
+        BrokenSync(patch, directory=False)
+        with pytest.raises(StoreUnavailableError):
+            await store.put_if_absent("a/key", b"1")
+    assert temporary_files(tmp_path) == []
+    await store.put_if_absent("a/key", b"1")
+    await store.close()
+
+
+async def test_wal_whose_folder_was_not_synced_is_not_offloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever put it would delete his own copy: he is never told that it is there, however often he tries."""
+    store, keys, project_id = await LocalObjectStore.open(tmp_path), InMemoryKeySource(), ProjectId.new()
+    await keys.acquire(project_id, ignore_loss)
+    name = ObjectName(timeline_id=TimelineId.new(), object_name="a", kind="b")
+    [(_, envelope)] = await keys.generate(project_id, [name])
+    remote = RemoteWal(store, project_id, name.timeline_id)
+    piece = RemotePiece(PieceId(1, 1, 0), WAL_SEGMENT_SIZE_BYTES, WAL_SEGMENT_SIZE_BYTES + 100, "safekeeper-1")
+    await remote.put(replace(piece, piece=PieceId(1, 1, 1)), b"of before", envelope)  # so that folders are there
+    with monkeypatch.context() as patch:
+        broken = BrokenSync(patch, directory=True)
+        for _ in range(3):
+            with pytest.raises(StoreFailedError):
+                await remote.put(piece, b"sealed", envelope)
+        assert broken.failed
+    assert piece not in await remote.pieces()
+    await store.close()
+    await keys.close()
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").exists(), reason="needs sysfs")
