@@ -141,7 +141,7 @@ def create_app(
 
     @app.post("/v1/key-configurations", status_code=201)
     async def create_key_configuration(caller: account_admin, body: CreateKeyConfiguration) -> KeyConfiguration:
-        """Register a CMK. It is tried at once, with a real wrap and unwrap."""
+        """Register a CMK. It is tried at once, with every kind of call that is ever made of it."""
         return await manager.create_key_configuration(body, caller.actor)
 
     @app.get("/v1/key-configurations")

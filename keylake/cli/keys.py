@@ -65,7 +65,7 @@ def create_configuration(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Register a key. It is tried at once, with a real wrap and unwrap; a refusal names the permission that is missing.
+    """Register a key. It is tried at once, with every kind of call that is ever made; a refusal names the missing permission.
 
     A key of the local customer's AWS account by --key; any other, in AWS, Azure Key Vault, Google Cloud KMS or OpenBao,
     by --from. docs/key-configurations.md says what the file holds, and what the key's owner must allow.
