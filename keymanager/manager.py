@@ -18,7 +18,7 @@ from keymanager.cmk import Cmks, call_details, calls_made, kek_context, make_can
 from keymanager.config import KeymanagerSettings
 from keymanager.eraser import Eraser
 from keymanager.key_users import KeyUsers
-from keymanager.keyring import Keyring
+from keymanager.keyring import Keyring, KeyringLimits
 from keymanager.kms.base import KmsError, Verdict
 from keymanager.kms_ledger import KmsLedger
 from keymanager.leadership import Term
@@ -104,7 +104,8 @@ class KeyManager:
         self.people = People(repository, self.projects, clock, self.sessions.revoke_token)
         self._cmks = cmks
         self._ledger = ledger
-        self.keyring = Keyring(repository, self.audit_log, self._cmks, self._suspect, clock)
+        limits = KeyringLimits(settings.kek_cache_entries, settings.kek_cache_idle_ttl_s)
+        self.keyring = Keyring(repository, self.audit_log, self._cmks, self._suspect, clock, limits)
         self.key_users = KeyUsers(repository, clock)
         self._anchorer: Anchorer | None = None
         if settings.audit_anchors is not None and anchor_keys is not None:
@@ -124,7 +125,11 @@ class KeyManager:
             self.keyring,
             self._cmks,
             clock,
-            Policy(timedelta(days=settings.kek_max_age_days), look_every_s=settings.rotation_check_interval_s),
+            Policy(
+                timedelta(days=settings.kek_max_age_days),
+                settings.kek_max_wraps,
+                settings.rotation_check_interval_s,
+            ),
             self._configuration,
             self._key_stored,
         )
@@ -221,6 +226,7 @@ class KeyManager:
                     tasks.create_task(manager.audit_log.run())
                     await manager._load()
                     tasks.create_task(manager._sweep_leases())
+                    tasks.create_task(manager.keyring.run())
                     tasks.create_task(manager.rotator.run())
                     tasks.create_task(ledger.run(repository))
                     if manager._anchorer is not None:

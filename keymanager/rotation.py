@@ -32,15 +32,12 @@ from keymanager.repository import Repository
 from shared.api.keymanager import KeyState, Rewrap
 from shared.audit_chain import AuditEntry
 from shared.clock import Clock
-from shared.crypto.limits import MAX_WRAPS_PER_KEK
 from shared.errors import ConflictError, KeyAccessError, KeylakeError, UnavailableError
 from shared.ids import KekId, KeyConfigurationId, ProjectId
 from shared.lease import key_access_error
 from shared.telemetry import get_logger
 
 _log = get_logger(__name__)
-_ROTATE_AT_SHARE: Final = 0.75
-"""Of the limit of wraps: so that the limit itself, at which new DEKs are refused, is not met."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +45,8 @@ class Policy:
     """When the keymanager rotates without being asked."""
 
     kek_max_age: timedelta
-    kek_max_wraps: int = int(MAX_WRAPS_PER_KEK * _ROTATE_AT_SHARE)
-    look_every_s: float = 60.0
+    kek_max_wraps: int
+    look_every_s: float
 
 
 ConfigurationOf = Callable[[KeyConfigurationId], StoredKeyConfiguration]
