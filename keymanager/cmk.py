@@ -94,6 +94,8 @@ class Canary:
 
     wrapped: bytes
     digest: bytes
+    key_version: str
+    """Of the CMK."""
 
 
 async def make_canary(
@@ -133,7 +135,7 @@ async def make_canary(
             raise UnavailableError(f"this key could not be tried: {explain(error, key)}") from None
     if not same:
         raise InvalidInputError("this KMS does not give back what it wrapped")
-    return Canary(canary.wrapped, digest)
+    return Canary(canary.wrapped, digest, canary.key_version)
 
 
 class Cmks:
@@ -171,6 +173,9 @@ class Cmks:
         _, former = self._providers[key_configuration_id]
         self._providers[key_configuration_id] = key, provider
         return former
+
+    def all(self) -> list[KeyConfigurationId]:
+        return list(self._providers)
 
     def of(self, key_configuration_id: KeyConfigurationId) -> KmsProvider:
         return self._providers[key_configuration_id][1]

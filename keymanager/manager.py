@@ -387,6 +387,7 @@ class KeyManager:
                 now,
                 now,
                 now,
+                canary_cmk_key_version=canary.key_version,
             )
             details = {
                 "key_configuration_id": str(key_configuration_id),
@@ -468,6 +469,7 @@ class KeyManager:
             last_probe_at=probed_at,
             created_at=stored.created_at,
             worst_cases=worst_cases(self._bound_settings(stored)),
+            work=self.rotator.work(stored.key_configuration_id) + self.replacer.work(stored.key_configuration_id),
         )
 
     def _bound_settings(self, stored: StoredKeyConfiguration) -> BoundSettings:

@@ -193,6 +193,7 @@ class Repository:
                 row["last_allowed_at"],
                 row["created_at"],
                 row["key_generation"],
+                row["canary_cmk_key_version"],
             )
             for row in rows
         ]
@@ -207,6 +208,7 @@ class Repository:
                 row["canary_digest"],
                 row["actor"],
                 row["started_at"],
+                row["canary_cmk_key_version"],
             )
             for row in rows
         ]

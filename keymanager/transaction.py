@@ -86,7 +86,8 @@ class Transaction:
         await self._write(
             "INSERT INTO key_configuration (key_configuration_id, account_id, name, key, outage_grace_s, "
             "probe_interval_s, canary_wrapped, canary_digest, kms_access, last_verdict, last_probe_at, "
-            "last_allowed_at, created_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+            "last_allowed_at, created_at, canary_cmk_key_version) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
             str(stored.key_configuration_id),
             str(stored.account_id),
             stored.name,
@@ -100,6 +101,7 @@ class Transaction:
             stored.last_probe_at,
             stored.last_allowed_at,
             stored.created_at,
+            stored.canary_cmk_key_version,
         )
 
     async def delete_key_configuration(self, key_configuration_id: KeyConfigurationId) -> None:
@@ -226,13 +228,14 @@ class Transaction:
     async def insert_replacement(self, stored: StoredReplacement) -> None:
         """Raises ConflictError when there is one for this key configuration."""
         await self._write(
-            "INSERT INTO replacement VALUES ($1, $2, $3, $4, $5, $6)",
+            "INSERT INTO replacement VALUES ($1, $2, $3, $4, $5, $6, $7)",
             str(stored.key_configuration_id),
             stored.key.model_dump_json(),
             stored.canary_wrapped,
             stored.canary_digest,
             stored.actor,
             stored.started_at,
+            stored.canary_cmk_key_version,
         )
 
     async def delete_replacement(self, key_configuration_id: KeyConfigurationId) -> None:
@@ -284,11 +287,12 @@ class Transaction:
         )
         await self._connection.execute(
             "UPDATE key_configuration SET key = $2, canary_wrapped = $3, canary_digest = $4, "
-            "key_generation = key_generation + 1 WHERE key_configuration_id = $1",
+            "canary_cmk_key_version = $5, key_generation = key_generation + 1 WHERE key_configuration_id = $1",
             key_configuration_id,
             stored.key.model_dump_json(),
             stored.canary_wrapped,
             stored.canary_digest,
+            stored.canary_cmk_key_version,
         )
         await self.delete_replacement(stored.key_configuration_id)
         return True
@@ -333,11 +337,13 @@ class Transaction:
             probe_interval_s,
         )
 
-    async def set_canary(self, key_configuration_id: KeyConfigurationId, wrapped: bytes) -> None:
+    async def set_canary(self, key_configuration_id: KeyConfigurationId, wrapped: bytes, cmk_key_version: str) -> None:
         await self._connection.execute(
-            "UPDATE key_configuration SET canary_wrapped = $2 WHERE key_configuration_id = $1",
+            "UPDATE key_configuration SET canary_wrapped = $2, canary_cmk_key_version = $3 "
+            "WHERE key_configuration_id = $1",
             str(key_configuration_id),
             wrapped,
+            cmk_key_version,
         )
 
     async def set_project(self, project_id: ProjectId, state: KeyState, reason: str, access: KeyAccess) -> None:

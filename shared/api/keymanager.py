@@ -525,6 +525,24 @@ class WorstCase(ApiModel):
     """The same while the keymanager itself is stopped, cut off or killed."""
 
 
+class KeyWorkKind(enum.StrEnum):
+    REWRAP = "rewrap"
+    """KEKs are wrapped again under the CMK's current version."""
+    REPLACE = "replace"
+    """KEKs are wrapped by another CMK, to which all of them change when they are done."""
+
+
+class KeyWork(ApiModel):
+    """Work on the KEKs of a key configuration, under way."""
+
+    kind: KeyWorkKind
+    done: int
+    total: int
+    """KEKs."""
+    started_at: datetime
+    """By this keymanager or, a replacement, by the one that was asked."""
+
+
 class KeyConfiguration(ApiModel):
     key_configuration_id: KeyConfigurationId
     account_id: AccountId
@@ -538,6 +556,8 @@ class KeyConfiguration(ApiModel):
     created_at: datetime
     worst_cases: list[WorstCase] = Field(default_factory=list)
     """For these settings and the keymanager's own, one for every cause."""
+    work: list[KeyWork] = Field(default_factory=list)
+    """What is under way on its KEKs."""
 
 
 class CreateWorkspace(ApiModel):
@@ -616,6 +636,8 @@ class Replacement(ApiModel):
     staged: int
     """Of those, wrapped by the new CMK already."""
     started_at: datetime
+    dry_run: bool = False
+    """The new CMK was tried, and nothing was begun."""
 
 
 class KeyHolder(ApiModel):

@@ -395,6 +395,7 @@ class World:
                 now,
                 now,
                 now,
+                canary_cmk_key_version="1",
             )
             self.witness.bounds[key_configuration_id] = _BOUNDS[interval_s, grace_s, self.lease_ttl_s]
             self.database.workspaces.append(
