@@ -149,6 +149,15 @@ class KeylakeClient:
         body = key_api.CreateWorkspace(name=name, key_configuration_id=key_configuration_id)
         return await self._keymanager.call(key_api.Workspace, "POST", "/v1/workspaces", body=body)
 
+    async def change_workspace(self, workspace_id: WorkspaceId, request: key_api.ChangeWorkspace) -> key_api.Workspace:
+        """Its name, and the key of projects that are made from now on. `move_project` takes those that are there."""
+        path = f"/v1/workspaces/{workspace_id}"
+        return await self._keymanager.call(key_api.Workspace, "PATCH", path, body=request)
+
+    async def delete_workspace(self, workspace_id: WorkspaceId) -> None:
+        """Raises ConflictError while a project is in it."""
+        await self._keymanager.request("DELETE", f"/v1/workspaces/{workspace_id}")
+
     async def workspaces(self) -> list[key_api.Workspace]:
         return await self._list(self._keymanager, key_api.Workspace, "/v1/workspaces")
 

@@ -15,6 +15,7 @@ from shared.api.keymanager import (
     AuditRecord,
     AuditVerification,
     ChangeKeyConfiguration,
+    ChangeWorkspace,
     CreateKeyConfiguration,
     CreateProject,
     CreateWorkspace,
@@ -172,6 +173,21 @@ def create_app(
     @app.get("/v1/workspaces")
     async def list_workspaces(caller: lister) -> list[Workspace]:
         return [each for each in manager.workspaces() if caller.may_touch(None, each.workspace_id)]
+
+    @app.patch("/v1/workspaces/{workspace_id}")
+    async def change_workspace(
+        request: Request, caller: account_admin, workspace_id: _Workspace, body: ChangeWorkspace
+    ) -> Workspace:
+        """Its name, and the key configuration of projects that are made from now on. Those that are there stay under
+        the one that they have; `:move-key` takes them to another."""
+        if body.key_configuration_id is not None:
+            await may_choose_key(request, caller, body.key_configuration_id)
+        return await manager.change_workspace(workspace_id, body, caller.actor)
+
+    @app.delete("/v1/workspaces/{workspace_id}", status_code=204)
+    async def delete_workspace(caller: account_admin, workspace_id: _Workspace) -> None:
+        """Only while no project is in it; one that was shredded stays in it."""
+        await manager.delete_workspace(workspace_id, caller.actor)
 
     @app.post("/v1/workspaces/{workspace_id}/projects", status_code=201)
     async def create_project(

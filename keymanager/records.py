@@ -92,8 +92,7 @@ class StoredProject:
     state: KeyState
     state_reason: str
     created_at: datetime
-    key_configuration_id: KeyConfigurationId | None = None
-    """Its own; None: its workspace's."""
+    key_configuration_id: KeyConfigurationId
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,7 @@ class Repository:
                 KeyState(row["state"]),
                 row["state_reason"],
                 row["created_at"],
-                None if row["key_configuration_id"] is None else KeyConfigurationId(row["key_configuration_id"]),
+                KeyConfigurationId(row["key_configuration_id"]),
             )
             for row in rows
         ]

@@ -13,7 +13,9 @@ from keylake.cli.common import AsJson, Home, examples, group
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from shared.api.keymanager import CmkKey, KeyConfiguration
+    from keylake.client import KeylakeClient
+    from shared.api.keymanager import CmkKey, KeyConfiguration, Replacement, Rewrap, Workspace
+    from shared.ids import KeyConfigurationId
 
 _PROGRESS_POLL_S: Final = 0.2
 
@@ -405,8 +407,7 @@ def create_workspace(
     """Make a workspace under a key."""
     from keylake.cli import lookup, session
     from keylake.cli.output import emit
-    from keylake.client import KeylakeClient
-    from shared.api.keymanager import CreateWorkspace, Workspace
+    from shared.api.keymanager import CreateWorkspace
 
     async def create(client: KeylakeClient) -> Workspace:
         configuration = await lookup.key_configuration(client, key_config)
@@ -432,3 +433,57 @@ def list_workspaces(home: Home = None, as_json: AsJson = False) -> None:
             [(w.name, w.workspace_id, w.key_configuration_id, w.created_at) for w in found],
         ),
     )
+
+
+@workspaces.command(
+    "set",
+    epilog=examples(
+        "keylake workspace set main --name team",
+        "keylake workspace set main --key-config eu  # for projects to come; `project move-key` takes the others",
+    ),
+)
+def change_workspace(
+    workspace: Annotated[str, typer.Argument(help="Name or id.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Another name.", show_default=False)] = None,
+    key_config: Annotated[
+        str | None, typer.Option(help="Name or id of another key configuration.", show_default=False)
+    ] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change a workspace's name, or the key of projects that are made from now on. Those that are there stay under the
+    key that they have, each until `keylake project move-key` takes it to another one.
+    """
+    from keylake.cli import lookup, session
+    from keylake.cli.output import emit, facts
+    from shared.api.keymanager import ChangeWorkspace
+
+    async def change(client: KeylakeClient) -> Workspace:
+        found = await lookup.workspace(client, workspace)
+        other = None if key_config is None else await lookup.key_configuration(client, key_config)
+        request = session.build(
+            ChangeWorkspace, name=name, key_configuration_id=None if other is None else other.key_configuration_id
+        )
+        return await client.change_workspace(found.workspace_id, request)
+
+    now = session.ask(home, change)
+    emit(now, as_json, lambda: facts([("name", now.name), ("key configuration", now.key_configuration_id)]))
+
+
+@workspaces.command("delete", epilog=examples("keylake workspace delete main"))
+def delete_workspace(
+    workspace: Annotated[str, typer.Argument(help="Name or id.", show_default=False)],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a workspace in which there is no project, and never was."""
+    from keylake.cli import lookup, session
+    from keylake.cli.output import emit
+
+    async def delete(client: KeylakeClient) -> Workspace:
+        found = await lookup.workspace(client, workspace)
+        await client.delete_workspace(found.workspace_id)
+        return found
+
+    gone = session.ask(home, delete)
+    emit({"deleted": gone.workspace_id}, as_json, lambda: f"{gone.workspace_id} is deleted")

@@ -565,22 +565,31 @@ class CreateWorkspace(ApiModel):
     key_configuration_id: KeyConfigurationId
 
 
+class ChangeWorkspace(ApiModel):
+    """What is given is changed, the rest stays."""
+
+    name: str | None = Field(default=None, min_length=1, max_length=100, pattern=PRINTABLE)
+    key_configuration_id: KeyConfigurationId | None = None
+    """Of projects that are made from now on. Those that are there stay under the one that they have."""
+
+
 class Workspace(ApiModel):
     workspace_id: WorkspaceId
     account_id: AccountId
     name: str
     key_configuration_id: KeyConfigurationId
+    """Of projects that are made without one of their own."""
     created_at: datetime
 
 
 class CreateProject(ApiModel):
     name: str = Field(min_length=1, max_length=100, pattern=PRINTABLE)
     key_configuration_id: KeyConfigurationId | None = None
-    """Its own. It takes an account admin to say one; without, the project is under its workspace's."""
+    """It takes an account admin to say one; without, it is the workspace's of this moment."""
 
 
 class MoveProject(ApiModel):
-    """Another key configuration for a project. Its workspace's: it has none of its own any more."""
+    """Another key configuration for a project."""
 
     key_configuration_id: KeyConfigurationId
 
@@ -600,7 +609,6 @@ class Project(ApiModel):
     workspace_id: WorkspaceId
     account_id: AccountId
     key_configuration_id: KeyConfigurationId
-    """Its own, or its workspace's."""
     name: str
     state: KeyState
     state_reason: str

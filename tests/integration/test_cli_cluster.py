@@ -446,6 +446,18 @@ def test_the_life_of_a_key(keylake: KeylakeCommand) -> None:
     assert "mortal" not in [k["Description"] for k in keylake.json("cloud", "key", "list")]
 
 
+def test_a_workspace_comes_under_another_key_and_goes(keylake: KeylakeCommand) -> None:
+    keylake("workspace", "create", "short-lived", "--key-config", "main")
+    keylake("cloud", "key", "create", "next")
+    made = keylake.json("key-config", "create", "next", "--key", "next")
+    changed = keylake.json("workspace", "set", "short-lived", "--key-config", "next", "--name", "renamed")
+    assert (changed["name"], changed["key_configuration_id"]) == ("renamed", made["key_configuration_id"])
+    assert keylake.run("workspace", "set", "renamed").returncode == 2
+    assert keylake.run("key-config", "delete", "next").returncode == 1
+    assert keylake.json("workspace", "delete", "renamed") == {"deleted": changed["workspace_id"]}
+    keylake("key-config", "delete", "next")
+
+
 def test_a_configuration_that_nobody_uses_can_go(keylake: KeylakeCommand) -> None:
     keylake("cloud", "key", "create", "short")
     keylake("key-config", "create", "short", "--key", "short", "--outage-grace", "60")
