@@ -147,6 +147,10 @@ class KeylakeClient:
     async def key_configurations(self) -> list[key_api.KeyConfiguration]:
         return await self._list(self._keymanager, key_api.KeyConfiguration, "/v1/key-configurations")
 
+    async def key_configuration(self, key_configuration_id: KeyConfigurationId) -> key_api.KeyConfiguration:
+        path = f"/v1/key-configurations/{key_configuration_id}"
+        return await self._keymanager.call(key_api.KeyConfiguration, "GET", path)
+
     async def change_key_configuration(
         self, key_configuration_id: KeyConfigurationId, request: key_api.ChangeKeyConfiguration
     ) -> key_api.KeyConfiguration:
@@ -160,6 +164,15 @@ class KeylakeClient:
     async def create_workspace(self, name: str, key_configuration_id: KeyConfigurationId) -> key_api.Workspace:
         body = key_api.CreateWorkspace(name=name, key_configuration_id=key_configuration_id)
         return await self._keymanager.call(key_api.Workspace, "POST", "/v1/workspaces", body=body)
+
+    async def change_workspace(self, workspace_id: WorkspaceId, request: key_api.ChangeWorkspace) -> key_api.Workspace:
+        """Its name, and the key of projects that are made from now on. `move_project` takes those that are there."""
+        path = f"/v1/workspaces/{workspace_id}"
+        return await self._keymanager.call(key_api.Workspace, "PATCH", path, body=request)
+
+    async def delete_workspace(self, workspace_id: WorkspaceId) -> None:
+        """Raises ConflictError while a project is in it."""
+        await self._keymanager.request("DELETE", f"/v1/workspaces/{workspace_id}")
 
     async def workspaces(self) -> list[key_api.Workspace]:
         return await self._list(self._keymanager, key_api.Workspace, "/v1/workspaces")
@@ -191,11 +204,14 @@ class KeylakeClient:
         path = f"/v1/projects/{project_id}:move-key"
         return await self._keymanager.call(key_api.Project, "POST", path, body=body, timeout_s=_REWRAP_TIMEOUT_S)
 
-    async def rotate_kek(self, project_id: ProjectId) -> key_api.Project:
-        """A new KEK version for all DEKs from now on."""
-        return await self._keymanager.call(
-            key_api.Project, "POST", f"/v1/projects/{project_id}/keks:rotate", timeout_s=30
-        )
+    async def rotate_kek(
+        self, project_id: ProjectId, from_version: int | None = None, *, dry_run: bool = False
+    ) -> key_api.Project:
+        """A new KEK version for all DEKs from now on. With the version that it is to follow it is safe to ask again:
+        when there is a newer one already, nothing is changed. `dry_run`: the KMS makes a KEK, which is thrown away."""
+        params = {"dry_run": dry_run} | ({} if from_version is None else {"from_version": from_version})
+        path = f"/v1/projects/{project_id}/keks:rotate"
+        return await self._keymanager.call(key_api.Project, "POST", path, params=params, timeout_s=30)
 
     async def encryption(self, project_id: ProjectId) -> Encryption:
         """The project's keys, and what every storage node keeps under them, by a look that begins now.
@@ -238,18 +254,22 @@ class KeylakeClient:
         return await asyncio.gather(*(ask(name, client) for name, client in nodes))
 
     async def rewrap(self, key_configuration_id: KeyConfigurationId, *, dry_run: bool = False) -> key_api.Rewrap:
-        """Wrap every KEK of a key configuration under the CMK's current version. Takes one KMS call for each."""
+        """Wrap every KEK of a key configuration under the CMK's current version. Takes one KMS call for each; `work` of
+        `key_configuration` says how far it is."""
         path = f"/v1/key-configurations/{key_configuration_id}:rewrap"
         return await self._keymanager.call(
             key_api.Rewrap, "POST", path, params={"dry_run": dry_run}, timeout_s=_REWRAP_TIMEOUT_S
         )
 
-    async def replace_key(self, key_configuration_id: KeyConfigurationId, key: key_api.CmkKey) -> key_api.Replacement:
-        """Begin to move to another CMK. `replacement` says how far it is."""
+    async def replace_key(
+        self, key_configuration_id: KeyConfigurationId, key: key_api.CmkKey, *, dry_run: bool = False
+    ) -> key_api.Replacement:
+        """Begin to move to another CMK, or only try it. `replacement` says how far it is."""
         return await self._keymanager.call(
             key_api.Replacement,
             "POST",
             f"/v1/key-configurations/{key_configuration_id}:replace",
+            params={"dry_run": dry_run},
             body=key_api.ReplaceKey(key=key),
             timeout_s=30,
         )

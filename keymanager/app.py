@@ -15,6 +15,7 @@ from shared.api.keymanager import (
     AuditRecord,
     AuditVerification,
     ChangeKeyConfiguration,
+    ChangeWorkspace,
     CreateKeyConfiguration,
     CreateProject,
     CreateWorkspace,
@@ -141,7 +142,7 @@ def create_app(
 
     @app.post("/v1/key-configurations", status_code=201)
     async def create_key_configuration(caller: account_admin, body: CreateKeyConfiguration) -> KeyConfiguration:
-        """Register a CMK. It is tried at once, with a real wrap and unwrap."""
+        """Register a CMK. It is tried at once, with every kind of call that is ever made of it."""
         return await manager.create_key_configuration(body, caller.actor)
 
     @app.get("/v1/key-configurations")
@@ -172,6 +173,21 @@ def create_app(
     @app.get("/v1/workspaces")
     async def list_workspaces(caller: lister) -> list[Workspace]:
         return [each for each in manager.workspaces() if caller.may_touch(None, each.workspace_id)]
+
+    @app.patch("/v1/workspaces/{workspace_id}")
+    async def change_workspace(
+        request: Request, caller: account_admin, workspace_id: _Workspace, body: ChangeWorkspace
+    ) -> Workspace:
+        """Its name, and the key configuration of projects that are made from now on. Those that are there stay under
+        the one that they have; `:move-key` takes them to another."""
+        if body.key_configuration_id is not None:
+            await may_choose_key(request, caller, body.key_configuration_id)
+        return await manager.change_workspace(workspace_id, body, caller.actor)
+
+    @app.delete("/v1/workspaces/{workspace_id}", status_code=204)
+    async def delete_workspace(caller: account_admin, workspace_id: _Workspace) -> None:
+        """Only while no project is in it; one that was shredded stays in it."""
+        await manager.delete_workspace(workspace_id, caller.actor)
 
     @app.post("/v1/workspaces/{workspace_id}/projects", status_code=201)
     async def create_project(
@@ -224,9 +240,19 @@ def create_app(
         return (await manager.mover.move(project_id, body.key_configuration_id, caller.actor)).model()
 
     @app.post("/v1/projects/{project_id}/keks:rotate")
-    async def rotate_kek(caller: security_admin, project_id: _Project) -> Project:
-        """A new version of the project's KEK, for all DEKs from now on. The older versions stay."""
-        return (await manager.rotator.rotate_kek(project_id, caller.actor)).model()
+    async def rotate_kek(
+        caller: security_admin,
+        project_id: _Project,
+        from_version: Annotated[int | None, Query(ge=1, lt=1 << 31)] = None,
+        *,
+        dry_run: Annotated[bool, Query()] = False,
+    ) -> Project:
+        """A new version of the project's KEK, for all DEKs from now on. The older versions stay. `from_version`: the
+        one that it is to follow; when there is a newer one already, nothing is changed, so it is safe to ask again.
+        Without it, that is the current one: requests at the same time make one version. `dry_run`: the KMS makes a KEK,
+        which is thrown away."""
+        entry = await manager.rotator.rotate_kek(project_id, caller.actor, from_version=from_version, dry_run=dry_run)
+        return entry.model()
 
     @app.get("/v1/projects/{project_id}/keks", dependencies=[Depends(guard(*key_admins))])
     async def get_keys(project_id: _Project) -> KeyStatus:
@@ -249,13 +275,21 @@ def create_app(
     async def rewrap(
         caller: security_admin, key_configuration_id: _Configuration, *, dry_run: Annotated[bool, Query()] = False
     ) -> Rewrap:
-        """Wrap every KEK under the CMK's current version. Happens by itself, too; this does it now."""
+        """Wrap every KEK under the CMK's current version. Happens by itself, too; this does it now. How far it is:
+        `work` of the key configuration."""
         return await manager.rotator.rewrap(key_configuration_id, caller.actor, dry_run=dry_run)
 
     @app.post("/v1/key-configurations/{key_configuration_id}:replace", status_code=202)
-    async def replace_key(caller: account_admin, key_configuration_id: _Configuration, body: ReplaceKey) -> Replacement:
-        """Move to another CMK, in any cloud, without downtime. Tried at once; the rest goes on by itself."""
-        return await manager.replacer.begin(key_configuration_id, body.key, caller.actor)
+    async def replace_key(
+        caller: account_admin,
+        key_configuration_id: _Configuration,
+        body: ReplaceKey,
+        *,
+        dry_run: Annotated[bool, Query()] = False,
+    ) -> Replacement:
+        """Move to another CMK, in any cloud, without downtime. Tried at once; the rest goes on by itself. `dry_run`:
+        only tried."""
+        return await manager.replacer.begin(key_configuration_id, body.key, caller.actor, dry_run=dry_run)
 
     @app.get("/v1/key-configurations/{key_configuration_id}/replacement", dependencies=[key_viewer])
     async def get_replacement(key_configuration_id: _Configuration) -> Replacement:

@@ -94,6 +94,8 @@ class Canary:
 
     wrapped: bytes
     digest: bytes
+    key_version: str
+    """Of the CMK."""
 
 
 async def make_canary(
@@ -105,7 +107,9 @@ async def make_canary(
     actor: str,
     action: str,
 ) -> Canary:
-    """A new canary that was proved to unwrap. A failure is recorded as the outcome of `action`.
+    """A new canary that was proved to unwrap, with a key that was proved to be good for everything that Keylake will
+    ever ask of it: what is not allowed is to be missed now, and not at the first rotation. A failure is recorded as the
+    outcome of `action`.
 
     Raises InvalidInputError that says what the customer has to change, UnavailableError when the KMS cannot be reached.
     """
@@ -114,10 +118,16 @@ async def make_canary(
         try:
             made = await provider.generate_kek(context)
             digest = canary_digest(made.plaintext)
-            made.plaintext.wipe()
-            opened = await provider.unwrap(made.wrapped, context)
+            try:
+                await provider.wrap(made.plaintext, context)
+            finally:
+                made.plaintext.wipe()
+            canary = await provider.rewrap(made.wrapped, context)
+            opened = await provider.unwrap(canary.wrapped, context)
             same = canary_digest(opened) == digest
             opened.wipe()
+            await provider.describe()
+            await provider.destruction()
         except KmsError as error:
             await audit_log.record(AuditEntry(actor, action, error.verdict.value, None, call_details(calls)))
             if error.verdict is Verdict.DENIED:
@@ -125,7 +135,7 @@ async def make_canary(
             raise UnavailableError(f"this key could not be tried: {explain(error, key)}") from None
     if not same:
         raise InvalidInputError("this KMS does not give back what it wrapped")
-    return Canary(made.wrapped, digest)
+    return Canary(canary.wrapped, digest, canary.key_version)
 
 
 class Cmks:
@@ -163,6 +173,9 @@ class Cmks:
         _, former = self._providers[key_configuration_id]
         self._providers[key_configuration_id] = key, provider
         return former
+
+    def all(self) -> list[KeyConfigurationId]:
+        return list(self._providers)
 
     def of(self, key_configuration_id: KeyConfigurationId) -> KmsProvider:
         return self._providers[key_configuration_id][1]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
 from pydantic_settings import SettingsConfigDict
 
 from shared.config import ServiceSettings
+from shared.crypto.limits import MAX_WRAPS_PER_KEK
 from shared.storage.config import ObjectStoreSettings
 
 
@@ -111,6 +112,26 @@ class KeymanagerSettings(ServiceSettings):
     max_requests: int = Field(default=128, ge=1, le=65536, description="of the admin API, at once; more are refused")
     kek_max_age_days: float = Field(
         default=90.0, gt=0, le=3650, description="age at which a project gets a new KEK version by itself"
+    )
+    kek_max_wraps: int = Field(
+        default=MAX_WRAPS_PER_KEK // 4 * 3,
+        ge=1,
+        le=MAX_WRAPS_PER_KEK,
+        description="wraps, counted in blocks of 4096 before they are made, at which a project gets a new KEK version "
+        "by itself: before the limit (2^24), at which new DEKs are refused",
+    )
+    kek_cache_entries: int = Field(
+        default=16_384,
+        ge=1,
+        le=1_000_000,
+        description="plaintext KEKs in memory, 1 KiB each; the least recently used go",
+    )
+    kek_cache_idle_ttl_s: float = Field(
+        default=14_400.0,
+        gt=0,
+        le=31_536_000,
+        description="how long a plaintext KEK stays after its last use. Longer than services cache DEKs (1 h) and an "
+        "outage grace lasts (2 h at most) together, so that no project in use meets an outage without its KEK",
     )
     rotation_check_interval_s: float = Field(
         default=60.0, gt=0, le=86400, description="how often due KEK rotations and new CMK versions are looked for"

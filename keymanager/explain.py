@@ -1,6 +1,7 @@
 """What a KMS's refusal means, in words for the person who can do something about it. A core.
 
-Which permission is missing is told by the operation that was refused; its name is the provider's own.
+Which permission is missing is told by the refusal itself, or else by the operation that was refused; its name is the
+provider's own.
 """
 
 from __future__ import annotations
@@ -16,18 +17,25 @@ _STATES: Final[Mapping[DenialReason, str]] = {
     DenialReason.PENDING_DELETION: "the key is waiting for its deletion: cancel that and enable the key",
     DenialReason.INVALID_STATE: "the key is in a state that allows no use",
 }
+_AWS_PERMISSIONS: Final[Mapping[str, str]] = {"ReEncrypt": "kms:ReEncryptFrom and kms:ReEncryptTo"}
 _GOOGLE_PERMISSIONS: Final[Mapping[str, str]] = {
     "Encrypt": "cloudkms.cryptoKeyVersions.useToEncrypt",
     "Decrypt": "cloudkms.cryptoKeyVersions.useToDecrypt",
     "GetCryptoKey": "cloudkms.cryptoKeys.get",
     "ListCryptoKeyVersions": "cloudkms.cryptoKeyVersions.list",
 }
-_AZURE_PERMISSIONS: Final[Mapping[str, str]] = {"WrapKey": "wrapKey", "UnwrapKey": "unwrapKey", "GetKey": "get"}
+_AZURE_PERMISSIONS: Final[Mapping[str, tuple[str, str]]] = {
+    "WrapKey": ("wrapKey", "keys/wrap/action"),
+    "UnwrapKey": ("unwrapKey", "keys/unwrap/action"),
+    "GetKey": ("get", "keys/read"),
+    "GetDeletedKey": ("get", "keys/read"),
+}
+"""Operation → the access policy's word, the data action of RBAC."""
 _OPENBAO_PATHS: Final[Mapping[str, tuple[str, str]]] = {
     "GenerateDataKey": ("update", "datakey/plaintext"),
     "Encrypt": ("update", "encrypt"),
     "Decrypt": ("update", "decrypt"),
-    "Rewrap": ("update", "rewrap"),
+    "DecryptWithoutContext": ("update", "decrypt"),
     "ReadKey": ("read", "keys"),
 }
 
@@ -37,7 +45,7 @@ def explain(error: KmsError, key: CmkKey) -> str:
     if error.reason is None:
         return f"the KMS gave no usable answer ({error.operation}: {error.verdict}, {error.provider_code})"
     if error.reason is DenialReason.ACCESS_DENIED:
-        to_do = f"{key.principal} may not use the key: allow it {_permission(error.operation, key)}"
+        to_do = f"{key.principal} may not use the key: allow it {_permission(error, key)}"
     elif error.reason is DenialReason.PRINCIPAL_DENIED:
         to_do = _principal(key)
     elif error.reason is DenialReason.NOT_FOUND:
@@ -47,18 +55,22 @@ def explain(error: KmsError, key: CmkKey) -> str:
     return f"the KMS refuses ({error.operation}: {error.provider_code}); {to_do}"
 
 
-def _permission(operation: str, key: CmkKey) -> str:
+def _permission(error: KmsError, key: CmkKey) -> str:
+    """Its name, and in parentheses where it is given."""
+    operation = error.operation
     match key:
         case AwsKey():
-            return f"kms:{operation} in the key's policy or in the role's"
+            permission = error.permission or _AWS_PERMISSIONS.get(operation, f"kms:{operation}")
+            return f"{permission} (in the key's policy or in the role's)"
         case AzureKey():
-            return f"the key permission {_AZURE_PERMISSIONS.get(operation, operation)} (RBAC: Key Vault Crypto User)"
+            word, action = _AZURE_PERMISSIONS.get(operation, (operation, operation))
+            return f"{word} (RBAC: Microsoft.KeyVault/vaults/{action}, in Key Vault Crypto Service Encryption User)"
         case GoogleKey():
             permission = _GOOGLE_PERMISSIONS.get(operation, operation)
             return f"{permission} (roles/cloudkms.cryptoKeyEncrypterDecrypter and roles/cloudkms.viewer)"
         case OpenBaoKey():
             capability, path = _OPENBAO_PATHS.get(operation, ("update", operation))
-            return f"{capability} on {key.mount}/{path}/{key.key_name} in the role's policy"
+            return f"{capability} on {key.mount}/{path}/{key.key_name} (in the role's policy)"
         case _:
             assert_never(key)
 

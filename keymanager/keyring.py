@@ -1,7 +1,7 @@
 """Plaintext KEKs, and what is done with them.
 
-A KEK is unwrapped by the KMS when it is first needed, once however many ask for it, kept while its project is ACTIVE,
-and wiped by `drop`. With the KEK in memory, generating and unwrapping DEKs calls no KMS.
+A KEK is unwrapped by the KMS when it is needed, once however many ask for it, kept while its project is ACTIVE and uses
+it (`kek_cache.py`), and wiped by `drop`. With the KEK in memory, generating and unwrapping DEKs calls no KMS.
 
 What may interleave: `drop` is synchronous. Whoever awaited a KMS or the database looks at the project's epoch
 afterwards.
@@ -10,12 +10,15 @@ afterwards.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
+from weakref import WeakValueDictionary
 
 from keymanager.audit_log import AuditLog
 from keymanager.cmk import Cmks, call_details, calls_made, kek_context
+from keymanager.kek_cache import KekCache
 from keymanager.kms.base import KmsError
 from keymanager.projects import ProjectEntry
 from keymanager.records import StoredKek
@@ -35,7 +38,17 @@ WRAP_BLOCK: Final = 4096
 SLICE: Final = 64
 """Keys per turn of the event loop, about a millisecond."""
 
+_SWEEPS_PER_TTL: Final = 8
+
 _Kek = tuple[ProjectId, int]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyringLimits:
+    """How many KEKs are kept, and for how long after their last use."""
+
+    kek_entries: int
+    kek_idle_ttl_s: float
 
 
 class Keyring:
@@ -46,6 +59,7 @@ class Keyring:
         cmks: Cmks,
         suspect: Callable[[KeyConfigurationId], None],
         clock: Clock,
+        limits: KeyringLimits,
     ) -> None:
         """`suspect` is called when the KMS fails on the data path: the watcher then looks at once."""
         self._repository = repository
@@ -56,34 +70,37 @@ class Keyring:
         """Held for one slice of key work, so that there is one slice to a turn of the event loop however many ask."""
         self._closed = False
         self._clock = clock
-        self._keks: dict[_Kek, AeadKey] = {}
+        self._limits = limits
+        self._keks = KekCache(limits.kek_entries, limits.kek_idle_ttl_s, clock.monotonic_s)
         self._unwrapping: dict[_Kek, asyncio.Task[AeadKey]] = {}
-        self._allowance: dict[_Kek, int] = {}
-        self._reserving: dict[_Kek, asyncio.Lock] = {}
+        self._allowance: OrderedDict[_Kek, int] = OrderedDict()
+        """Wraps that are counted and not made yet; forgotten, they were counted for nothing."""
+        self._reserving: WeakValueDictionary[_Kek, asyncio.Lock] = WeakValueDictionary()
+        """Each for as long as somebody holds it or waits for it."""
 
     @property
     def plaintext_keks(self) -> list[ProjectId]:
         """The project of each KEK that is in memory."""
-        return [project_id for project_id, _ in self._keks]
+        return self._keks.projects
+
+    async def run(self) -> None:
+        """Until cancelled: what nobody uses does not stay in memory for want of somebody who looks."""
+        while True:
+            await asyncio.sleep(self._limits.kek_idle_ttl_s / _SWEEPS_PER_TTL)
+            self._keks.expire()
 
     def drop(self, project_id: ProjectId) -> int:
         """Wipe the project's KEKs. Returns how many there were."""
-        dropped = [key for key in self._keks if key[0] == project_id]
-        for key in dropped:
-            self._keks.pop(key).wipe()
-        return len(dropped)
+        return self._keks.drop(project_id)
 
     def drop_version(self, project_id: ProjectId, kek_version: int) -> None:
         """Wipe a KEK that is destroyed."""
-        cipher = self._keks.pop((project_id, kek_version), None)
-        if cipher is not None:
-            cipher.wipe()
+        self._keks.drop(project_id, kek_version)
 
     def close(self) -> None:
         """Wipe everything, for good: a KEK that is on its way does not enter memory any more."""
         self._closed = True
-        for key in list(self._keks):
-            self._keks.pop(key).wipe()
+        self._keks.wipe()
         for task in self._unwrapping.values():
             task.cancel()
 
@@ -92,7 +109,7 @@ class Keyring:
         if self._closed:
             plaintext.wipe()
             return
-        self._keks[kek.project_id, kek.kek_version] = AeadKey(plaintext)
+        self._keks.put(kek.project_id, kek.kek_version, AeadKey(plaintext))
 
     async def generate(self, entry: ProjectEntry, objects: Sequence[ObjectName]) -> list[tuple[SecretKey, Envelope]]:
         """A new DEK for each object. The caller wipes them.
@@ -184,7 +201,7 @@ class Keyring:
     async def _cipher(self, entry: ProjectEntry, kek: StoredKek) -> AeadKey:
         """The KEK, from memory or from the KMS."""
         key = (entry.project_id, kek.kek_version)
-        cipher = self._keks.get(key)
+        cipher = self._keks.get(*key)
         if cipher is not None:
             return cipher
         task = self._unwrapping.get(key)
@@ -228,7 +245,7 @@ class Keyring:
         except BaseException:
             cipher.wipe()
             raise
-        self._keks[entry.project_id, kek.kek_version] = cipher
+        self._keks.put(entry.project_id, kek.kek_version, cipher)
         entry.keks[kek.kek_version] = replace(entry.keks[kek.kek_version], last_unwrap_at=now)
         return cipher
 
@@ -250,6 +267,9 @@ class Keyring:
                 entry.keks[kek.kek_version] = replace(entry.keks[kek.kek_version], wraps_reserved=total)
                 left += WRAP_BLOCK
             self._allowance[key] = left - wraps
+            self._allowance.move_to_end(key)
+            if len(self._allowance) > self._limits.kek_entries:
+                self._allowance.popitem(last=False)
 
 
 def wipe_all(keys: Iterable[SecretKey]) -> None:

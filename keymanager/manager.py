@@ -18,7 +18,7 @@ from keymanager.cmk import Cmks, call_details, calls_made, kek_context, make_can
 from keymanager.config import KeymanagerSettings
 from keymanager.eraser import Eraser
 from keymanager.key_users import KeyUsers
-from keymanager.keyring import Keyring
+from keymanager.keyring import Keyring, KeyringLimits
 from keymanager.kms.base import KmsError, Verdict
 from keymanager.kms_ledger import KmsLedger
 from keymanager.leadership import Term
@@ -44,6 +44,7 @@ from shared.api.keymanager import (
     AuditRecord,
     AuditVerification,
     ChangeKeyConfiguration,
+    ChangeWorkspace,
     CreateKeyConfiguration,
     CreateProject,
     CreateWorkspace,
@@ -104,7 +105,8 @@ class KeyManager:
         self.people = People(repository, self.projects, clock, self.sessions.revoke_token)
         self._cmks = cmks
         self._ledger = ledger
-        self.keyring = Keyring(repository, self.audit_log, self._cmks, self._suspect, clock)
+        limits = KeyringLimits(settings.kek_cache_entries, settings.kek_cache_idle_ttl_s)
+        self.keyring = Keyring(repository, self.audit_log, self._cmks, self._suspect, clock, limits)
         self.key_users = KeyUsers(repository, clock)
         self._anchorer: Anchorer | None = None
         if settings.audit_anchors is not None and anchor_keys is not None:
@@ -124,7 +126,11 @@ class KeyManager:
             self.keyring,
             self._cmks,
             clock,
-            Policy(timedelta(days=settings.kek_max_age_days), look_every_s=settings.rotation_check_interval_s),
+            Policy(
+                timedelta(days=settings.kek_max_age_days),
+                settings.kek_max_wraps,
+                settings.rotation_check_interval_s,
+            ),
             self._configuration,
             self._key_stored,
         )
@@ -221,6 +227,7 @@ class KeyManager:
                     tasks.create_task(manager.audit_log.run())
                     await manager._load()
                     tasks.create_task(manager._sweep_leases())
+                    tasks.create_task(manager.keyring.run())
                     tasks.create_task(manager.rotator.run())
                     tasks.create_task(ledger.run(repository))
                     if manager._anchorer is not None:
@@ -283,9 +290,7 @@ class KeyManager:
         for kek in await self._repository.keks():
             keks.setdefault(kek.project_id, []).append(kek)
         for project in await self._repository.projects():
-            workspace = self.projects.workspaces[project.workspace_id]
-            key = project.key_configuration_id or workspace.key_configuration_id
-            kms = self._configurations[key].kms_access
+            kms = self._configurations[project.key_configuration_id].kms_access
             access = KeyAccess.of(
                 kms, held=project.held, shredded=project.shredded, erased=project.state is KeyState.ERASED
             )
@@ -381,6 +386,7 @@ class KeyManager:
                 now,
                 now,
                 now,
+                canary_cmk_key_version=canary.key_version,
             )
             details = {
                 "key_configuration_id": str(key_configuration_id),
@@ -462,6 +468,7 @@ class KeyManager:
             last_probe_at=probed_at,
             created_at=stored.created_at,
             worst_cases=worst_cases(self._bound_settings(stored)),
+            work=self.rotator.work(stored.key_configuration_id) + self.replacer.work(stored.key_configuration_id),
         )
 
     def _bound_settings(self, stored: StoredKeyConfiguration) -> BoundSettings:
@@ -497,6 +504,39 @@ class KeyManager:
         self.projects.workspaces[workspace.workspace_id] = workspace
         return workspace
 
+    async def change_workspace(self, workspace_id: WorkspaceId, request: ChangeWorkspace, actor: str) -> Workspace:
+        """In effect at once, for projects that are made from now on; no KEK is touched.
+
+        Raises NotFoundError, InvalidInputError when nothing is to be changed, ConflictError when the name is taken.
+        """
+        self.projects.workspace(workspace_id)
+        changes = {name: value for name, value in dict(request).items() if value is not None}
+        if not changes:
+            raise InvalidInputError("say what is to be changed: name, key_configuration_id")
+        if request.key_configuration_id is not None:
+            self._configuration(request.key_configuration_id)
+        async with self._changing:
+            before = self.projects.workspace(workspace_id)
+            after = before.model_copy(update=changes)
+            details = {"workspace_id": str(workspace_id)}
+            for name in changes:
+                details |= {f"old_{name}": str(getattr(before, name)), name: str(getattr(after, name))}
+            async with self._repository.transaction() as transaction:
+                await transaction.change_workspace(after)
+                await transaction.audit([AuditEntry(actor, "workspace.change", "ok", None, details)])
+            self.projects.workspaces[workspace_id] = after
+        return after
+
+    async def delete_workspace(self, workspace_id: WorkspaceId, actor: str) -> None:
+        """Raises NotFoundError, ConflictError while a project is in it."""
+        async with self._changing:
+            workspace = self.projects.workspace(workspace_id)
+            details = {"workspace_id": str(workspace_id), "name": workspace.name}
+            async with self._repository.transaction() as transaction:
+                await transaction.delete_workspace(workspace_id)
+                await transaction.audit([AuditEntry(actor, "workspace.delete", "ok", None, details)])
+            del self.projects.workspaces[workspace_id]
+
     def workspaces(self) -> list[Workspace]:
         return list(self.projects.workspaces.values())
 
@@ -530,9 +570,8 @@ class KeyManager:
                 why = self._cmks.explain(key_configuration_id, error)
                 raise UnavailableError(f"the project's key could not be made: {why}") from None
         kek = StoredKek(scope.project_id, kek_id, _FIRST_KEK_VERSION, generated.wrapped, generated.key_version, 0, now)
-        own = None if key_configuration_id == workspace.key_configuration_id else key_configuration_id
         stored = StoredProject(
-            scope.project_id, workspace_id, request.name, False, False, KeyState.ACTIVE, "", now, own
+            scope.project_id, workspace_id, request.name, False, False, KeyState.ACTIVE, "", now, key_configuration_id
         )
         details = {
             "workspace_id": str(workspace_id),

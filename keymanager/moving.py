@@ -98,8 +98,6 @@ class Mover:
         providers = self._cmks.of(source), self._cmks.of(target)
         moved = [await self._wrap(entry, kek, providers, target, actor) for kek in keks]
         self._check(source, target)
-        # A project under its workspace's key has none of its own: it follows when that is replaced by another.
-        inherits = self._projects.workspace(entry.scope.workspace_id).key_configuration_id == target
         details = {
             "old_key_configuration_id": str(source),
             "key_configuration_id": str(target),
@@ -112,7 +110,7 @@ class Mover:
                 await transaction.require_key_generation(
                     configuration.key_configuration_id, configuration.key_generation
                 )
-            await transaction.move_project(entry.project_id, None if inherits else target, keks, moved)
+            await transaction.move_project(entry.project_id, target, keks, moved)
             await transaction.audit([AuditEntry(actor, "project.move_key", "ok", entry.project_id, details)])
         # No await until everything in memory says the same: whoever looks next finds the new CMK and its wraps.
         entry.key_configuration_id = target

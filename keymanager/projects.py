@@ -111,7 +111,7 @@ class Projects:
         entry = ProjectEntry(
             scope=KeyScope(workspace.account_id, workspace.workspace_id, stored.project_id),
             name=stored.name,
-            key_configuration_id=stored.key_configuration_id or workspace.key_configuration_id,
+            key_configuration_id=stored.key_configuration_id,
             access=access,
             state=stored.state,
             reason=stored.state_reason,

@@ -30,6 +30,8 @@ class StoredKeyConfiguration:
     created_at: datetime
     key_generation: int = 1
     """How often the key was replaced, plus one."""
+    canary_cmk_key_version: str = ""
+    """The CMK's version that wrapped the canary; empty: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class StoredReplacement:
     canary_digest: bytes
     actor: str
     started_at: datetime
+    canary_cmk_key_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +92,7 @@ class StoredProject:
     state: KeyState
     state_reason: str
     created_at: datetime
-    key_configuration_id: KeyConfigurationId | None = None
-    """Its own; None: its workspace's."""
+    key_configuration_id: KeyConfigurationId
 
 
 @dataclass(frozen=True, slots=True)

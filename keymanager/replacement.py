@@ -30,7 +30,7 @@ from keymanager.projects import ProjectEntry, Projects
 from keymanager.records import StagedKek, StoredKek, StoredKeyConfiguration, StoredReplacement
 from keymanager.repository import Repository
 from keymanager.state import KMS_STATE, KmsAccess
-from shared.api.keymanager import CmkKey, KeyState, Replacement
+from shared.api.keymanager import CmkKey, KeyState, KeyWork, KeyWorkKind, Replacement
 from shared.audit_chain import AuditEntry
 from shared.clock import Clock
 from shared.errors import ConflictError, KeylakeError, NotFoundError, UnavailableError
@@ -87,8 +87,11 @@ class Replacer:
 
     # --- use cases ---
 
-    async def begin(self, key_configuration_id: KeyConfigurationId, key: CmkKey, actor: str) -> Replacement:
-        """Returns when the new CMK was tried; the rest goes on by itself. The same again changes nothing.
+    async def begin(
+        self, key_configuration_id: KeyConfigurationId, key: CmkKey, actor: str, *, dry_run: bool = False
+    ) -> Replacement:
+        """Returns when the new CMK was tried; the rest goes on by itself. The same again changes nothing. `dry_run`:
+        nothing goes on.
 
         Raises NotFoundError; KeyAccessError when the old CMK is denied or away; InvalidInputError when the new one
         cannot be used; UnavailableError; ConflictError when another replacement is under way, or it has this key.
@@ -112,9 +115,19 @@ class Replacer:
                 provider, key, configuration.account_id, key_configuration_id, self._audit_log, actor, "cmk.replace"
             )
             stored = StoredReplacement(
-                key_configuration_id, key, canary.wrapped, canary.digest, actor, self._clock.now()
+                key_configuration_id,
+                key,
+                canary.wrapped,
+                canary.digest,
+                actor,
+                self._clock.now(),
+                canary.key_version,
             )
             details = self._details(stored) | {"step": "begin"}
+            if dry_run:
+                await self._audit_log.record(AuditEntry(actor, "cmk.replace", "dry_run", None, details))
+                await provider.aclose()
+                return self._model(stored, dry_run=True)
             async with self._repository.transaction() as transaction:
                 await transaction.insert_replacement(stored)
                 await transaction.audit([AuditEntry(actor, "cmk.replace", "ok", None, details)])
@@ -156,12 +169,23 @@ class Replacer:
         stored = self._pending.get(key_configuration_id)
         if stored is None:
             raise NotFoundError("no replacement of this key is under way")
+        return self._model(stored)
+
+    def work(self, key_configuration_id: KeyConfigurationId) -> list[KeyWork]:
+        """The replacement that is under way."""
+        if not self.is_under_way(key_configuration_id):
+            return []
+        now = self.progress(key_configuration_id)
+        return [KeyWork(kind=KeyWorkKind.REPLACE, done=now.staged, total=now.keks, started_at=now.started_at)]
+
+    def _model(self, stored: StoredReplacement, *, dry_run: bool = False) -> Replacement:
         return Replacement(
-            key_configuration_id=key_configuration_id,
+            key_configuration_id=stored.key_configuration_id,
             key=stored.key,
-            keks=len(self._keks(key_configuration_id)),
-            staged=len(self._staged.get(key_configuration_id, {})),
+            keks=len(self._keks(stored.key_configuration_id)),
+            staged=len(self._staged.get(stored.key_configuration_id, {})),
             started_at=stored.started_at,
+            dry_run=dry_run,
         )
 
     # --- work ---
@@ -210,6 +234,7 @@ class Replacer:
                 key=stored.key,
                 canary_wrapped=stored.canary_wrapped,
                 canary_digest=stored.canary_digest,
+                canary_cmk_key_version=stored.canary_cmk_key_version,
                 key_generation=old.key_generation + 1,
             )
         )

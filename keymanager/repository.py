@@ -193,6 +193,7 @@ class Repository:
                 row["last_allowed_at"],
                 row["created_at"],
                 row["key_generation"],
+                row["canary_cmk_key_version"],
             )
             for row in rows
         ]
@@ -207,6 +208,7 @@ class Repository:
                 row["canary_digest"],
                 row["actor"],
                 row["started_at"],
+                row["canary_cmk_key_version"],
             )
             for row in rows
         ]
@@ -234,7 +236,7 @@ class Repository:
                 KeyState(row["state"]),
                 row["state_reason"],
                 row["created_at"],
-                None if row["key_configuration_id"] is None else KeyConfigurationId(row["key_configuration_id"]),
+                KeyConfigurationId(row["key_configuration_id"]),
             )
             for row in rows
         ]

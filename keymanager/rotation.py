@@ -11,16 +11,17 @@ By itself: KEKs are rotated when they are old or have wrapped much (`Policy`), a
 names another version than theirs.
 
 What may interleave: revocation at any time (`ProjectEntry.stop` is synchronous; whoever awaited looks at the epoch),
-rotations of other projects, and the same rotation asked for again, which waits for the first (`_lock`).
+rotations of other projects, and the same rotation asked for again, which waits for the first (`_lock`) and finds that
+it is done: a request names the version that the new one is to follow.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Final
+from weakref import WeakValueDictionary
 
 from keymanager.audit_log import AuditLog
 from keymanager.cmk import Cmks, call_details, calls_made, canary_context, kek_context
@@ -29,18 +30,15 @@ from keymanager.kms.base import KmsError, Verdict
 from keymanager.projects import ProjectEntry, Projects
 from keymanager.records import StoredKek, StoredKeyConfiguration
 from keymanager.repository import Repository
-from shared.api.keymanager import KeyState, Rewrap
+from shared.api.keymanager import KeyState, KeyWork, KeyWorkKind, Rewrap
 from shared.audit_chain import AuditEntry
 from shared.clock import Clock
-from shared.crypto.limits import MAX_WRAPS_PER_KEK
 from shared.errors import ConflictError, KeyAccessError, KeylakeError, UnavailableError
 from shared.ids import KekId, KeyConfigurationId, ProjectId
 from shared.lease import key_access_error
 from shared.telemetry import get_logger
 
 _log = get_logger(__name__)
-_ROTATE_AT_SHARE: Final = 0.75
-"""Of the limit of wraps: so that the limit itself, at which new DEKs are refused, is not met."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +46,8 @@ class Policy:
     """When the keymanager rotates without being asked."""
 
     kek_max_age: timedelta
-    kek_max_wraps: int = int(MAX_WRAPS_PER_KEK * _ROTATE_AT_SHARE)
-    look_every_s: float = 60.0
+    kek_max_wraps: int
+    look_every_s: float
 
 
 ConfigurationOf = Callable[[KeyConfigurationId], StoredKeyConfiguration]
@@ -82,7 +80,9 @@ class Rotator:
         self._policy = policy
         self._configuration_of = configuration_of
         self._canary_stored = canary_stored
-        self._locks: dict[ProjectId | KeyConfigurationId, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[ProjectId | KeyConfigurationId, asyncio.Lock] = WeakValueDictionary()
+        """Each for as long as somebody holds it or waits for it."""
+        self._rewraps: dict[KeyConfigurationId, KeyWork] = {}
 
     # --- by itself ---
 
@@ -93,8 +93,8 @@ class Rotator:
             for entry in self._projects.all():
                 if entry.issuing and self._is_due(entry.current_kek):
                     await self._quietly(self._rotate_if_due(entry))
-            for key_configuration_id in {entry.key_configuration_id for entry in self._projects.all()}:
-                await self._quietly(self.rewrap(key_configuration_id, "keymanager/rotation", only_if_outdated=True))
+            for key_configuration_id in self._cmks.all():
+                await self._quietly(self.rewrap(key_configuration_id, "keymanager/rotation"))
 
     @staticmethod
     async def _quietly(work: Awaitable[object]) -> None:
@@ -114,18 +114,38 @@ class Rotator:
 
     # --- KEK ---
 
-    async def rotate_kek(self, project_id: ProjectId, actor: str, *, dek_floor: bool = False) -> ProjectEntry:
-        """A new version of the project's KEK, for all DEKs from now on. `dek_floor`: those of before are replaced.
+    async def rotate_kek(
+        self,
+        project_id: ProjectId,
+        actor: str,
+        *,
+        from_version: int | None = None,
+        dry_run: bool = False,
+        dek_floor: bool = False,
+    ) -> ProjectEntry:
+        """A new version of the project's KEK, for all DEKs from now on.
+
+        `from_version`: the one that it is to follow, or the current one of when it was asked for. When there is a newer
+        one already, nothing is changed: asked for again, or by many at once, it is done once. `dry_run`: the KMS makes
+        a KEK, which is wiped; nothing is stored but the record of it. `dek_floor`: DEKs of before are replaced; that
+        begins with a new version, always.
 
         Raises NotFoundError, KeyAccessError when the project is stopped or the KMS refuses, UnavailableError when the
-        KMS gives no answer; then the old version is still the current one.
+        KMS gives no answer; then the old version is still the current one. ConflictError: there is no such version yet.
         """
         entry = self._projects.get(project_id)
+        follows = entry.current_kek.kek_version if from_version is None else from_version
         async with self._lock(project_id):
-            await self._new_kek(entry, actor, dek_floor=dek_floor)
+            current = entry.current_kek.kek_version
+            if follows > current:
+                raise ConflictError(f"the project's KEK is version {current}: there is no version {follows} to follow")
+            if follows == current or dek_floor:
+                await self._new_kek(entry, actor, dry_run=dry_run, dek_floor=dek_floor)
         return entry
 
-    async def _new_kek(self, entry: ProjectEntry, actor: str, *, dek_floor: bool = False) -> None:
+    async def _new_kek(
+        self, entry: ProjectEntry, actor: str, *, dry_run: bool = False, dek_floor: bool = False
+    ) -> None:
         epoch, before = entry.epoch, entry.current_kek
         generation = self._configuration_of(entry.key_configuration_id).key_generation
         entry.check()
@@ -140,6 +160,10 @@ class Rotator:
         now = self._clock.now()
         kek = StoredKek(entry.project_id, kek_id, kek_version, made.wrapped, made.key_version, 0, now)
         details = {"kek_id": str(kek_id), "kek_version": str(kek_version), **call_details(calls)}
+        if dry_run:
+            made.plaintext.wipe()
+            await self._audit_log.record(AuditEntry(actor, "kek.rotate", "dry_run", entry.project_id, details))
+            return
         try:
             entry.check(epoch)
             async with self._repository.transaction() as transaction:
@@ -176,12 +200,11 @@ class Rotator:
         actor: str,
         *,
         dry_run: bool = False,
-        only_if_outdated: bool = False,
     ) -> Rewrap:
         """Wrap every KEK of a key configuration, and its canary, under the CMK's current version.
 
-        One KMS call for each KEK that has another version. `only_if_outdated`: leave no audit record if there is none.
-        What was done before an error stays done. Raises NotFoundError, KeyAccessError, UnavailableError.
+        One call of the adapter for each of them that has another version. What was done before an error stays done;
+        `work` says how far it is. Raises NotFoundError, KeyAccessError, UnavailableError.
         """
         self._configuration_of(key_configuration_id)
         async with self._lock(key_configuration_id):
@@ -191,10 +214,10 @@ class Rotator:
             keks = [(entry, kek) for entry in entries for kek in entry.keks.values() if kek.wrapped is not None]
             outdated = [(entry, kek) for entry, kek in keks if kek.cmk_key_version != current]
             done = 0
-            if not dry_run and (outdated or not only_if_outdated):
-                await self._rewrap_canary(configuration, actor)
-                for entry, kek in outdated:
-                    done += await self._rewrap_kek(entry, kek, actor)
+            if not dry_run:
+                if configuration.canary_cmk_key_version != current:
+                    await self._rewrap_canary(configuration, actor)
+                done = await self._rewrap_keks(key_configuration_id, outdated, actor)
         return Rewrap(
             key_configuration_id=key_configuration_id,
             cmk_key_version=current,
@@ -203,6 +226,26 @@ class Rotator:
             rewrapped=done,
             dry_run=dry_run,
         )
+
+    def work(self, key_configuration_id: KeyConfigurationId) -> list[KeyWork]:
+        """The rewrap that is under way."""
+        found = self._rewraps.get(key_configuration_id)
+        return [] if found is None else [found]
+
+    async def _rewrap_keks(
+        self, key_configuration_id: KeyConfigurationId, keks: Sequence[tuple[ProjectEntry, StoredKek]], actor: str
+    ) -> int:
+        """How many there were to do."""
+        done, started_at = 0, self._clock.now()
+        try:
+            for number, (entry, kek) in enumerate(keks):
+                self._rewraps[key_configuration_id] = KeyWork(
+                    kind=KeyWorkKind.REWRAP, done=number, total=len(keks), started_at=started_at
+                )
+                done += await self._rewrap_kek(entry, kek, actor)
+        finally:
+            self._rewraps.pop(key_configuration_id, None)
+        return done
 
     async def _current_version(self, configuration: StoredKeyConfiguration) -> str:
         try:
@@ -245,10 +288,11 @@ class Rotator:
                 raise self._refusal(key_configuration_id, error) from None
         details = {"key_configuration_id": str(key_configuration_id), **call_details(calls)}
         async with self._repository.transaction() as transaction:
-            await transaction.set_canary(key_configuration_id, wrapped.wrapped)
+            await transaction.set_canary(key_configuration_id, wrapped.wrapped, wrapped.key_version)
             await transaction.audit([AuditEntry(actor, "canary.rewrap", "ok", None, details)])
         # The rest of the row may have changed: its settings, for one.
-        self._canary_stored(replace(self._configuration_of(key_configuration_id), canary_wrapped=wrapped.wrapped))
+        now = self._configuration_of(key_configuration_id)
+        self._canary_stored(replace(now, canary_wrapped=wrapped.wrapped, canary_cmk_key_version=wrapped.key_version))
 
     def _refusal(self, key_configuration_id: KeyConfigurationId, error: KmsError) -> KeyAccessError | UnavailableError:
         """What a KMS's failure means to whoever asked for a use of the key."""

@@ -24,7 +24,7 @@ from shared import audit_chain as audit
 from shared.api.keymanager import KeyState, KeyUse, Role, Workspace
 from shared.clock import Clock
 from shared.errors import ConflictError, CorruptedError, PermissionDeniedError
-from shared.ids import AccountId, InstanceId, KeyConfigurationId, ProjectId, TokenId
+from shared.ids import AccountId, InstanceId, KeyConfigurationId, ProjectId, TokenId, WorkspaceId
 from shared.keysession import ReplacedError
 
 
@@ -86,7 +86,8 @@ class Transaction:
         await self._write(
             "INSERT INTO key_configuration (key_configuration_id, account_id, name, key, outage_grace_s, "
             "probe_interval_s, canary_wrapped, canary_digest, kms_access, last_verdict, last_probe_at, "
-            "last_allowed_at, created_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+            "last_allowed_at, created_at, canary_cmk_key_version) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
             str(stored.key_configuration_id),
             str(stored.account_id),
             stored.name,
@@ -100,6 +101,7 @@ class Transaction:
             stored.last_probe_at,
             stored.last_allowed_at,
             stored.created_at,
+            stored.canary_cmk_key_version,
         )
 
     async def delete_key_configuration(self, key_configuration_id: KeyConfigurationId) -> None:
@@ -122,21 +124,44 @@ class Transaction:
             workspace.created_at,
         )
 
+    async def change_workspace(self, workspace: Workspace) -> None:
+        """Name, and key configuration of projects to come. Raises ConflictError when the name is taken or the key
+        configuration is gone."""
+        try:
+            await self._write(
+                "UPDATE workspace SET name = $2, key_configuration_id = $3 WHERE workspace_id = $1",
+                str(workspace.workspace_id),
+                workspace.name,
+                str(workspace.key_configuration_id),
+            )
+        except asyncpg.ForeignKeyViolationError:
+            raise ConflictError("the key configuration was deleted meanwhile") from None
+
+    async def delete_workspace(self, workspace_id: WorkspaceId) -> None:
+        """Raises ConflictError while a project is in it."""
+        try:
+            await self._connection.execute("DELETE FROM workspace WHERE workspace_id = $1", str(workspace_id))
+        except asyncpg.ForeignKeyViolationError:
+            raise ConflictError("a project is in this workspace") from None
+
     async def insert_project(self, project: StoredProject, kek: StoredKek) -> None:
-        """Raises ConflictError when the name is taken."""
-        await self._write(
-            "INSERT INTO project (project_id, workspace_id, name, held, shredded, state, state_reason, created_at, "
-            "key_configuration_id) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
-            str(project.project_id),
-            str(project.workspace_id),
-            project.name,
-            project.held,
-            project.shredded,
-            project.state.value,
-            project.state_reason,
-            project.created_at,
-            None if project.key_configuration_id is None else str(project.key_configuration_id),
-        )
+        """Raises ConflictError when the name is taken, or the workspace is gone."""
+        try:
+            await self._write(
+                "INSERT INTO project (project_id, workspace_id, name, held, shredded, state, state_reason, created_at, "
+                "key_configuration_id) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+                str(project.project_id),
+                str(project.workspace_id),
+                project.name,
+                project.held,
+                project.shredded,
+                project.state.value,
+                project.state_reason,
+                project.created_at,
+                str(project.key_configuration_id),
+            )
+        except asyncpg.ForeignKeyViolationError:
+            raise ConflictError("the workspace was deleted meanwhile") from None
         await self.insert_kek(kek)
         await self._note_cmk(project.project_id)
 
@@ -226,13 +251,14 @@ class Transaction:
     async def insert_replacement(self, stored: StoredReplacement) -> None:
         """Raises ConflictError when there is one for this key configuration."""
         await self._write(
-            "INSERT INTO replacement VALUES ($1, $2, $3, $4, $5, $6)",
+            "INSERT INTO replacement VALUES ($1, $2, $3, $4, $5, $6, $7)",
             str(stored.key_configuration_id),
             stored.key.model_dump_json(),
             stored.canary_wrapped,
             stored.canary_digest,
             stored.actor,
             stored.started_at,
+            stored.canary_cmk_key_version,
         )
 
     async def delete_replacement(self, key_configuration_id: KeyConfigurationId) -> None:
@@ -266,8 +292,7 @@ class Transaction:
             "SELECT 1 FROM key_configuration WHERE key_configuration_id = $1 FOR UPDATE", key_configuration_id
         )
         missing: int = await self._connection.fetchval(
-            "SELECT count(*) FROM kek JOIN project USING (project_id) JOIN workspace USING (workspace_id) "
-            "WHERE coalesce(project.key_configuration_id, workspace.key_configuration_id) = $1 "
+            "SELECT count(*) FROM kek JOIN project USING (project_id) WHERE project.key_configuration_id = $1 "
             "AND kek.wrapped IS NOT NULL AND NOT EXISTS "
             "(SELECT 1 FROM staged_kek s WHERE s.project_id = kek.project_id AND s.kek_version = kek.kek_version)",
             key_configuration_id,
@@ -276,19 +301,19 @@ class Transaction:
             return False
         await self._connection.execute(
             "UPDATE kek SET wrapped = s.wrapped, cmk_key_version = s.cmk_key_version "
-            "FROM staged_kek s JOIN project USING (project_id) JOIN workspace USING (workspace_id) "
+            "FROM staged_kek s JOIN project USING (project_id) "
             "WHERE s.key_configuration_id = $1 AND s.project_id = kek.project_id AND s.kek_version = kek.kek_version "
-            "AND coalesce(project.key_configuration_id, workspace.key_configuration_id) = $1 "
-            "AND kek.wrapped IS NOT NULL",
+            "AND project.key_configuration_id = $1 AND kek.wrapped IS NOT NULL",
             key_configuration_id,
         )
         await self._connection.execute(
             "UPDATE key_configuration SET key = $2, canary_wrapped = $3, canary_digest = $4, "
-            "key_generation = key_generation + 1 WHERE key_configuration_id = $1",
+            "canary_cmk_key_version = $5, key_generation = key_generation + 1 WHERE key_configuration_id = $1",
             key_configuration_id,
             stored.key.model_dump_json(),
             stored.canary_wrapped,
             stored.canary_digest,
+            stored.canary_cmk_key_version,
         )
         await self.delete_replacement(stored.key_configuration_id)
         return True
@@ -296,12 +321,12 @@ class Transaction:
     async def move_project(
         self,
         project_id: ProjectId,
-        own: KeyConfigurationId | None,
+        target: KeyConfigurationId,
         keks: Sequence[StoredKek],
         moved: Sequence[StagedKek],
     ) -> None:
-        """Another key configuration (None: its workspace's) and, under its CMK, all KEKs. Raises ConflictError when
-        they are not all, or not as they were, or the key configuration is gone."""
+        """Another key configuration and, under its CMK, all KEKs. Raises ConflictError when they are not all, or not as
+        they were, or the key configuration is gone."""
         for kek, staged in zip(keks, moved, strict=True):
             if not await self.replace_wrapped_kek(kek, staged.wrapped, staged.cmk_key_version):
                 raise ConflictError("the project's keys have changed meanwhile: try again")
@@ -314,7 +339,7 @@ class Transaction:
             await self._connection.execute(
                 "UPDATE project SET key_configuration_id = $2 WHERE project_id = $1",
                 str(project_id),
-                None if own is None else str(own),
+                str(target),
             )
         except asyncpg.ForeignKeyViolationError:
             raise ConflictError("the key configuration was deleted meanwhile") from None
@@ -333,11 +358,13 @@ class Transaction:
             probe_interval_s,
         )
 
-    async def set_canary(self, key_configuration_id: KeyConfigurationId, wrapped: bytes) -> None:
+    async def set_canary(self, key_configuration_id: KeyConfigurationId, wrapped: bytes, cmk_key_version: str) -> None:
         await self._connection.execute(
-            "UPDATE key_configuration SET canary_wrapped = $2 WHERE key_configuration_id = $1",
+            "UPDATE key_configuration SET canary_wrapped = $2, canary_cmk_key_version = $3 "
+            "WHERE key_configuration_id = $1",
             str(key_configuration_id),
             wrapped,
+            cmk_key_version,
         )
 
     async def set_project(self, project_id: ProjectId, state: KeyState, reason: str, access: KeyAccess) -> None:

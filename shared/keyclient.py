@@ -57,7 +57,7 @@ from shared.errors import (
     UnavailableError,
 )
 from shared.ids import InstanceId, ProjectId, TokenId, WorkspaceId
-from shared.keycache import DEFAULT_CAPACITY, DEFAULT_TTL_S
+from shared.keycache import DEFAULT_CAPACITY, DEFAULT_ROOM_SIZE_BYTES, DEFAULT_TTL_S, DekRoom
 from shared.keyholding import HeldProject, Missing
 from shared.keysession import (
     Dial,
@@ -111,13 +111,14 @@ class KeyClient:
         clock: Clock | None = None,
         cache_capacity: int = DEFAULT_CAPACITY,
         cache_ttl_s: float = DEFAULT_TTL_S,
+        cache_size_bytes: int = DEFAULT_ROOM_SIZE_BYTES,
         request_timeout_s: float = 10.0,
         rng: random.Random | None = None,
         dial: Dial | None = None,
     ) -> None:
         """`keymanagers`: all replicas; the one that leads is found, and found again. `cache_capacity` is in DEKs per
-        project, `cache_ttl_s` how long one is answered from the cache. `request_timeout_s` bounds every call,
-        reconnecting included."""
+        project, `cache_ttl_s` how long one is answered from the cache, `cache_size_bytes` what those of all projects
+        may take together, about. `request_timeout_s` bounds every call, reconnecting included."""
         self.identity: Final = SessionIdentity(role, node_id, instance_id or InstanceId.new())
         self._clock = clock or SystemClock()
         addresses = (keymanagers,) if isinstance(keymanagers, Address) else tuple(keymanagers)
@@ -125,6 +126,7 @@ class KeyClient:
         self._opener = SessionOpener(addresses, dial, self.identity, tokens, self._clock)
         self._cache_capacity = cache_capacity
         self._cache_ttl_s = cache_ttl_s
+        self._room = DekRoom(cache_size_bytes)
         self._request_timeout_s = request_timeout_s
         self._rng = rng or random.SystemRandom()
         self._held: dict[ProjectId, HeldProject] = {}
@@ -206,7 +208,7 @@ class KeyClient:
                 await self._dropped(released, deadline_s)
             else:
                 break
-        held = HeldProject(project_id, on_loss, self._clock, self._cache_capacity, self._cache_ttl_s, cut)
+        held = HeldProject(project_id, on_loss, self._clock, self._cache_capacity, self._cache_ttl_s, cut, self._room)
         self._held[project_id] = held
         try:
             while not held.granted:

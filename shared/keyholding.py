@@ -12,7 +12,7 @@ from shared.crypto.envelope import Envelope, check_commitment
 from shared.crypto.transport import KeyTransport
 from shared.errors import IntegrityError, KeylakeError, LeaseExpiredError
 from shared.ids import ProjectId
-from shared.keycache import DEFAULT_TTL_S, DekCache
+from shared.keycache import DEFAULT_TTL_S, DekCache, DekRoom
 from shared.lease import CutHandler, KeyLoss, KeyLossHandler, Lease, nothing_to_cut
 
 
@@ -69,12 +69,13 @@ class HeldProject:
         cache_capacity: int,
         cache_ttl_s: float = DEFAULT_TTL_S,
         cut: CutHandler = nothing_to_cut,
+        room: DekRoom | None = None,
     ) -> None:
         self.project_id = project_id
         self.on_loss = on_loss
         self.cut = cut
         self.lease = Lease(project_id, clock)
-        self.cache = DekCache(cache_capacity, cache_ttl_s, clock.monotonic_s)
+        self.cache = DekCache(cache_capacity, cache_ttl_s, clock.monotonic_s, room)
         self.granted = False
         """A lease was granted at least once (it may be over)."""
         self.lost = False

@@ -148,9 +148,9 @@ class GoogleCustomer:
         request = iam_policy_pb2.SetIamPolicyRequest(resource=resource, policy=policy)
         return self.kms.set_iam_policy(request=request, timeout=_TIMEOUT_S)
 
-    def allow(self, key: str, member: str) -> None:
-        """`member` is `serviceAccount:…`."""
-        self._change(key, member, VENDOR_ROLES)
+    def allow(self, key: str, member: str, roles: tuple[str, ...] = VENDOR_ROLES) -> None:
+        """These roles and no others. `member` is `serviceAccount:…`."""
+        self._change(key, member, roles)
 
     def deny(self, key: str, member: str) -> None:
         """Take the member out of the key's policy: what is not granted is denied."""

@@ -13,9 +13,11 @@ from keylake.cli.common import AsJson, Home, examples, group
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from shared.api.keymanager import CmkKey, KeyConfiguration
+    from keylake.client import KeylakeClient
+    from shared.api.keymanager import CmkKey, KeyConfiguration, Replacement, Rewrap, Workspace
+    from shared.ids import KeyConfigurationId
 
-_REPLACEMENT_POLL_S: Final = 0.2
+_PROGRESS_POLL_S: Final = 0.2
 
 FromFile = Annotated[
     Path | None,
@@ -65,7 +67,8 @@ def create_configuration(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Register a key. It is tried at once, with a real wrap and unwrap; a refusal names the permission that is missing.
+    """Register a key. It is tried at once, with every kind of call that is ever made of it; a refusal names the
+    permission that is missing.
 
     A key of the local customer's AWS account by --key; any other, in AWS, Azure Key Vault, Google Cloud KMS or OpenBao,
     by --from. docs/key-configurations.md says what the file holds, and what the key's owner must allow.
@@ -111,7 +114,6 @@ def change_configuration(
     """Change what is given, at once. For another key: `keylake key-config replace`."""
     from keylake.cli import lookup, session
     from keylake.cli.output import emit, facts
-    from keylake.client import KeylakeClient
     from shared.api.keymanager import ChangeKeyConfiguration
 
     request = session.build(
@@ -197,6 +199,7 @@ def _render_configuration(found: KeyConfiguration) -> RenderableType:
                 ("last probe", found.last_probe_at),
                 ("probe interval, s", found.probe_interval_s),
                 ("outage grace, s", found.outage_grace_s),
+                *((work.kind.value, f"{work.done} of {work.total} KEKs") for work in found.work),
             ]
         ),
         Text("\nWorst case: until nothing is served any more, counted from when the KMS last could say yes"),
@@ -233,12 +236,15 @@ def rewrap(
     """Wrap every KEK under the CMK's current version now. It happens by itself, too, a little later."""
     from keylake.cli import lookup, session
     from keylake.cli.output import emit, facts
-    from keylake.client import KeylakeClient
-    from shared.api.keymanager import Rewrap
 
     async def ask(client: KeylakeClient) -> Rewrap:
         found = await lookup.key_configuration(client, configuration)
-        return await client.rewrap(found.key_configuration_id, dry_run=dry_run)
+        asked = asyncio.create_task(client.rewrap(found.key_configuration_id, dry_run=dry_run))
+        try:
+            await _show_rewrap(client, found.key_configuration_id, asked)
+            return await asked
+        finally:
+            asked.cancel()
 
     done = session.ask(home, ask)
     emit(
@@ -255,11 +261,35 @@ def rewrap(
     )
 
 
+async def _show_rewrap(
+    client: KeylakeClient, key_configuration_id: KeyConfigurationId, asked: asyncio.Task[Rewrap]
+) -> None:
+    """How far it is, until it is answered."""
+    from keylake.cli.output import notes
+    from shared.api.keymanager import KeyWorkKind
+    from shared.errors import KeylakeError
+
+    shown = 0
+    while True:
+        await asyncio.wait({asked}, timeout=_PROGRESS_POLL_S)
+        if asked.done():
+            return
+        try:
+            found = await client.key_configuration(key_configuration_id)
+        except KeylakeError:
+            continue  # what was asked for is not the worse for it
+        for work in found.work:
+            if work.kind is KeyWorkKind.REWRAP and work.done > shown:
+                shown = work.done
+                notes().print(f"{work.done} of {work.total} KEKs are wrapped again")
+
+
 @configurations.command(
     "replace",
     epilog=examples(
         "keylake key-config replace main --key other-key     # another key of the local customer",
         "keylake key-config replace main --from azure.json   # a key in any cloud: docs/key-configurations.md",
+        "keylake key-config replace main --from azure.json --dry-run",
         "keylake key-config replace main --abort",
     ),
 )
@@ -271,18 +301,29 @@ def replace(
     ] = None,
     from_file: FromFile = None,
     abort: Annotated[bool, typer.Option("--abort", help="Give up one that is under way.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only try the key, and count.")] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Move everything under a key configuration to another CMK, without downtime. Returns when it is done."""
     from keylake.cli import lookup, session
     from keylake.cli.output import emit, facts, notes
-    from keylake.client import KeylakeClient
     from shared.errors import InvalidInputError
 
     if [key is not None, from_file is not None, abort].count(True) != 1:
         raise InvalidInputError("say one of --key, --from and --abort")
+    if abort and dry_run:
+        raise InvalidInputError("--abort has no --dry-run")
     new = None if abort else _any_key(key, from_file, home)
+
+    async def try_it(client: KeylakeClient, key: CmkKey) -> Replacement:
+        found = await lookup.key_configuration(client, configuration)
+        return await client.replace_key(found.key_configuration_id, key, dry_run=True)
+
+    if dry_run and new is not None:
+        tried = session.ask(home, lambda client: try_it(client, new))
+        emit(tried, as_json, lambda: facts([("key, which may be used", tried.key.identifier), ("KEKs", tried.keks)]))
+        return
 
     async def move(client: KeylakeClient) -> KeyConfiguration:
         found = await lookup.key_configuration(client, configuration)
@@ -294,7 +335,7 @@ def replace(
             if now.staged != progress.staged:
                 notes().print(f"{now.staged} of {now.keks} KEKs are wrapped by the new key")
             progress = now
-            await asyncio.sleep(_REPLACEMENT_POLL_S)
+            await asyncio.sleep(_PROGRESS_POLL_S)
         return await lookup.key_configuration(client, str(found.key_configuration_id))
 
     after = session.ask(home, move)
@@ -339,7 +380,6 @@ def delete_configuration(
     """Forget a key configuration. Only while no workspace and no project is bound to it."""
     from keylake.cli import lookup, session
     from keylake.cli.output import emit
-    from keylake.client import KeylakeClient
 
     async def delete(client: KeylakeClient) -> KeyConfiguration:
         found = await lookup.key_configuration(client, configuration)
@@ -367,8 +407,7 @@ def create_workspace(
     """Make a workspace under a key."""
     from keylake.cli import lookup, session
     from keylake.cli.output import emit
-    from keylake.client import KeylakeClient
-    from shared.api.keymanager import CreateWorkspace, Workspace
+    from shared.api.keymanager import CreateWorkspace
 
     async def create(client: KeylakeClient) -> Workspace:
         configuration = await lookup.key_configuration(client, key_config)
@@ -394,3 +433,57 @@ def list_workspaces(home: Home = None, as_json: AsJson = False) -> None:
             [(w.name, w.workspace_id, w.key_configuration_id, w.created_at) for w in found],
         ),
     )
+
+
+@workspaces.command(
+    "set",
+    epilog=examples(
+        "keylake workspace set main --name team",
+        "keylake workspace set main --key-config eu  # for projects to come; `project move-key` takes the others",
+    ),
+)
+def change_workspace(
+    workspace: Annotated[str, typer.Argument(help="Name or id.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Another name.", show_default=False)] = None,
+    key_config: Annotated[
+        str | None, typer.Option(help="Name or id of another key configuration.", show_default=False)
+    ] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change a workspace's name, or the key of projects that are made from now on. Those that are there stay under the
+    key that they have, each until `keylake project move-key` takes it to another one.
+    """
+    from keylake.cli import lookup, session
+    from keylake.cli.output import emit, facts
+    from shared.api.keymanager import ChangeWorkspace
+
+    async def change(client: KeylakeClient) -> Workspace:
+        found = await lookup.workspace(client, workspace)
+        other = None if key_config is None else await lookup.key_configuration(client, key_config)
+        request = session.build(
+            ChangeWorkspace, name=name, key_configuration_id=None if other is None else other.key_configuration_id
+        )
+        return await client.change_workspace(found.workspace_id, request)
+
+    now = session.ask(home, change)
+    emit(now, as_json, lambda: facts([("name", now.name), ("key configuration", now.key_configuration_id)]))
+
+
+@workspaces.command("delete", epilog=examples("keylake workspace delete main"))
+def delete_workspace(
+    workspace: Annotated[str, typer.Argument(help="Name or id.", show_default=False)],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a workspace in which there is no project, and never was."""
+    from keylake.cli import lookup, session
+    from keylake.cli.output import emit
+
+    async def delete(client: KeylakeClient) -> Workspace:
+        found = await lookup.workspace(client, workspace)
+        await client.delete_workspace(found.workspace_id)
+        return found
+
+    gone = session.ask(home, delete)
+    emit({"deleted": gone.workspace_id}, as_json, lambda: f"{gone.workspace_id} is deleted")

@@ -173,10 +173,37 @@ def revalidate(project: ProjectName, home: Home = None, as_json: AsJson = False)
     _act(project, home, as_json, lambda client, project_id: client.revalidate(project_id))
 
 
-@app.command("rotate-key", epilog=examples("keylake project rotate-key shop"))
-def rotate_key(project: ProjectName, home: Home = None, as_json: AsJson = False) -> None:
+@app.command(
+    "rotate-key",
+    epilog=examples(
+        "keylake project rotate-key shop",
+        "keylake project rotate-key shop --from-version 3  # again and again: it makes version 4 once",
+        "keylake project rotate-key shop --dry-run",
+    ),
+)
+def rotate_key(
+    project: ProjectName,
+    from_version: Annotated[
+        int | None,
+        typer.Option(
+            help="The version that the new one is to follow. When there is a newer one already, nothing is changed.",
+            min=1,
+            show_default="the current one",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only have the KMS make a KEK, which is thrown away.")
+    ] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
     """Make a new version of the project's KEK, for all data keys from now on. The older versions stay."""
-    _act(project, home, as_json, lambda client, project_id: client.rotate_kek(project_id))
+    _act(
+        project,
+        home,
+        as_json,
+        lambda client, project_id: client.rotate_kek(project_id, from_version, dry_run=dry_run),
+    )
 
 
 @app.command("revoke", epilog=examples("keylake project revoke shop --reason 'stolen laptop'"))

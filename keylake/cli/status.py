@@ -124,9 +124,9 @@ def _render_status(services: list[ServiceHealth], details: _Details) -> Renderab
         ),
         (
             "Keys",
-            ("key configuration", "state", "last verdict", "last probe", "sealed within, s", "key"),
+            ("key configuration", "state", "last verdict", "last probe", "sealed within, s", "KEKs under way", "key"),
             [
-                (c.name, c.state.value, c.last_verdict, c.last_probe_at, _sealed_within(c), c.key.identifier)
+                (c.name, c.state.value, c.last_verdict, c.last_probe_at, _sealed_within(c), _work(c), c.key.identifier)
                 for c in details.key_configurations
             ],
         ),
@@ -174,3 +174,7 @@ def _sealed_within(configuration: KeyConfiguration) -> str:
     if denied is None or denied.reachable_s is None or denied.partitioned_s is None:
         return ""
     return f"{denied.reachable_s:.1f} / {denied.partitioned_s:.1f}"
+
+
+def _work(configuration: KeyConfiguration) -> str:
+    return ", ".join(f"{work.kind.value}: {work.done} of {work.total}" for work in configuration.work)

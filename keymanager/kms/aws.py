@@ -20,7 +20,7 @@ import botocore.exceptions as boto_errors
 from botocore.parsers import ResponseParserError
 
 from keymanager.kms.aws_clients import AwsClients, AwsKmsConfig, RoleClient
-from keymanager.kms.aws_verdicts import ASSUME_ROLE, CREDENTIALS_ENDED, classify
+from keymanager.kms.aws_verdicts import ASSUME_ROLE, CREDENTIALS_ENDED, classify, missing_permission
 from keymanager.kms.base import (
     Classification,
     Destruction,
@@ -191,11 +191,13 @@ def _judge(operation: str, error: Exception) -> KmsError | None:
             metadata = error.response.get("ResponseMetadata", {})
             detail = error.response.get("Error", {})
             code, status = detail.get("Code", ""), metadata.get("HTTPStatusCode", 0)
+            message = detail.get("Message", "")
             return KmsError(
-                classify(operation, code, status, detail.get("Message", "")),
+                classify(operation, code, status, message),
                 operation=operation,
                 provider_code=code or f"HTTP {status}",
                 request_id=metadata.get("RequestId"),
+                permission=missing_permission(message),
             )
         case boto_errors.HTTPClientError() | boto_errors.ConnectionError() | ResponseParserError():
             # Timeouts, refused and reset connections, TLS, proxies. The last: an answer not in the service's own

@@ -6,11 +6,13 @@ in a table is AMBIGUOUS.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from keymanager.kms.base import Classification, DenialReason, Verdict
 
 ASSUME_ROLE: Final = "AssumeRole"
+_MISSING: Final = re.compile(r"is not authorized to perform: (kms:[A-Za-z]{1,64})\b")
 
 _DENIED: Final = {
     "DisabledException": DenialReason.DISABLED,
@@ -72,6 +74,12 @@ def classify(operation: str, code: str, http_status: int, message: str = "") -> 
     if code in _CORRUPT:
         return Classification(Verdict.CORRUPT)
     return Classification(Verdict.AMBIGUOUS)
+
+
+def missing_permission(message: str) -> str | None:
+    """The action that a refusal names: of one ReEncrypt it may be either of two."""
+    found = _MISSING.search(message)
+    return None if found is None else found[1]
 
 
 def _classify_assume_role(code: str, message: str) -> Classification:

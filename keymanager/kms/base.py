@@ -68,7 +68,8 @@ class KmsError(KeylakeError):
     """A KMS call that did not do what it was asked for.
 
     `provider_code` is the provider's own word (or the name of the transport's error), `request_id` the provider's id of
-    the request when it answered at all: with it the entry in the customer's audit log can be found.
+    the request when it answered at all: with it the entry in the customer's audit log can be found. `permission`: the
+    one that is missing, when the answer named it.
     """
 
     http_status = 503
@@ -82,12 +83,14 @@ class KmsError(KeylakeError):
         operation: str,
         provider_code: str,
         request_id: str | None = None,
+        permission: str | None = None,
     ) -> None:
         self.verdict = classification.verdict
         self.reason = classification.reason
         self.operation = operation
         self.provider_code = provider_code
         self.request_id = request_id
+        self.permission = permission
         reason = "" if self.reason is None else f" ({self.reason})"
         super().__init__(f"{operation}: {self.verdict}{reason}, {provider_code}")
 

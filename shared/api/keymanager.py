@@ -525,6 +525,24 @@ class WorstCase(ApiModel):
     """The same while the keymanager itself is stopped, cut off or killed."""
 
 
+class KeyWorkKind(enum.StrEnum):
+    REWRAP = "rewrap"
+    """KEKs are wrapped again under the CMK's current version."""
+    REPLACE = "replace"
+    """KEKs are wrapped by another CMK, to which all of them change when they are done."""
+
+
+class KeyWork(ApiModel):
+    """Work on the KEKs of a key configuration, under way."""
+
+    kind: KeyWorkKind
+    done: int
+    total: int
+    """KEKs."""
+    started_at: datetime
+    """By this keymanager or, a replacement, by the one that was asked."""
+
+
 class KeyConfiguration(ApiModel):
     key_configuration_id: KeyConfigurationId
     account_id: AccountId
@@ -538,6 +556,8 @@ class KeyConfiguration(ApiModel):
     created_at: datetime
     worst_cases: list[WorstCase] = Field(default_factory=list)
     """For these settings and the keymanager's own, one for every cause."""
+    work: list[KeyWork] = Field(default_factory=list)
+    """What is under way on its KEKs."""
 
 
 class CreateWorkspace(ApiModel):
@@ -545,22 +565,31 @@ class CreateWorkspace(ApiModel):
     key_configuration_id: KeyConfigurationId
 
 
+class ChangeWorkspace(ApiModel):
+    """What is given is changed, the rest stays."""
+
+    name: str | None = Field(default=None, min_length=1, max_length=100, pattern=PRINTABLE)
+    key_configuration_id: KeyConfigurationId | None = None
+    """Of projects that are made from now on. Those that are there stay under the one that they have."""
+
+
 class Workspace(ApiModel):
     workspace_id: WorkspaceId
     account_id: AccountId
     name: str
     key_configuration_id: KeyConfigurationId
+    """Of projects that are made without one of their own."""
     created_at: datetime
 
 
 class CreateProject(ApiModel):
     name: str = Field(min_length=1, max_length=100, pattern=PRINTABLE)
     key_configuration_id: KeyConfigurationId | None = None
-    """Its own. It takes an account admin to say one; without, the project is under its workspace's."""
+    """It takes an account admin to say one; without, it is the workspace's of this moment."""
 
 
 class MoveProject(ApiModel):
-    """Another key configuration for a project. Its workspace's: it has none of its own any more."""
+    """Another key configuration for a project."""
 
     key_configuration_id: KeyConfigurationId
 
@@ -580,7 +609,6 @@ class Project(ApiModel):
     workspace_id: WorkspaceId
     account_id: AccountId
     key_configuration_id: KeyConfigurationId
-    """Its own, or its workspace's."""
     name: str
     state: KeyState
     state_reason: str
@@ -616,6 +644,8 @@ class Replacement(ApiModel):
     staged: int
     """Of those, wrapped by the new CMK already."""
     started_at: datetime
+    dry_run: bool = False
+    """The new CMK was tried, and nothing was begun."""
 
 
 class KeyHolder(ApiModel):

@@ -27,7 +27,7 @@ from typing import Final
 
 from shared.crypto.aead import TAG_SIZE_BYTES, AeadKey, Suite, check_suite, counter_nonce
 from shared.crypto.context import EncryptionContext
-from shared.crypto.limits import MAX_BYTES_PER_DEK
+from shared.crypto.limits import MAX_BYTES_PER_DEK, MAX_CHUNKS_PER_DEK
 from shared.errors import CorruptedError, IntegrityError
 
 MAGIC: Final = b"KLOB"
@@ -41,15 +41,20 @@ MAX_CHUNK_SIZE_BYTES: Final = 16 * 1024 * 1024
 def seal_object(
     key: AeadKey, context: EncryptionContext, plaintext: bytes | bytearray | memoryview, chunk_size_bytes: int
 ) -> bytes:
-    """The whole sealed object. `key` must be fresh: one DEK seals one object, once."""
+    """The whole sealed object. `key` must be fresh: one DEK seals one object, once.
+
+    Raises ValueError for a chunk size out of range, and for more than one key may seal (limits.py).
+    """
     if not 0 < chunk_size_bytes <= MAX_CHUNK_SIZE_BYTES:
         raise ValueError(f"chunk size out of range: {chunk_size_bytes}")
     if len(plaintext) > MAX_BYTES_PER_DEK:
         raise ValueError("object is larger than one DEK may seal")
+    chunks = max(1, -(-len(plaintext) // chunk_size_bytes))
+    if chunks > MAX_CHUNKS_PER_DEK:
+        raise ValueError("object has more chunks than one DEK may seal")
     header = _HEADER.pack(MAGIC, FORMAT_VERSION, key.suite, 0, chunk_size_bytes, 0)
     aad = header + context.to_aad()
     view = memoryview(plaintext)
-    chunks = max(1, -(-len(view) // chunk_size_bytes))
     parts = [header]
     parts += (
         key.seal(

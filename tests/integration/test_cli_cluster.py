@@ -423,7 +423,13 @@ def test_keys_rotate(keylake: KeylakeCommand) -> None:
     keylake("key-config", "create", "turning", "--key", "turning")
     keylake("workspace", "create", "turning", "--key-config", "turning")
     keylake("project", "create", "turned", "--workspace", "turning", "--bare")
-    assert [k["kek_version"] for k in keylake.json("project", "rotate-key", "turned")["keks"]] == [1, 2]
+    for options, versions in (
+        (("--dry-run",), [1]),
+        (("--from-version", "1"), [1, 2]),
+        (("--from-version", "1"), [1, 2]),
+    ):
+        keks = keylake.json("project", "rotate-key", "turned", *options)["keks"]
+        assert [k["kek_version"] for k in keks] == versions
     material = keylake.json("cloud", "key", "rotate", "turning")["CurrentKeyMaterialId"]
     assert keylake.json("key-config", "rewrap", "turning", "--dry-run")["outdated"] == 2
     assert keylake.json("key-config", "rewrap", "turning")["rewrapped"] == 2
@@ -432,11 +438,12 @@ def test_keys_rotate(keylake: KeylakeCommand) -> None:
     assert {k["cmk_key_version"] for k in keks} == {material}
 
     keylake("cloud", "key", "create", "successor")
+    assert keylake.json("key-config", "replace", "turning", "--key", "successor", "--dry-run")["keks"] == 2
     after = keylake.json("key-config", "replace", "turning", "--key", "successor")
     assert after["key"]["key_arn"] == keylake.json("cloud", "key", "show", "successor")["Arn"]
     keylake("cloud", "key", "disable", "turning")
     assert keylake.json("project", "revalidate", "turned")["state"] == "ACTIVE"
-    for wrong in ((), ("--key", "successor", "--abort"), ("--from", "/nonexistent.json")):
+    for wrong in ((), ("--key", "successor", "--abort"), ("--from", "/nonexistent.json"), ("--abort", "--dry-run")):
         failed = keylake.run("key-config", "replace", "turning", *wrong)
         assert failed.returncode == 2
         assert len(failed.stderr.splitlines()) == 1
@@ -456,6 +463,18 @@ def test_the_life_of_a_key(keylake: KeylakeCommand) -> None:
     keylake("cloud", "key", "schedule-deletion", "mortal")
     keylake("cloud", "key", "complete-deletion", "mortal", "--yes")
     assert "mortal" not in [k["Description"] for k in keylake.json("cloud", "key", "list")]
+
+
+def test_a_workspace_comes_under_another_key_and_goes(keylake: KeylakeCommand) -> None:
+    keylake("workspace", "create", "short-lived", "--key-config", "main")
+    keylake("cloud", "key", "create", "next")
+    made = keylake.json("key-config", "create", "next", "--key", "next")
+    changed = keylake.json("workspace", "set", "short-lived", "--key-config", "next", "--name", "renamed")
+    assert (changed["name"], changed["key_configuration_id"]) == ("renamed", made["key_configuration_id"])
+    assert keylake.run("workspace", "set", "renamed").returncode == 2
+    assert keylake.run("key-config", "delete", "next").returncode == 1
+    assert keylake.json("workspace", "delete", "renamed") == {"deleted": changed["workspace_id"]}
+    keylake("key-config", "delete", "next")
 
 
 def test_a_configuration_that_nobody_uses_can_go(keylake: KeylakeCommand) -> None:

@@ -68,6 +68,8 @@ ROUTES: dict[tuple[str, str], set[Scope]] = {
     ("DELETE", f"/v1/key-configurations/{KC}/replacement"): {Scope.ACCOUNT_ADMIN},
     ("POST", "/v1/workspaces"): {Scope.ACCOUNT_ADMIN},
     ("GET", "/v1/workspaces"): ANYBODY,
+    ("PATCH", f"/v1/workspaces/{WS}"): {Scope.ACCOUNT_ADMIN},
+    ("DELETE", f"/v1/workspaces/{WS}"): {Scope.ACCOUNT_ADMIN},
     ("POST", f"/v1/workspaces/{WS}/projects"): {Scope.WORKSPACE_ADMIN, Scope.ACCOUNT_ADMIN},
     ("GET", f"/v1/workspaces/{WS}/projects"): ANYBODY,
     ("POST", f"/v1/workspaces/{WS}:revalidate"): {Scope.SECURITY_ADMIN},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -129,6 +130,17 @@ async def test_a_key_that_may_not_be_used_is_refused_with_what_is_missing(
     with pytest.raises(InvalidInputError, match="enable it"):
         await configure(manager, customer)
     await asyncio.to_thread(customer.enable)
+    assert (await configure(manager, customer)).state is KeyState.ACTIVE
+
+
+async def test_each_permission_that_is_missing_is_named_at_once(manager: Keymanager, customer: KmsCustomer) -> None:
+    """Also those that are needed only later, when keys are rotated or a project is erased."""
+    for permission in customer.permissions:
+        await asyncio.to_thread(customer.allow_all_but, permission)
+        with pytest.raises(InvalidInputError, match=f"allow it {re.escape(permission)} \\(") as refused:
+            await configure(manager, customer)
+        assert customer.cmk.principal in str(refused.value)
+    await asyncio.to_thread(customer.allow_all_but, None)
     assert (await configure(manager, customer)).state is KeyState.ACTIVE
 
 

@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 
 from customercloud.faults import Faults, Outage
+from keylake.client import KeylakeClient
 from shared.api.keymanager import (
     AwsKey,
     ChangeKeyConfiguration,
+    ChangeWorkspace,
     CmkKey,
     CreateKeyConfiguration,
     CreateProject,
@@ -27,7 +30,7 @@ from shared.api.keymanager import (
     Replacement,
     Workspace,
 )
-from shared.auth import Scope
+from shared.auth import BearerToken, Scope
 from shared.errors import (
     ConflictError,
     InvalidInputError,
@@ -37,6 +40,8 @@ from shared.errors import (
     RevokedError,
 )
 from shared.ids import KeyConfigurationId, ProjectId
+from shared.migrate import load_migrations, migrate
+from shared.roles import PersonRole
 from tests.fixtures.customercloud import new_tenant
 from tests.fixtures.key_source_contract import Losses, named
 from tests.fixtures.keymanager import Keymanager
@@ -62,6 +67,11 @@ async def configure(keymanager: Keymanager, key: CmkKey) -> KeyConfigurationId:
     async with keymanager.client() as client:
         made = await client.call(KeyConfiguration, "POST", "/v1/key-configurations", body=body)
     return made.key_configuration_id
+
+
+def aws_key(keymanager: Keymanager, key: str) -> AwsKey:
+    tenant = keymanager.tenant
+    return AwsKey(key_arn=key, role_arn=tenant.role_arn, external_id=tenant.names.external_id)
 
 
 async def create(keymanager: Keymanager, workspace: Workspace, own: KeyConfigurationId | None = None) -> Project:
@@ -240,6 +250,152 @@ async def test_who_runs_projects_does_not_choose_their_key(keymanager: Keymanage
         for each in (configuration, other):
             with pytest.raises(ConflictError, match="bound to this key configuration"):
                 await client.request("DELETE", f"/v1/key-configurations/{each.key_configuration_id}")
+
+
+# --- another key for a workspace ---
+
+
+async def change_workspace(keymanager: Keymanager, workspace: Workspace, **changes: Any) -> Workspace:
+    async with keymanager.client() as client:
+        path = f"/v1/workspaces/{workspace.workspace_id}"
+        return await client.call(Workspace, "PATCH", path, body=ChangeWorkspace(**changes))
+
+
+async def test_a_workspace_comes_under_another_key_with_its_projects_to_come(keymanager: Keymanager, cmk: str) -> None:
+    customer = keymanager.tenant.customer
+    its_key = await asyncio.to_thread(lambda: customer.create_key(role_arn=keymanager.tenant.role_arn))
+    configuration, workspace = await keymanager.bind(cmk)
+    other = await configure(keymanager, aws_key(keymanager, its_key))
+    former = configuration.key_configuration_id
+    was_there = await create(keymanager, workspace)
+    had_it = await create(keymanager, workspace, other)
+    content = Content(keymanager, was_there.project_id)
+    await content.add()
+
+    changed = await change_workspace(keymanager, workspace, key_configuration_id=other, name="renamed")
+    assert (changed.key_configuration_id, changed.name) == (other, "renamed")
+    [record] = await keymanager.audit("workspace.change")
+    assert (record["details"]["old_key_configuration_id"], record["details"]["name"]) == (str(former), "renamed")
+    new = await create(keymanager, workspace)
+    for _ in range(2):
+        for project, under in ((was_there, former), (had_it, other), (new, other)):
+            assert (await keymanager.project(project.project_id)).key_configuration_id == under
+        await content.check()  # by a keymanager without memory
+    await asyncio.to_thread(customer.disable, its_key)
+    for project in (had_it, new):
+        await keymanager.wait_state(project.project_id, KeyState.REVOKED)
+    assert (await keymanager.project(was_there.project_id)).state is KeyState.ACTIVE
+    await asyncio.to_thread(customer.enable, its_key)
+    for project in (had_it, new):
+        await keymanager.wait_state(project.project_id, KeyState.ACTIVE)
+
+    # The one that was there follows by the move that there is, and then nothing is left under the former key.
+    async with keymanager.client() as client:
+        with pytest.raises(ConflictError, match="bound to this key configuration"):
+            await client.request("DELETE", f"/v1/key-configurations/{former}")
+        await move(keymanager, was_there.project_id, other)
+        await client.request("DELETE", f"/v1/key-configurations/{former}")
+
+
+async def test_projects_that_are_made_meanwhile_are_under_one_key_or_the_other(
+    keymanager: Keymanager, cmk: str
+) -> None:
+    """In memory and in the database alike: what is stored opens with the key that it is said to be under."""
+    configuration, workspace = await keymanager.bind(cmk)
+    other, _ = await keymanager.bind(
+        await asyncio.to_thread(lambda: keymanager.tenant.customer.create_key(role_arn=keymanager.tenant.role_arn))
+    )
+    keys_in_turn = [other, configuration] * 2
+    projects: list[Project] = []
+
+    async def make() -> None:
+        for _ in range(2):
+            projects.append(await create(keymanager, workspace))
+
+    async def turn() -> None:
+        for each in keys_in_turn:
+            await change_workspace(keymanager, workspace, key_configuration_id=each.key_configuration_id)
+            moving = [move(keymanager, project.project_id, each.key_configuration_id) for project in projects[:1]]
+            await asyncio.gather(*moving)
+
+    await asyncio.gather(make(), make(), turn())
+    before = {p.project_id: (await keymanager.project(p.project_id)).key_configuration_id for p in projects}
+    keymanager.kill()
+    await keymanager.start()
+    async with keymanager.key_client() as keys:
+        for project_id, under in before.items():
+            assert (await keymanager.project(project_id)).key_configuration_id == under
+            await keys.acquire(project_id, Losses())
+            await keys.generate(project_id, [named()])
+
+
+async def test_projects_of_before_are_under_the_key_of_their_workspace(metadata_dsn: str) -> None:
+    """The migration: which key a project is under stood with its workspace."""
+    migrations = load_migrations("keymanager")
+    connection = await asyncpg.connect(metadata_dsn, server_settings={"search_path": "keymanager"})
+    try:
+        await migrate(connection, "keymanager", migrations[:6])
+        await connection.execute(
+            """
+            INSERT INTO account VALUES ('acc-1', 'a', now());
+            INSERT INTO key_configuration
+                SELECT name, 'acc-1', name, '{}', 0, 1, '', '', 'ALLOWED', '', NULL, now(), now()
+                FROM (VALUES ('kc-1'), ('kc-2')) AS k (name);
+            INSERT INTO workspace VALUES ('ws-1', 'acc-1', 'w', 'kc-1', now());
+            INSERT INTO project (project_id, workspace_id, name, state, created_at, key_configuration_id)
+                VALUES ('prj-1', 'ws-1', 'p', 'ACTIVE', now(), NULL), ('prj-2', 'ws-1', 'q', 'ACTIVE', now(), 'kc-2');
+            """
+        )
+        await migrate(connection, "keymanager", migrations)
+        rows = await connection.fetch("SELECT project_id, key_configuration_id FROM project_key ORDER BY project_id")
+        assert [tuple(row) for row in rows] == [("prj-1", "kc-1"), ("prj-2", "kc-2")]
+    finally:
+        await connection.close()
+
+
+async def test_what_a_workspace_cannot_become(keymanager: Keymanager, cmk: str) -> None:
+    _, workspace = await keymanager.bind(cmk)
+    _, other = await keymanager.bind(cmk)
+    for wanted, changes in (
+        (ConflictError, {"name": other.name}),
+        (InvalidInputError, {}),
+        (NotFoundError, {"key_configuration_id": KeyConfigurationId.new()}),
+    ):
+        with pytest.raises(wanted):
+            await change_workspace(keymanager, workspace, **changes)
+    async with keymanager.client(scopes=keymanager.trust.admin.scopes - {Scope.ACCOUNT_ADMIN}) as client:
+        for method in ("PATCH", "DELETE"):
+            with pytest.raises(PermissionDeniedError):
+                await client.request(method, f"/v1/workspaces/{workspace.workspace_id}", body=ChangeWorkspace(name="x"))
+    assert await keymanager.audit("workspace.change") == []
+
+
+async def test_an_empty_workspace_is_deleted(keymanager: Keymanager, cmk: str) -> None:
+    _, workspace = await keymanager.bind(cmk)
+    _, spare = await keymanager.bind(cmk)
+    await create(keymanager, workspace)
+    async with keymanager.keylake() as client:
+        token, issued = await client.create_token(
+            PersonRole.WORKSPACE_ADMIN, subject="w", ttl_s=600, workspace_id=spare.workspace_id
+        )
+        with pytest.raises(ConflictError, match="a project is in this workspace"):
+            await client.delete_workspace(workspace.workspace_id)
+        await client.delete_workspace(spare.workspace_id)
+        with pytest.raises(NotFoundError):
+            await client.delete_workspace(spare.workspace_id)
+        await client.delete_key_configuration(spare.key_configuration_id)
+        assert await client.workspaces() == [workspace]
+        assert [each.token_id for each in await client.tokens()] == [issued.token_id]  # the audit chain names it
+    async with KeylakeClient(client.addresses, client.ca_certificate, BearerToken(token)) as bound:
+        assert await bound.projects() == []
+        with pytest.raises(PermissionDeniedError):
+            await bound.create_project(workspace.workspace_id, "elsewhere")
+    keymanager.kill()
+    await keymanager.start()
+    async with keymanager.keylake() as client:
+        assert await client.workspaces() == [workspace]
+    [record] = await keymanager.audit("workspace.delete")
+    assert record["details"] == {"workspace_id": str(spare.workspace_id), "name": spare.name}
 
 
 # --- moving ---

@@ -18,6 +18,8 @@ from shared.api.keymanager import (
     CreateWorkspace,
     KeyConfiguration,
     KeyState,
+    KeyWork,
+    KeyWorkKind,
     Project,
     ReplaceKey,
     Replacement,
@@ -57,10 +59,15 @@ class Bench:
         async with self.manager.client() as client:
             return await client.call(Workspace, "POST", "/v1/workspaces", body=body)
 
-    async def begin(self, configuration_id: KeyConfigurationId, key: CmkKey) -> Replacement:
+    async def begin(self, configuration_id: KeyConfigurationId, key: CmkKey, *, dry_run: bool = False) -> Replacement:
         async with self.manager.client() as client:
-            path = f"/v1/key-configurations/{configuration_id}:replace"
-            return await client.call(Replacement, "POST", path, body=ReplaceKey(key=key), timeout_s=30)
+            path, params = f"/v1/key-configurations/{configuration_id}:replace", {"dry_run": dry_run}
+            return await client.call(Replacement, "POST", path, params=params, body=ReplaceKey(key=key), timeout_s=30)
+
+    async def work(self, configuration_id: KeyConfigurationId) -> list[KeyWork]:
+        async with self.manager.client() as client:
+            path = f"/v1/key-configurations/{configuration_id}"
+            return (await client.call(KeyConfiguration, "GET", path)).work
 
     async def progress(self, configuration_id: KeyConfigurationId) -> Replacement | None:
         async with self.manager.client() as client:
@@ -240,6 +247,23 @@ async def test_what_is_refused_changes_nothing(bench: Bench) -> None:
     assert await bench.progress(configuration_id) is None
 
 
+async def test_a_dry_run_tries_the_key_and_begins_nothing(bench: Bench) -> None:
+    manager, customers = bench.manager, bench.customers
+    aws, google = customers["aws"], customers["google"]
+    configuration_id = (await bench.configure(aws.cmk)).key_configuration_id
+    workspace = await bench.workspace(configuration_id)
+    for _ in range(2):
+        await manager.create_project(workspace)
+    tried = await bench.begin(configuration_id, google.cmk, dry_run=True)
+    assert (tried.key, tried.keks, tried.staged, tried.dry_run) == (google.cmk, 2, 0, True)
+    assert await bench.progress(configuration_id) is None
+    assert await bench.work(configuration_id) == []
+    assert [record["outcome"] for record in await manager.audit("cmk.replace")] == ["dry_run"]
+    await asyncio.to_thread(google.allow_all_but, "cloudkms.cryptoKeyVersions.useToEncrypt")
+    with pytest.raises(InvalidInputError, match="useToEncrypt"):
+        await bench.begin(configuration_id, google.cmk, dry_run=True)
+
+
 async def test_a_replacement_waits_for_the_new_kms_and_can_be_given_up(bench: Bench) -> None:
     manager, customers = bench.manager, bench.customers
     aws, google = customers["aws"], customers["google"]
@@ -255,6 +279,9 @@ async def test_a_replacement_waits_for_the_new_kms_and_can_be_given_up(bench: Be
         with pytest.raises(ConflictError, match="under way"):
             await bench.begin(configuration_id, customers["azure"].cmk)
         assert (await bench.begin(configuration_id, google.cmk)).key == google.cmk
+        [work] = await bench.work(configuration_id)
+        assert (work.kind, work.total, work.started_at) == (KeyWorkKind.REPLACE, 3, stuck.started_at)
+        assert work.done < 3
         assert (await manager.project(projects[0])).state is KeyState.ACTIVE
         await bench.abort(configuration_id)
         assert await bench.progress(configuration_id) is None

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 
-from shared.api.keymanager import KeyConfiguration, KeyState, ObjectName, Project, Rewrap
+from customercloud.faults import Faults, Service
+from keymanager.config import KeymanagerSettings
+from keymanager.keyring import WRAP_BLOCK
+from keymanager.leadership import Term
+from keymanager.manager import KeyManager
+from keymanager.providers import provider_factory
+from keymanager.repository import Repository
+from shared.api.keymanager import (
+    KeyConfiguration,
+    KeyState,
+    KeyWorkKind,
+    ObjectName,
+    Project,
+    Rewrap,
+)
+from shared.clock import SystemClock
 from shared.crypto.envelope import Envelope
-from shared.errors import KeylakeError, NotFoundError, RevokedError
+from shared.crypto.limits import MAX_WRAPS_PER_KEK
+from shared.errors import ConflictError, KeylakeError, NotFoundError, RevokedError
 from shared.ids import KeyConfigurationId, ProjectId
 from tests.fixtures.key_source_contract import Losses, named
 from tests.fixtures.waiting import wait_until
@@ -37,9 +54,9 @@ class Sealed:
         assert dek.open(bytes(12), self.data, b"") == b"row"
 
 
-async def rotate(keymanager: Keymanager, project_id: ProjectId) -> Project:
+async def rotate(keymanager: Keymanager, project_id: ProjectId, **params: Any) -> Project:
     async with keymanager.client() as client:
-        return await client.call(Project, "POST", f"/v1/projects/{project_id}/keks:rotate")
+        return await client.call(Project, "POST", f"/v1/projects/{project_id}/keks:rotate", params=params)
 
 
 async def rewrap(keymanager: Keymanager, configuration: KeyConfigurationId, *, dry_run: bool = False) -> Rewrap:
@@ -49,9 +66,15 @@ async def rewrap(keymanager: Keymanager, configuration: KeyConfigurationId, *, d
         return Rewrap.model_validate_json(response.content)
 
 
-def re_encrypts(keymanager: Keymanager) -> int:
-    """ReEncrypt calls that the customer's own log has."""
-    return sum(event["eventName"] == "ReEncrypt" for event in keymanager.tenant.customer.events())
+def re_encrypts(keymanager: Keymanager, of: str = "keylake:kek") -> int:
+    """ReEncrypt calls for KEKs, or for canaries (keylake:canary-of), that the customer's own log has."""
+    events = (event for event in keymanager.tenant.customer.events() if event["eventName"] == "ReEncrypt")
+    return sum(of in event["requestParameters"]["sourceEncryptionContext"] for event in events)
+
+
+def looks(keymanager: Keymanager) -> int:
+    """How often the KMS was asked for its key's version: by us, the trial at the beginning included, or by others."""
+    return sum(1 for _ in keymanager.tenant.customer.events(EventName="DescribeKey"))
 
 
 def versions(project: Project) -> list[tuple[int, str]]:
@@ -84,7 +107,7 @@ async def test_new_deks_are_under_the_new_kek_and_old_ones_open(keymanager: Keym
     assert {record["details"]["kms_request_id"] for record in recorded} <= logged
 
 
-async def test_rotations_at_once_lose_no_version_and_no_dek(keymanager: Keymanager, cmk: str) -> None:
+async def test_a_rotation_asked_for_by_many_at_once_is_done_once(keymanager: Keymanager, cmk: str) -> None:
     project_id = (await keymanager.new_project(cmk)).project_id
     things: list[Sealed] = []
     rotating = True
@@ -97,13 +120,50 @@ async def test_rotations_at_once_lose_no_version_and_no_dek(keymanager: Keymanag
         await keys.acquire(project_id, Losses())
         async with asyncio.TaskGroup() as group:
             group.create_task(work(keys))
-            await asyncio.gather(*(rotate(keymanager, project_id) for _ in range(8)))
+            for version in (1, 2, 3):
+                same = (rotate(keymanager, project_id, from_version=version) for _ in range(8))
+                answers = await asyncio.gather(*same)
+                assert {len(project.keks) for project in answers} == {version + 1}
             rotating = False
+        # One whose answer was lost, asked again; and one that takes for granted what is not there yet.
+        assert len((await rotate(keymanager, project_id, from_version=3)).keks) == 4
+        with pytest.raises(ConflictError, match="is version 4"):
+            await rotate(keymanager, project_id, from_version=5)
         project = await keymanager.project(project_id)
-        assert [kek.kek_version for kek in project.keks] == list(range(1, 10))
-        assert (await Sealed.make(keys, project_id)).envelope.kek_version == 9
+        assert [kek.kek_version for kek in project.keks] == [1, 2, 3, 4]
+        assert (await Sealed.make(keys, project_id)).envelope.kek_version == 4
         for thing in things:
             await thing.check(keys, project_id)
+    assert len(await keymanager.audit("kek.rotate")) == 3
+
+
+async def test_those_who_name_no_version_join_the_rotation_that_is_under_way(keymanager: Keymanager, cmk: str) -> None:
+    """In this process, where it is certain that all of them have asked before the first is done."""
+    project_id = (await keymanager.new_project(cmk)).project_id
+    assert keymanager.stop() == 0
+    settings, clock = KeymanagerSettings(**keymanager.settings()), SystemClock()
+    async with Repository.open(keymanager.dsn, 4, clock, idle_transaction_timeout_s=60) as repository:
+        [row] = await repository.fetch("SELECT epoch FROM leader")
+        term = Term(row["epoch"], clock.monotonic_s(), 3600, clock)
+        factory = provider_factory(settings, clock)
+        async with KeyManager.running(settings, repository.during(term), factory, clock, term) as manager:
+            for version in (2, 3):
+                await asyncio.gather(*(manager.rotator.rotate_kek(project_id, "test") for _ in range(8)))
+                assert max(manager.projects.get(project_id).keks) == version
+
+
+async def test_a_dry_run_of_a_rotation_asks_the_kms_and_changes_nothing(keymanager: Keymanager, cmk: str) -> None:
+    before = await keymanager.new_project(cmk, probe_interval_s=3600)
+    assert await rotate(keymanager, before.project_id, dry_run=True) == before
+    [tried] = await keymanager.audit("kek.rotate")
+    assert (tried["outcome"], tried["details"]["kek_version"]) == ("dry_run", "2")
+    logged = {event["requestID"] for event in keymanager.tenant.customer.events()}
+    assert tried["details"]["kms_request_id"] in logged
+    await asyncio.to_thread(keymanager.tenant.customer.disable, cmk)
+    with pytest.raises(RevokedError, match="enable it"):
+        await rotate(keymanager, before.project_id, dry_run=True)
+    await asyncio.to_thread(keymanager.tenant.customer.enable, cmk)
+    assert (await keymanager.status()).plaintext_keks == [before.project_id]
 
 
 async def test_a_kms_that_refuses_or_is_away_leaves_the_old_kek_in_use(keymanager: Keymanager, cmk: str) -> None:
@@ -147,7 +207,8 @@ async def test_a_new_cmk_version_costs_one_call_per_kek(keymanager: Keymanager, 
     assert re_encrypts(keymanager) == 0
     done = await rewrap(keymanager, configuration_id)
     assert (done.keks, done.outdated, done.rewrapped) == (4, 4, 4)
-    assert re_encrypts(keymanager) == 4 + 1  # and the canary
+    assert re_encrypts(keymanager) == 4
+    assert re_encrypts(keymanager, "keylake:canary-of") == 1 + 1  # the trial at the beginning, and now
     for project in projects:
         assert {version for _, version in versions(await keymanager.project(project.project_id))} == {new} != {old}
     assert (await rewrap(keymanager, configuration_id, dry_run=True)).outdated == 0
@@ -189,6 +250,27 @@ async def test_a_rewrap_that_is_killed_goes_on_where_it_stopped(keymanager: Keym
     assert (await keymanager.verify_audit()).intact
 
 
+async def test_a_rewrap_says_how_far_it_is(keymanager: Keymanager, cmk: str) -> None:
+    configuration, _ = await make_projects(keymanager, cmk, 6)
+    configuration_id = configuration.key_configuration_id
+    await asyncio.to_thread(keymanager.tenant.customer.rotate, cmk)
+    seen: list[tuple[int, int]] = []
+    async with keymanager.client() as client:
+        path = f"/v1/key-configurations/{configuration_id}"
+        with keymanager.tenant.admin.during(Faults(latency_s=0.1, services=frozenset({Service.KMS}))):
+            asked = asyncio.create_task(rewrap(keymanager, configuration_id))
+
+            async def halfway() -> bool:
+                now = await client.call(KeyConfiguration, "GET", path)
+                seen.extend((work.done, work.total) for work in now.work if work.kind is KeyWorkKind.REWRAP)
+                return asked.done() or any(done for done, _ in seen)
+
+            await wait_until(halfway)
+            assert (await asked).rewrapped == 6
+        assert any(0 < done < total == 6 for done, total in seen)
+        assert (await client.call(KeyConfiguration, "GET", path)).work == []
+
+
 async def test_a_new_cmk_version_is_picked_up_by_itself(keymanager: Keymanager, cmk: str) -> None:
     keymanager.options["rotation_check_interval_s"] = 0.2
     keymanager.stop()
@@ -205,6 +287,30 @@ async def test_a_new_cmk_version_is_picked_up_by_itself(keymanager: Keymanager, 
     assert (await keymanager.audit("kek.rewrap"))[0]["actor"] == "keymanager/rotation"
 
 
+async def test_the_canary_of_a_key_without_projects_is_wrapped_again_by_itself(
+    keymanager: Keymanager, cmk: str
+) -> None:
+    """Or the customer could not do away with the old version: the watcher would take that for a no."""
+    keymanager.options["rotation_check_interval_s"] = 0.2
+    keymanager.stop()
+    await keymanager.start()
+    await keymanager.bind(cmk)
+    new = await asyncio.to_thread(keymanager.tenant.customer.rotate, cmk)
+
+    async def wrapped_again() -> bool:
+        return bool(await keymanager.audit("canary.rewrap"))
+
+    await wait_until(wrapped_again)
+    [record] = await keymanager.audit("canary.rewrap")
+    assert record["details"]["cmk_key_version"] == new
+    # It is known after a restart, too, that there is nothing to do.
+    keymanager.kill()
+    await keymanager.start()
+    looked = looks(keymanager)
+    await wait_until(lambda: looks(keymanager) >= looked + 2)
+    assert len(await keymanager.audit("canary.rewrap")) == 1
+
+
 async def test_an_old_kek_is_replaced_by_itself(keymanager: Keymanager, cmk: str) -> None:
     project = await keymanager.new_project(cmk)
     assert len(project.keks) == 1
@@ -217,6 +323,48 @@ async def test_an_old_kek_is_replaced_by_itself(keymanager: Keymanager, cmk: str
 
     await wait_until(rotated)
     assert (await keymanager.audit("kek.rotate"))[0]["actor"] == "keymanager/rotation"
+
+
+async def test_a_kek_that_has_wrapped_much_is_replaced_by_itself(keymanager: Keymanager, cmk: str) -> None:
+    keymanager.options |= {"rotation_check_interval_s": 0.2, "kek_max_wraps": WRAP_BLOCK}
+    keymanager.stop()
+    await keymanager.start()
+    project_id = (await keymanager.new_project(cmk)).project_id
+    looked = looks(keymanager)
+    await wait_until(lambda: looks(keymanager) >= looked + 2)
+    assert len((await keymanager.project(project_id)).keks) == 1  # nothing is counted yet
+    async with keymanager.key_client() as keys:
+        await keys.acquire(project_id, Losses())
+        thing = await Sealed.make(keys, project_id)
+
+        async def rotated() -> bool:
+            return len((await keymanager.project(project_id)).keks) == 2
+
+        await wait_until(rotated)
+        assert (await Sealed.make(keys, project_id)).envelope.kek_version == 2
+        await thing.check(keys, project_id)
+    assert (await keymanager.audit("kek.rotate"))[0]["actor"] == "keymanager/rotation"
+
+
+async def test_at_its_limit_a_kek_wraps_nothing_more_and_still_unwraps(
+    keymanager: Keymanager, cmk: str, metadata_dsn: str
+) -> None:
+    project_id = (await keymanager.new_project(cmk)).project_id
+    async with keymanager.key_client() as keys:
+        await keys.acquire(project_id, Losses())
+        before = await Sealed.make(keys, project_id)
+    keymanager.stop()
+    connection = await asyncpg.connect(metadata_dsn)
+    await connection.execute("UPDATE keymanager.kek SET wraps_reserved = $1", MAX_WRAPS_PER_KEK - WRAP_BLOCK + 1)
+    await connection.close()
+    await keymanager.start()
+    async with keymanager.key_client() as keys:
+        await keys.acquire(project_id, Losses())
+        with pytest.raises(ConflictError, match="has reached its usage limit"):
+            await Sealed.make(keys, project_id)
+        await before.check(keys, project_id)
+        await rotate(keymanager, project_id)
+        assert (await Sealed.make(keys, project_id)).envelope.kek_version == 2
 
 
 async def test_one_who_may_not_rotate_is_refused(keymanager: Keymanager, cmk: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from customercloud.faults import Faults, Outage
+from customercloud.faults import Service as CloudService
 from shared.api.keymanager import (
     CLOSE_PERMISSION_DENIED,
     CLOSE_PROTOCOL,
@@ -468,6 +469,57 @@ async def test_unwraps_are_batched_single_flight_and_need_no_kms(keymanager: Key
     assert {record["details"]["kek_versions"] for record in generated} == {"1"}
     [kek] = (await keymanager.project(project.project_id)).keks
     assert kek.wraps >= 1500
+
+
+def kek_decrypts(keymanager: Keymanager) -> int:
+    """Unwraps of KEKs in the customer's own log."""
+    decrypts = keymanager.tenant.customer.events(EventName="Decrypt")
+    return sum("keylake:kek" in event["requestParameters"]["encryptionContext"] for event in decrypts)
+
+
+async def test_a_storm_of_unwraps_under_a_cold_kek_is_one_kms_call(keymanager: Keymanager, cmk: str) -> None:
+    project_id = (await keymanager.new_project(cmk)).project_id
+    names = [named() for _ in range(60)]
+    async with keymanager.key_client() as keys:
+        await keys.acquire(project_id, Losses())
+        made = await keys.generate(project_id, names)
+        asked = [(name, envelope) for name, (_, envelope) in zip(names, made, strict=True)]
+    keymanager.kill()
+    await keymanager.start()
+    before = await asyncio.to_thread(kek_decrypts, keymanager)
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(keymanager.key_client(node_id=f"pageserver-{n}")) for n in range(3)]
+        for client in clients:
+            await client.acquire(project_id, Losses())
+        # Slow, so that all of them wait for the same answer.
+        with keymanager.tenant.admin.during(Faults(latency_s=0.3, services=frozenset({CloudService.KMS}))):
+            await asyncio.gather(*(client.unwrap(project_id, [item]) for client in clients for item in asked))
+            await asyncio.gather(*(client.generate(project_id, [named()]) for client in clients))
+    assert await asyncio.to_thread(kek_decrypts, keymanager) == before + 1
+
+
+async def test_plaintext_keks_are_few_and_leave_when_nobody_uses_them(keymanager: Keymanager, cmk: str) -> None:
+    keymanager.options |= {"kek_cache_entries": 2, "kek_cache_idle_ttl_s": 1.0}
+    keymanager.stop()
+    await keymanager.start()
+    _, workspace = await keymanager.bind(cmk)
+    project_ids = [(await keymanager.create_project(workspace)).project_id for _ in range(4)]
+    things = []
+    async with keymanager.key_client() as keys:
+        for project_id in project_ids:
+            await keys.acquire(project_id, Losses())
+            [(_, envelope)] = await keys.generate(project_id, [thing := named()])
+            things.append((project_id, thing, envelope))
+            assert len((await keymanager.status()).plaintext_keks) <= 2
+
+        async def none_left() -> bool:
+            return (await keymanager.status()).plaintext_keks == []
+
+        await wait_until(none_left)
+    async with keymanager.key_client(node_id="pageserver-2") as keys:
+        for project_id, thing, envelope in things:
+            await keys.acquire(project_id, Losses())
+            await keys.unwrap(project_id, [(thing, envelope)])
 
 
 async def test_wrap_count_is_never_under_counted_by_a_crash(keymanager: Keymanager, cmk: str) -> None:

@@ -54,7 +54,7 @@ CONFIGURATION = StoredKeyConfiguration(
 STORED_WORKSPACE = Workspace(
     workspace_id=WORKSPACE, account_id=ACCOUNT, name="main", key_configuration_id=KEY, created_at=AT
 )
-STORED_PROJECT = StoredProject(PROJECT, WORKSPACE, "shop", False, False, KeyState.ACTIVE, "", AT)
+STORED_PROJECT = StoredProject(PROJECT, WORKSPACE, "shop", False, False, KeyState.ACTIVE, "", AT, KEY)
 KEK = StoredKek(PROJECT, KekId("kek-0000000000000001"), 1, b"wrapped", "1", 0, AT)
 
 Transcript = list[Any]

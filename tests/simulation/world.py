@@ -395,6 +395,7 @@ class World:
                 now,
                 now,
                 now,
+                canary_cmk_key_version="1",
             )
             self.witness.bounds[key_configuration_id] = _BOUNDS[interval_s, grace_s, self.lease_ttl_s]
             self.database.workspaces.append(
@@ -413,7 +414,15 @@ class World:
                 self.witness.key_of[project_id] = key_configuration_id
                 kek = SecretKey.generate()
                 self.database.projects[project_id] = StoredProject(
-                    project_id, workspace_id, f"{letter}{number}", False, False, KeyState.ACTIVE, "", now
+                    project_id,
+                    workspace_id,
+                    f"{letter}{number}",
+                    False,
+                    False,
+                    KeyState.ACTIVE,
+                    "",
+                    now,
+                    key_configuration_id,
                 )
                 self.database.keks[project_id, 1] = StoredKek(
                     project_id, KekId.new(), 1, cmk.wrapped(bytes(kek.reveal())), "1", 0, now

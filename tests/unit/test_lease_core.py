@@ -14,7 +14,7 @@ from shared.crypto.envelope import Envelope, wrap_dek
 from shared.crypto.secret import SecretKey
 from shared.errors import LeaseExpiredError, RevokedError, ShreddedError, SuspendedError
 from shared.ids import AccountId, KekId, ProjectId, TimelineId, WorkspaceId
-from shared.keycache import DekCache
+from shared.keycache import ENTRY_SIZE_BYTES, DekCache, DekRoom
 from shared.lease import Lease
 
 PROJECT, ACCOUNT, WORKSPACE = ProjectId.new(), AccountId.new(), WorkspaceId.new()
@@ -180,3 +180,35 @@ def test_a_key_is_not_answered_from_the_cache_for_ever() -> None:
 def test_a_cache_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         DekCache(0)
+    with pytest.raises(ValueError, match="at least one"):
+        DekRoom(ENTRY_SIZE_BYTES)
+
+
+def test_all_projects_share_one_room() -> None:
+    room = DekRoom(3 * (ENTRY_SIZE_BYTES + 2))  # names of one character, kinds of one
+    one, two = DekCache(room=room), DekCache(room=room)
+    a, b, c, d = (item(text) for text in "abcd")
+    one.put(*a)
+    two.put(*b)
+    one.put(*c)
+    assert one.get(a[0], a[1]) is a[2]
+    one.put(*d)
+    assert (len(one), len(two)) == (3, 0)  # the one that nobody has used for longest, whosever it is
+    assert two.get(b[0], b[1]) is None
+    assert not b[2].wiped
+    one.put(*a)  # again: it takes no more room
+    assert room.size_bytes == 3 * (ENTRY_SIZE_BYTES + 2)
+    # A project that ends takes its keys out of the room; one that it had forgotten is wiped with them.
+    assert one.wipe() == 3
+    assert room.size_bytes == 0
+    assert two.wipe() == 1
+    assert b[2].wiped
+
+
+def test_long_names_take_room_too() -> None:
+    room = DekRoom(4 * ENTRY_SIZE_BYTES)
+    cache = DekCache(room=room)
+    for number in range(50):
+        cache.put(*item(f"{number:0512}"))
+        assert room.size_bytes <= 4 * ENTRY_SIZE_BYTES
+    assert len(cache) == 2
