@@ -317,33 +317,37 @@ class KeyManager:
         self.watcher.suspect(key_configuration_id)
 
     async def _sweep_leases(self) -> None:
-        """Record leases that ran out. The table itself needs no sweeping to be right."""
+        """Record leases that ran out, and delete their rows. The table itself needs no sweeping to be right. What
+        cannot be stored now is over at the next look, too."""
         while True:
             await asyncio.sleep(self._settings.lease_ttl_s / 2)
-            expired = self.leases.expire(self._clock.monotonic_s())
-            if not expired:
+            over = self.leases.over(self._clock.monotonic_s())
+            if not over:
                 continue
+            entries = (
+                AuditEntry(
+                    "keymanager",
+                    "lease.expire",
+                    "ok",
+                    held.project_id,
+                    {
+                        "node_id": held.holder.node_id,
+                        "instance_id": str(held.holder.instance_id),
+                        "generation": str(held.holder.generation),
+                    },
+                )
+                for held in over
+            )
             try:
-                async with self._repository.transaction() as transaction:
-                    await transaction.delete_leases((held.project_id, held.holder.instance_id) for held in expired)
-                    await transaction.audit(
-                        AuditEntry(
-                            "keymanager",
-                            "lease.expire",
-                            "ok",
-                            held.project_id,
-                            {
-                                "node_id": held.holder.node_id,
-                                "instance_id": str(held.holder.instance_id),
-                                "generation": str(held.holder.generation),
-                            },
-                        )
-                        for held in expired
-                    )
+                await self.audit_log.record(
+                    *entries, ended=[(held.project_id, held.holder.instance_id) for held in over]
+                )
             except NotLeaderError:
                 raise
             except UnavailableError as error:
                 _log.error("expired leases could not be recorded", reason=str(error))
+            else:
+                self.leases.forget(over)
 
     # --- key configurations ---
 

@@ -429,20 +429,24 @@ class Session:
         )
 
     async def _release(self, project_ids: Iterable[ProjectId]) -> None:
-        held = [p for p in project_ids if self._deps.leases.release(p, self.holder.instance_id) is not None]
-        if not held:
+        deps, instance_id = self._deps, self.holder.instance_id
+        now_s = deps.clock.monotonic_s()
+        over = [held for p in project_ids if (held := deps.leases.give_back(p, instance_id, now_s)) is not None]
+        if not over:
             return
+        details = self._details()
         try:
-            async with self._deps.repository.transaction() as transaction:
-                await transaction.delete_leases((project_id, self.holder.instance_id) for project_id in held)
-                await transaction.audit(
-                    AuditEntry(self._actor, "lease.release", "ok", project_id, self._details()) for project_id in held
-                )
+            await deps.audit_log.record(
+                *(AuditEntry(self._actor, "lease.release", "ok", held.project_id, details) for held in over),
+                ended=[(held.project_id, instance_id) for held in over],
+            )
         except NotLeaderError:
             raise
         except UnavailableError as error:
-            # A lease too many in the database only makes a later revocation wait for somebody who is not there.
+            # Its row goes with those of leases that ran out.
             _log.error("a released lease could not be stored", node_id=self.holder.node_id, reason=str(error))
+        else:
+            deps.leases.forget(over)
 
     def _acknowledge(self, message: Acknowledge) -> None:
         self._deps.revoker.acknowledge(
