@@ -109,7 +109,7 @@ class Eraser:
             shred=shred,
             vacuumed=newest.vacuumed_at is not None,
             wraps_left=await shred_store.wraps_left(self._repository, project_id),
-            keks_in_memory=self._keyring.plaintext_keks.count(project_id),
+            keys_in_memory=self._keyring.keys_in_memory(project_id),
             leases_left=await shred_store.leases_left(self._repository, project_id),
             keys=keys,
             keys_forgotten=sorted(in_audit - {each.key.identifier for each in used}),

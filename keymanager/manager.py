@@ -141,6 +141,7 @@ class KeyManager:
             repository,
             self.audit_log,
             self.projects,
+            self.keyring,
             self._cmks,
             clock,
             tasks,
@@ -150,6 +151,7 @@ class KeyManager:
             repository,
             self.audit_log,
             self.projects,
+            self.keyring,
             self._cmks,
             self.revoker,
             MoverHooks(

@@ -24,7 +24,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from keymanager.audit_log import AuditLog
 from keymanager.key_users import KeyUsers
-from keymanager.keyring import SLICE, Keyring, wipe_all
+from keymanager.keyring import SLICE, Keyring
 from keymanager.leadership import Term
 from keymanager.lease_table import Holder, LeaseTable
 from keymanager.people import People
@@ -526,20 +526,18 @@ class Session:
                     await self._record(_ACTIONS[type(message)], error.code, message.project_id, _count(message), [])
 
     async def _serve_keys(self, entry: ProjectEntry, message: Generate | Unwrap) -> None:
-        epoch = entry.epoch
-        if isinstance(message, Generate):
-            keys = await self._deps.keyring.generate(entry, message.objects)
-        else:
-            keys = await self._deps.keyring.unwrap(entry, message.items)
-        try:
+        epoch, keyring = entry.epoch, self._deps.keyring
+        with keyring.working(entry.project_id) as held:
+            if isinstance(message, Generate):
+                keys = await keyring.generate(entry, message.objects, held)
+            else:
+                keys = await keyring.unwrap(entry, message.items, held)
             envelopes = [envelope for _, envelope in keys]
             await self._record(_ACTIONS[type(message)], "ok", message.project_id, len(keys), envelopes)
-            items = await self._sealed(keys)
-            async with self._deps.keyring.turn:
+            items = await self._sealed(entry, epoch, keys)
+            async with keyring.turn:
                 entry.check(epoch)
                 self.push(Keys(request_id=message.request_id, items=items))
-        finally:
-            wipe_all(dek for dek, _ in keys)
 
     async def _serve_rewrap(self, entry: ProjectEntry, message: RewrapKeys) -> None:
         epoch = entry.epoch
@@ -564,10 +562,13 @@ class Session:
             raise LeaseExpiredError("this instance holds no lease on the project")
         return entry
 
-    async def _sealed(self, keys: Sequence[tuple[SecretKey, Envelope]]) -> list[KeyItem]:
+    async def _sealed(
+        self, entry: ProjectEntry, epoch: int, keys: Sequence[tuple[SecretKey, Envelope]]
+    ) -> list[KeyItem]:
         items = []
         for start in range(0, len(keys), SLICE):
             async with self._deps.keyring.turn:  # renewals of others do not wait for a large batch
+                entry.check(epoch)
                 for dek, envelope in keys[start : start + SLICE]:
                     wire = envelope.serialize()
                     items.append(KeyItem(envelope=wire, sealed_dek=self._transport.seal_key(dek, wire)))
