@@ -302,18 +302,20 @@ class KeyManager:
             longest_ttl_s = max(longest_ttl_s, lease.ttl_s)
         self.revoker.resume(await self._repository.open_revocations(), longest_ttl_s)
         await self.shredder.load()
-        # Nothing is issued on the word of a database: every KMS is asked. One that is slow holds up its own projects,
-        # whose leases run on meanwhile, and nobody else's.
+        # Nothing is issued on the word of a database: every KMS is asked. One that is slow, or away, holds up its own
+        # projects, whose leases run on meanwhile, and nobody else's.
         asked = [self._tasks.create_task(self._confirm(key)) for key in self._configurations]
         if asked:
             await asyncio.wait(asked, timeout=_FIRST_ANSWERS_S)
 
     async def _confirm(self, key_configuration_id: KeyConfigurationId) -> None:
         await self.watcher.check(key_configuration_id)
+        if key_configuration_id not in self._configurations:  # it was deleted meanwhile
+            return
+        self.watcher.start(key_configuration_id)
+        await self.watcher.heard(key_configuration_id)
         for entry in self.projects.of_key_configuration(key_configuration_id):
             entry.confirmed = True
-        if key_configuration_id in self._configurations:  # it may have been deleted meanwhile
-            self.watcher.start(key_configuration_id)
 
     def _suspect(self, key_configuration_id: KeyConfigurationId) -> None:
         self.watcher.suspect(key_configuration_id)

@@ -93,7 +93,7 @@ class Mover:
     async def _move(self, entry: ProjectEntry, target: KeyConfigurationId, actor: str) -> None:
         source = entry.key_configuration_id
         old, new = self._hooks.configuration(source), self._hooks.configuration(target)
-        if entry.access.shredded:
+        if entry.access.shredded or not entry.confirmed:
             entry.check()
         if self._hooks.is_replacing(source):
             raise ConflictError("the project's key is being replaced: wait until that is done, or abort it")

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
 from keymanager.records import StoredKek, StoredProject
 from keymanager.state import KeyAccess
@@ -19,6 +20,8 @@ from shared.crypto.context import KeyScope
 from shared.errors import NotFoundError, UnavailableError
 from shared.ids import KeyConfigurationId, ProjectId, WorkspaceId
 from shared.lease import key_access_error
+
+_UNCONFIRMED: Final = "the customer's KMS has not said yes yet since this keymanager leads"
 
 
 @dataclass(slots=True)
@@ -38,8 +41,8 @@ class ProjectEntry:
     created_at: datetime
     keks: dict[int, StoredKek] = field(default_factory=dict)
     confirmed: bool = True
-    """The KMS was asked in this process, and what its answer means is in `state`. Until then nothing is issued: not on
-    the word of a database alone."""
+    """The KMS has said yes to this process, or what its denial or silence means is in `state`. Until then nothing is
+    issued: not on the word of a database alone."""
     epoch: int = 0
     """Counts stops: what was begun in an earlier epoch must not end in a key that leaves."""
     unsealed: set[str] = field(default_factory=set)
@@ -50,6 +53,11 @@ class ProjectEntry:
     @property
     def project_id(self) -> ProjectId:
         return self.scope.project_id
+
+    @property
+    def unconfirmed(self) -> bool:
+        """ACTIVE by the database, and nothing is issued until the KMS agrees."""
+        return self.state is KeyState.ACTIVE and not self.confirmed
 
     @property
     def issuing(self) -> bool:
@@ -65,8 +73,8 @@ class ProjectEntry:
     def check(self, epoch: int | None = None) -> None:
         """Raises KeyAccessError unless keys may be given out now, and without a stop since `epoch`; UnavailableError
         while that is not known yet."""
-        if self.state is KeyState.ACTIVE and not self.confirmed:
-            raise UnavailableError("the customer's KMS has not answered yet since this keymanager leads")
+        if self.unconfirmed:
+            raise UnavailableError(_UNCONFIRMED)
         if not self.issuing or (epoch is not None and epoch != self.epoch):
             raise key_access_error(self.state, self.reason or "its keys were stopped meanwhile")
 
@@ -83,7 +91,7 @@ class ProjectEntry:
             key_configuration_id=self.key_configuration_id,
             name=self.name,
             state=self.state,
-            state_reason=self.reason,
+            state_reason=_UNCONFIRMED if self.unconfirmed else self.reason,
             keks=[
                 KekInfo(
                     kek_id=kek.kek_id,

@@ -378,9 +378,9 @@ class Session:
             for project_id in dict.fromkeys(message.project_ids)
             if self.may_touch(project_id) and (entry := deps.projects.find(project_id)) is not None
         ]
-        entries = [entry for entry in known if entry.confirmed or entry.state is not KeyState.ACTIVE]
+        entries = [entry for entry in known if not entry.unconfirmed]
         if known and not entries:
-            self._fail(message.request_id, UnavailableError("the customer's KMS has not answered yet"))
+            self._fail(message.request_id, UnavailableError("the customer's KMS has not said yes yet"))
             return
         ttl_s = deps.limits.lease_ttl_s
         while True:

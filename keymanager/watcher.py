@@ -43,6 +43,7 @@ class _Watched:
     last_probe_at: datetime | None = None
     noted_s: float = float("-inf")
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
     checking: asyncio.Task[Judgement] | None = None
     periodic: asyncio.Task[None] | None = None
 
@@ -90,6 +91,7 @@ class Watcher:
         for task in (watched.periodic, watched.checking):
             if task is not None:
                 task.cancel()
+        watched.heard.set()
 
     def replace(self, stored: StoredKeyConfiguration) -> None:
         """The same key configuration with another canary, another key, or other settings: for the next probe, which
@@ -110,6 +112,11 @@ class Watcher:
         """The last verdict and when it was asked for."""
         watched = self._watched[key_configuration_id]
         return watched.last_verdict, watched.last_probe_at
+
+    async def heard(self, key_configuration_id: KeyConfigurationId) -> None:
+        """Returns when the KMS has said yes to this process, or when its denial or silence is in force. Not before:
+        an outage grace that a database counts is nobody's yes."""
+        await self._watched[key_configuration_id].heard.wait()
 
     def suspect(self, key_configuration_id: KeyConfigurationId) -> None:
         """Something went wrong with this key: look now."""
@@ -156,6 +163,8 @@ class Watcher:
             key_configuration_id = watched.configuration.key_configuration_id
             if judgement.event is not None:
                 await self._on_event(key_configuration_id, judgement.event, watched.watch.access, details)
+            if outcome is ProbeOutcome.ALLOWED or watched.watch.access is not KmsAccess.ALLOWED:
+                watched.heard.set()
             if noting is not None:
                 await noting
             if not judgement.confirming:
