@@ -62,7 +62,7 @@ class Eraser:
         by who is not a person, UnavailableError.
         """
         entry = self._projects.get(project_id)
-        if not entry.access.state.final:
+        if not entry.state.final:
             raise ConflictError(f"only a shredded project can be erased, and this one is {entry.state}")
         if request.attestations and caller.person is None:
             raise PermissionDeniedError("an attestation is a person's word: it takes a token of their own")
@@ -73,7 +73,7 @@ class Eraser:
         erased = all(each.holds for each in preconditions)
         report = ErasureReport(
             project_id=project_id,
-            state=KeyState.ERASED if erased else entry.access.state,
+            state=KeyState.ERASED if erased else entry.state,
             checked_at=self._clock.now(),
             checked_by=caller.actor,
             keys=[each.key for each in facts.keys],

@@ -21,6 +21,7 @@ from shared.errors import NotFoundError, UnavailableError
 from shared.ids import KeyConfigurationId, ProjectId, WorkspaceId
 from shared.lease import key_access_error
 
+_ENDING: Final = "it is being shredded"
 _UNCONFIRMED: Final = "the customer's KMS has not said yes yet since this keymanager leads"
 
 
@@ -28,8 +29,9 @@ _UNCONFIRMED: Final = "the customer's KMS has not said yes yet since this keyman
 class ProjectEntry:
     """One project.
 
-    `state` is what is in force and announced; `access` is what should be. They differ only while a project is on its
-    way back: it becomes ACTIVE again when its last revocation is sealed and the change is stored.
+    `state` is what is in force and announced; `access` is what should be. They differ while a project is on its way
+    back (it becomes ACTIVE again when its last revocation is sealed and the change is stored), and while its end is
+    being stored (`ending`).
     """
 
     scope: KeyScope
@@ -43,6 +45,9 @@ class ProjectEntry:
     confirmed: bool = True
     """The KMS has said yes to this process, or what its denial or silence means is in `state`. Until then nothing is
     issued: not on the word of a database alone."""
+    ending: bool = False
+    """It is being shredded, and that is not stored yet. It is announced as REVOKED meanwhile: whoever hears SHREDDED
+    believes in it for ever, and a leader that dies now leaves the project alive to the next one."""
     epoch: int = 0
     """Counts stops: what was begun in an earlier epoch must not end in a key that leaves."""
     unsealed: set[str] = field(default_factory=set)
@@ -65,10 +70,16 @@ class ProjectEntry:
         return self.state is KeyState.ACTIVE and self.confirmed
 
     def stop(self, reason: str) -> None:
-        """No lease and no DEK from here on. Call when `access` is no longer ACTIVE."""
-        self.state = self.access.state
-        self.reason = reason
+        """No lease and no DEK from here on. Call when `access` is no longer ACTIVE. A final state is announced by
+        `end`, when it is stored."""
+        self.ending = self.access.state.final
+        self.state = KeyState.REVOKED if self.ending else self.access.state
+        self.reason = _ENDING if self.ending else reason
         self.epoch += 1
+
+    def end(self, reason: str) -> None:
+        """The end of its keys is stored, and final."""
+        self.ending, self.state, self.reason = False, self.access.state, reason
 
     def check(self, epoch: int | None = None) -> None:
         """Raises KeyAccessError unless keys may be given out now, and without a stop since `epoch`; UnavailableError
