@@ -26,7 +26,7 @@ from keymanager.lease_table import LeaseTable
 from keymanager.lifecycle import KMS_EVENT
 from keymanager.moving import Mover, MoverHooks
 from keymanager.people import People
-from keymanager.projects import Projects
+from keymanager.projects import ProjectEntry, Projects
 from keymanager.providers import ProviderFactory, session_life_s
 from keymanager.receipts import Receipts
 from keymanager.records import StoredKek, StoredKeyConfiguration, StoredProject
@@ -38,7 +38,7 @@ from keymanager.rotation import Policy, Rotator
 from keymanager.session import SessionDeps, SessionLimits, Sessions
 from keymanager.shredding import Shredder
 from keymanager.state import KMS_STATE, KeyAccess, KeyEvent, KmsAccess
-from keymanager.watch import ProbeOutcome
+from keymanager.watch import HoldDown, ProbeOutcome
 from keymanager.watcher import Watcher
 from shared.api.keymanager import (
     AuditRecord,
@@ -52,6 +52,7 @@ from shared.api.keymanager import (
     KeyState,
     LeaseInfo,
     Project,
+    RestoreHold,
     Revocation,
     Workspace,
 )
@@ -115,7 +116,14 @@ class KeyManager:
             repository, self.projects, self.keyring, self.leases, self.sessions, clock, tasks, self._anchor_soon
         )
         self.watcher = Watcher(
-            repository, self.audit_log, self._cmks, clock, tasks, self.revoker.kms_event, random.SystemRandom()
+            repository,
+            self.audit_log,
+            self._cmks,
+            clock,
+            tasks,
+            self.revoker.kms_event,
+            random.SystemRandom(),
+            HoldDown(settings.restore_hold_s, settings.restore_hold_max_s, settings.restore_calm_s),
         )
         self.rotator = Rotator(
             repository,
@@ -468,9 +476,14 @@ class KeyManager:
             state=KMS_STATE[self.watcher.access(stored.key_configuration_id)],
             last_verdict=verdict,
             last_probe_at=probed_at,
+            restore_hold=self._hold(stored.key_configuration_id),
             created_at=stored.created_at,
             worst_cases=worst_cases(self._bound_settings(stored)),
         )
+
+    def _hold(self, key_configuration_id: KeyConfigurationId) -> RestoreHold | None:
+        hold = self.watcher.hold(key_configuration_id)
+        return None if hold is None else RestoreHold(flaps=hold.flaps, needed_s=hold.needed_s, left_s=hold.left_s)
 
     def _bound_settings(self, stored: StoredKeyConfiguration) -> BoundSettings:
         settings = self._settings
@@ -563,19 +576,27 @@ class KeyManager:
         self.keyring.add(kek, generated.plaintext)
         if access is not KmsAccess.ALLOWED:
             await self.revoker.project_event(entry, KMS_EVENT[access])
-        return entry.model()
+        return self.project_model(entry)
+
+    def project_model(self, entry: ProjectEntry) -> Project:
+        """With what its return waits for beside its KMS's first yes."""
+        model = entry.model()
+        hold = self.watcher.hold(entry.key_configuration_id)
+        if hold is None or entry.state.final:
+            return model
+        return model.model_copy(update={"state_reason": f"{model.state_reason}; {hold.reason}"})
 
     def project(self, project_id: ProjectId) -> Project:
         """Raises NotFoundError."""
-        return self.projects.get(project_id).model()
+        return self.project_model(self.projects.get(project_id))
 
     def all_projects(self) -> list[Project]:
-        return [entry.model() for entry in self.projects.all()]
+        return list(map(self.project_model, self.projects.all()))
 
     def projects_of(self, workspace_id: WorkspaceId) -> list[Project]:
         """Raises NotFoundError."""
         self.projects.workspace(workspace_id)
-        return [entry.model() for entry in self.projects.of_workspace(workspace_id)]
+        return list(map(self.project_model, self.projects.of_workspace(workspace_id)))
 
     # --- keys of projects ---
 
@@ -584,7 +605,7 @@ class KeyManager:
         entry = self.projects.get(project_id)
         await self.audit_log.record(AuditEntry(actor, "project.revalidate", "ok", project_id))
         await self.watcher.ask_now(entry.key_configuration_id)
-        return entry.model()
+        return self.project_model(entry)
 
     async def revalidate_workspace(self, workspace_id: WorkspaceId, actor: str) -> list[Project]:
         """As `revalidate_project`, for all projects of a workspace."""
@@ -602,7 +623,7 @@ class KeyManager:
         """
         entry = self.projects.get(project_id)
         await self.revoker.operator_event(entry, KeyEvent.OPERATOR_REVOKED, reason, actor)
-        return entry.model()
+        return self.project_model(entry)
 
     async def restore_project(self, project_id: ProjectId, actor: str) -> Project:
         """Lift the operator's hold. The project is ACTIVE again when its revocation is sealed, if the KMS agrees.
@@ -612,7 +633,7 @@ class KeyManager:
         entry = self.projects.get(project_id)
         await self.watcher.ask_now(entry.key_configuration_id)
         await self.revoker.operator_event(entry, KeyEvent.OPERATOR_RESTORED, "the operator's hold was lifted", actor)
-        return entry.model()
+        return self.project_model(entry)
 
     # --- what happened ---
 

@@ -366,6 +366,8 @@ class World:
             metadata_dsn="simulated",
             lease_ttl_s=self.lease_ttl_s,
             leader_ttl_s=self.leader_ttl_s,
+            restore_hold_s=1.0,
+            restore_hold_max_s=8.0,
         )
 
     # --- beginnings ---
