@@ -30,7 +30,7 @@ ACTIVE again only when its last revocation is sealed.
 
 """
 _EVENTS: Final = {
-    KeyEvent.KMS_ALLOWED: "the KMS unwrapped the canary",
+    KeyEvent.KMS_ALLOWED: "the KMS unwrapped the canary; one that flaps, for a while",
     KeyEvent.KMS_OUTAGE: "no yes from the KMS for longer than the grace",
     KeyEvent.KMS_DENIED: "two definitive denials in a row",
     KeyEvent.OPERATOR_REVOKED: "`project revoke`",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def keylake_settings() -> Mapping[str, Mapping[str, Any]]:
     """Settings of the services that differ from their defaults: none. Override it in your conftest.py:
 
-    return {"keymanager": {"lease_ttl_s": 2}}
+    return {"keymanager": {"lease_ttl_s": 2, "restore_hold_s": 0}}
     """
     return {}
 

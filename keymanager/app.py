@@ -212,7 +212,7 @@ def create_app(
 
     @app.get("/v1/projects")
     async def list_projects(caller: lister) -> list[Project]:
-        return [entry.model() for entry in manager.projects.within(caller)]
+        return list(map(manager.project_model, manager.projects.within(caller)))
 
     @app.get("/v1/projects/{project_id}", dependencies=[anybody])
     async def get_project(project_id: _Project) -> Project:

@@ -1,4 +1,5 @@
-"""Writes what is recorded for every message (wraps, unwraps, denials, and new leases with their rows) in groups.
+"""Writes what is recorded for every message (wraps, unwraps, denials, leases that begin or end, with their rows) in
+groups, and in the order in which it came: a row that a lease's end deletes is not one that was inserted since.
 
 Whoever records waits until the record is durable, and only then lets the key or the lease go: nothing leaves
 unrecorded. One transaction at a time takes everything that has come in since the last one, so the cost of a commit is
@@ -16,15 +17,19 @@ from keymanager.records import StoredLease
 from keymanager.repository import Repository
 from shared.audit_chain import AuditEntry
 from shared.errors import KeylakeError, OverloadedError, UnavailableError
+from shared.ids import InstanceId, ProjectId
 
 _MAX_WAITING: Final = 16_384
 _MAX_GROUP: Final = 512
+
+_LeaseKey = tuple[ProjectId, InstanceId]
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     entries: Sequence[AuditEntry]
     leases: Sequence[StoredLease]
+    ended: Sequence[_LeaseKey]
     written: asyncio.Future[None]
 
 
@@ -36,14 +41,16 @@ class AuditLog:
         self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue(_MAX_WAITING)
         self._ended = False
 
-    async def record(self, *entries: AuditEntry, leases: Sequence[StoredLease] = ()) -> None:
-        """Returns when the entries are durable, and the leases that they describe. Raises UnavailableError when they
-        cannot be written, OverloadedError when too many wait for that already."""
+    async def record(
+        self, *entries: AuditEntry, leases: Sequence[StoredLease] = (), ended: Sequence[_LeaseKey] = ()
+    ) -> None:
+        """Returns when the entries are durable, and the leases that they describe: begun, or ended. Raises
+        UnavailableError when they cannot be written, OverloadedError when too many wait for that already."""
         if self._ended:
             raise UnavailableError("nothing can be recorded any more: this keymanager has stopped")
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
-            self._waiting.put_nowait(_Waiting(entries, leases, written))
+            self._waiting.put_nowait(_Waiting(entries, leases, ended, written))
         except asyncio.QueueFull:
             raise OverloadedError("too much waits to be recorded: come back later") from None
         await asyncio.shield(written)
@@ -69,8 +76,14 @@ class AuditLog:
     async def _write(self, group: Sequence[_Waiting]) -> None:
         try:
             async with self._repository.transaction() as transaction:
-                if leases := [lease for each in group for lease in each.leases]:
-                    await transaction.insert_leases(leases)
+                last: dict[_LeaseKey, StoredLease | None] = {}
+                for each in group:
+                    last |= {(lease.project_id, lease.holder.instance_id): lease for lease in each.leases}
+                    last |= dict.fromkeys(each.ended)
+                if begun := [lease for lease in last.values() if lease is not None]:
+                    await transaction.insert_leases(begun)
+                if ended := [key for key, lease in last.items() if lease is None]:
+                    await transaction.delete_leases(ended)
                 await transaction.audit(entry for each in group for entry in each.entries)
         except KeylakeError as error:
             if len(group) > 1 and not isinstance(error, UnavailableError):

@@ -36,7 +36,8 @@ from keymanager.watch import (
 from shared.api.keymanager import KeyState, NoCause, WorstCase
 
 FAN_OUT_S: Final = 2.0
-"""Granted to a push until an instance that can hear it holds nothing. What it takes is measured: docs/benchmarks.md."""
+"""Granted to a push until an instance that can hear it holds nothing; it begins with the end of issuing, and waits for
+no database. What it takes is measured: docs/benchmarks.md."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,17 @@ class KeymanagerSettings(ServiceSettings):
     kms_connect_timeout_s: float = Field(default=1.0, gt=0, le=30)
     kms_read_timeout_s: float = Field(default=2.0, gt=0, le=30)
     kms_deadline_s: float = Field(default=4.0, gt=0, le=60, description="of one KMS call with everything it waits for")
+    restore_hold_s: float = Field(
+        default=5.0,
+        ge=0,
+        le=3600,
+        description="so long a KMS that took its yes back soon after must say nothing but yes before projects are "
+        "back; twice as long each further time; 0: they are back at its first yes",
+    )
+    restore_hold_max_s: float = Field(default=300.0, ge=0, le=86_400, description="the longest that this gets")
+    restore_calm_s: float = Field(
+        default=600.0, gt=0, le=86_400, description="a yes that lasted so long was not taken back soon"
+    )
     default_account_name: str = Field(default="default", min_length=1, max_length=100)
     outbox_messages: int = Field(
         default=1024, ge=16, le=65536, description="per session; a client that lets it fill up is dropped"

@@ -62,7 +62,7 @@ class Eraser:
         by who is not a person, UnavailableError.
         """
         entry = self._projects.get(project_id)
-        if not entry.access.state.final:
+        if not entry.state.final:
             raise ConflictError(f"only a shredded project can be erased, and this one is {entry.state}")
         if request.attestations and caller.person is None:
             raise PermissionDeniedError("an attestation is a person's word: it takes a token of their own")
@@ -73,7 +73,7 @@ class Eraser:
         erased = all(each.holds for each in preconditions)
         report = ErasureReport(
             project_id=project_id,
-            state=KeyState.ERASED if erased else entry.access.state,
+            state=KeyState.ERASED if erased else entry.state,
             checked_at=self._clock.now(),
             checked_by=caller.actor,
             keys=[each.key for each in facts.keys],
@@ -109,7 +109,7 @@ class Eraser:
             shred=shred,
             vacuumed=newest.vacuumed_at is not None,
             wraps_left=await shred_store.wraps_left(self._repository, project_id),
-            keks_in_memory=self._keyring.plaintext_keks.count(project_id),
+            keys_in_memory=self._keyring.keys_in_memory(project_id),
             leases_left=await shred_store.leases_left(self._repository, project_id),
             keys=keys,
             keys_forgotten=sorted(in_audit - {each.key.identifier for each in used}),

@@ -41,7 +41,7 @@ class Facts:
     shred: Shred
     vacuumed: bool
     wraps_left: int
-    keks_in_memory: int
+    keys_in_memory: int
     leases_left: Sequence[str]
     keys: Sequence[AskedKey]
     keys_forgotten: Sequence[str]
@@ -114,7 +114,7 @@ def _canary(keys: Sequence[AskedKey]) -> Precondition:
 
 def _no_plaintext(facts: Facts, said: Mapping[Subject, str]) -> Precondition:
     name = "no plaintext key in any instance"
-    not_met = [f"{facts.keks_in_memory} KEKs in the keymanager"] if facts.keks_in_memory else []
+    not_met = [f"{facts.keys_in_memory} keys in the keymanager"] if facts.keys_in_memory else []
     not_met += [f"{node_id} holds a lease" for node_id in facts.leases_left]
     not_met += [f"{node.node_id} holds a key" for node in facts.nodes if node.looked_at is not None and node.holds_keys]
     instances: Sequence[InstanceSealed] = [] if facts.shred.revocation is None else facts.shred.revocation.instances

@@ -3,15 +3,17 @@
 A KEK is unwrapped by the KMS when it is needed, once however many ask for it, kept while its project is ACTIVE and uses
 it (`kek_cache.py`), and wiped by `drop`. With the KEK in memory, generating and unwrapping DEKs calls no KMS.
 
-What may interleave: `drop` is synchronous. Whoever awaited a KMS or the database looks at the project's epoch
-afterwards.
+What may interleave: `drop` is synchronous. Whoever has a plaintext key in hand while awaiting a KMS, the database or a
+turn has it in a `WorkingSet` (`working`), which `drop` wipes, too; so no plaintext outlives a stop because somebody
+waits. Whoever awaited looks at the project's epoch afterwards.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 from weakref import WeakValueDictionary
@@ -51,6 +53,46 @@ class KeyringLimits:
     kek_idle_ttl_s: float
 
 
+class WorkingSet:
+    """Plaintext keys of one project that somebody works with right now. Wiped when they are done, or at the project's
+    stop: what comes in after that is wiped at once, and using it raises KeyWipedError."""
+
+    __slots__ = ("_keks", "_keys", "_stopped")
+
+    def __init__(self, *, keks: bool) -> None:
+        self._keks = keks
+        self._keys: list[SecretKey] = []
+        self._stopped = False
+
+    def add(self, key: SecretKey) -> SecretKey:
+        """Takes ownership."""
+        self._keys.append(key)
+        if self._stopped:
+            key.wipe()
+        return key
+
+    def release(self, key: SecretKey) -> SecretKey:
+        """Gives ownership back."""
+        self._keys.remove(key)
+        return key
+
+    def wipe(self) -> None:
+        """For good."""
+        self._stopped = True
+        for key in self._keys:
+            key.wipe()
+        self._keys.clear()
+
+    @property
+    def live(self) -> int:
+        """Keys in it that are not wiped."""
+        return sum(not key.wiped for key in self._keys)
+
+    @property
+    def live_keks(self) -> int:
+        return self.live if self._keks else 0
+
+
 class Keyring:
     def __init__(
         self,
@@ -72,6 +114,7 @@ class Keyring:
         self._clock = clock
         self._limits = limits
         self._keks = KekCache(limits.kek_entries, limits.kek_idle_ttl_s, clock.monotonic_s)
+        self._working: dict[ProjectId, list[WorkingSet]] = {}
         self._unwrapping: dict[_Kek, asyncio.Task[AeadKey]] = {}
         self._allowance: OrderedDict[_Kek, int] = OrderedDict()
         """Wraps that are counted and not made yet; forgotten, they were counted for nothing."""
@@ -80,8 +123,10 @@ class Keyring:
 
     @property
     def plaintext_keks(self) -> list[ProjectId]:
-        """The project of each KEK that is in memory."""
-        return self._keks.projects
+        """The project of each KEK that is in memory: kept, or being worked with."""
+        return self._keks.projects + [
+            of for of, sets in self._working.items() for each in sets for _ in range(each.live_keks)
+        ]
 
     async def run(self) -> None:
         """Until cancelled: what nobody uses does not stay in memory for want of somebody who looks."""
@@ -89,9 +134,34 @@ class Keyring:
             await asyncio.sleep(self._limits.kek_idle_ttl_s / _SWEEPS_PER_TTL)
             self._keks.expire()
 
+    def keys_in_memory(self, project_id: ProjectId) -> int:
+        """Plaintext keys of the project, KEKs and DEKs."""
+        kept = self._keks.projects.count(project_id)
+        return kept + sum(each.live for each in self._working.get(project_id, ()))
+
+    @contextmanager
+    def working(self, project_id: ProjectId, *, keks: bool = False) -> Iterator[WorkingSet]:
+        """For plaintext keys of the project that are held across an await. `keks`: KEKs rather than DEKs."""
+        held = WorkingSet(keks=keks)
+        sets = self._working.setdefault(project_id, [])
+        sets.append(held)
+        if self._closed:
+            held.wipe()
+        try:
+            yield held
+        finally:
+            held.wipe()
+            sets.remove(held)
+            if not sets:
+                self._working.pop(project_id, None)
+
     def drop(self, project_id: ProjectId) -> int:
-        """Wipe the project's KEKs. Returns how many there were."""
-        return self._keks.drop(project_id)
+        """Wipe the project's KEKs, and whatever of its keys is being worked with. Returns how many KEKs there were."""
+        at_work = self._working.get(project_id, ())
+        keks = self._keks.drop(project_id) + sum(each.live_keks for each in at_work)
+        for each in at_work:
+            each.wipe()
+        return keks
 
     def drop_version(self, project_id: ProjectId, kek_version: int) -> None:
         """Wipe a KEK that is destroyed."""
@@ -101,6 +171,9 @@ class Keyring:
         """Wipe everything, for good: a KEK that is on its way does not enter memory any more."""
         self._closed = True
         self._keks.wipe()
+        for sets in self._working.values():
+            for each in sets:
+                each.wipe()
         for task in self._unwrapping.values():
             task.cancel()
 
@@ -111,8 +184,10 @@ class Keyring:
             return
         self._keks.put(kek.project_id, kek.kek_version, AeadKey(plaintext))
 
-    async def generate(self, entry: ProjectEntry, objects: Sequence[ObjectName]) -> list[tuple[SecretKey, Envelope]]:
-        """A new DEK for each object. The caller wipes them.
+    async def generate(
+        self, entry: ProjectEntry, objects: Sequence[ObjectName], held: WorkingSet
+    ) -> list[tuple[SecretKey, Envelope]]:
+        """A new DEK for each object, in `held`.
 
         Raises KeyAccessError when the project is or gets stopped, UnavailableError when the KMS is needed and fails,
         ConflictError when the KEK is used up.
@@ -122,22 +197,20 @@ class Keyring:
         await self._reserve(entry, kek, len(objects))
         cipher = await self._cipher(entry, kek)
         made: list[tuple[SecretKey, Envelope]] = []
-        try:
-            for start in range(0, len(objects), SLICE):
-                async with self.turn:
-                    entry.check(epoch)
-                    for name in objects[start : start + SLICE]:
-                        context = entry.scope.object_context(name.timeline_id, name.object_name, name.kind)
-                        dek = SecretKey.generate()
-                        made.append((dek, wrap_dek(cipher, kek.kek_id, kek.kek_version, dek, context)))
-            entry.check(epoch)
-        except BaseException:
-            wipe_all(dek for dek, _ in made)
-            raise
+        for start in range(0, len(objects), SLICE):
+            async with self.turn:
+                entry.check(epoch)
+                for name in objects[start : start + SLICE]:
+                    context = entry.scope.object_context(name.timeline_id, name.object_name, name.kind)
+                    dek = held.add(SecretKey.generate())
+                    made.append((dek, wrap_dek(cipher, kek.kek_id, kek.kek_version, dek, context)))
+        entry.check(epoch)
         return made
 
-    async def unwrap(self, entry: ProjectEntry, items: Sequence[WrappedObject]) -> list[tuple[SecretKey, Envelope]]:
-        """The DEKs of these envelopes. The caller wipes them.
+    async def unwrap(
+        self, entry: ProjectEntry, items: Sequence[WrappedObject], held: WorkingSet
+    ) -> list[tuple[SecretKey, Envelope]]:
+        """The DEKs of these envelopes, in `held`.
 
         Raises KeyAccessError, UnavailableError, IntegrityError (one of them is not what it claims to be; none is
         returned).
@@ -145,25 +218,21 @@ class Keyring:
         epoch = entry.epoch
         entry.check()
         opened: list[tuple[SecretKey, Envelope]] = []
-        try:
-            for start in range(0, len(items), SLICE):
-                part = [(item.object, Envelope.parse(item.envelope)) for item in items[start : start + SLICE]]
-                ciphers: dict[int, AeadKey] = {}
-                for _, envelope in part:
-                    kek = entry.keks.get(envelope.kek_version)
-                    if kek is None or kek.kek_id != envelope.kek_id:
-                        raise IntegrityError("the envelope names a KEK that this project does not have")
-                    if kek.kek_version not in ciphers:
-                        ciphers[kek.kek_version] = await self._cipher(entry, kek)
-                async with self.turn:
-                    entry.check(epoch)
-                    for name, envelope in part:
-                        context = entry.scope.object_context(name.timeline_id, name.object_name, name.kind)
-                        opened.append((unwrap_dek(ciphers[envelope.kek_version], envelope, context), envelope))
-            entry.check(epoch)
-        except BaseException:
-            wipe_all(dek for dek, _ in opened)
-            raise
+        for start in range(0, len(items), SLICE):
+            part = [(item.object, Envelope.parse(item.envelope)) for item in items[start : start + SLICE]]
+            ciphers: dict[int, AeadKey] = {}
+            for _, envelope in part:
+                kek = entry.keks.get(envelope.kek_version)
+                if kek is None or kek.kek_id != envelope.kek_id:
+                    raise IntegrityError("the envelope names a KEK that this project does not have")
+                if kek.kek_version not in ciphers:
+                    ciphers[kek.kek_version] = await self._cipher(entry, kek)
+            async with self.turn:
+                entry.check(epoch)
+                for name, envelope in part:
+                    context = entry.scope.object_context(name.timeline_id, name.object_name, name.kind)
+                    opened.append((held.add(unwrap_dek(ciphers[envelope.kek_version], envelope, context)), envelope))
+        entry.check(epoch)
         return opened
 
     async def rewrap(self, entry: ProjectEntry, items: Sequence[WrappedObject]) -> list[Envelope]:
@@ -180,8 +249,8 @@ class Keyring:
         cipher = await self._cipher(entry, kek)
         made: list[Envelope] = []
         for start in range(0, len(items), SLICE):
-            opened = await self.unwrap(entry, items[start : start + SLICE])
-            try:
+            with self.working(entry.project_id) as held:
+                opened = await self.unwrap(entry, items[start : start + SLICE], held)
                 async with self.turn:
                     entry.check(epoch)
                     for item, (dek, envelope) in zip(items[start : start + SLICE], opened, strict=True):
@@ -193,8 +262,6 @@ class Keyring:
                         name = item.object
                         context = entry.scope.object_context(name.timeline_id, name.object_name, name.kind)
                         made.append(rewrap_dek(cipher, kek.kek_id, kek.kek_version, dek, envelope, context))
-            finally:
-                wipe_all(dek for dek, _ in opened)
         entry.check(epoch)
         return made
 
@@ -224,17 +291,15 @@ class Keyring:
             entry.check()
             raise IntegrityError("this KEK was destroyed")
         context = kek_context(entry.scope, kek.kek_id, kek.kek_version)
-        with calls_made() as calls:
+        with self.working(entry.project_id, keks=True) as held, calls_made() as calls:
             try:
-                plaintext = await self._cmks.of(entry.key_configuration_id).unwrap(kek.wrapped, context)
+                plaintext = held.add(await self._cmks.of(entry.key_configuration_id).unwrap(kek.wrapped, context))
             except KmsError as error:
                 self._suspect(entry.key_configuration_id)
                 await self._audit_log.record(self._kek_entry(entry, kek, "failed", call_details(calls)))
                 why = self._cmks.explain(entry.key_configuration_id, error)
                 raise UnavailableError(f"the project's key could not be unwrapped: {why}") from None
-        cipher = AeadKey(plaintext)
-        now = self._clock.now()
-        try:
+            now = self._clock.now()
             await self._repository.note_unwrap(entry.project_id, kek.kek_version, now)
             await self._audit_log.record(self._kek_entry(entry, kek, "ok", call_details(calls)))
             entry.check(epoch)  # Invariant: no KEK enters memory after its project was stopped, or after `close`
@@ -242,9 +307,7 @@ class Keyring:
                 raise UnavailableError("this keymanager has stopped")
             if entry.keks[kek.kek_version].wrapped is None:
                 raise IntegrityError("this KEK was destroyed")
-        except BaseException:
-            cipher.wipe()
-            raise
+            cipher = AeadKey(held.release(plaintext))
         self._keks.put(entry.project_id, kek.kek_version, cipher)
         entry.keks[kek.kek_version] = replace(entry.keks[kek.kek_version], last_unwrap_at=now)
         return cipher
@@ -270,8 +333,3 @@ class Keyring:
             self._allowance.move_to_end(key)
             if len(self._allowance) > self._limits.kek_entries:
                 self._allowance.popitem(last=False)
-
-
-def wipe_all(keys: Iterable[SecretKey]) -> None:
-    for key in keys:
-        key.wipe()

@@ -7,13 +7,15 @@ run out here, it has run out there.
 A lease that was granted before a restart of the keymanager is known by name from the database, but not until when it
 was renewed: it counts as live for a whole ttl from the restart.
 
+One that is over stays known until its row in the database is gone (`over`, `forget`): else nobody would delete it.
+
 This file is a core: no I/O and no clock of its own. Seconds are the keymanager's monotonic clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shared.api.keymanager import Role
@@ -60,19 +62,30 @@ class LeaseTable:
         return new
 
     def release(self, project_id: ProjectId, instance_id: InstanceId) -> Held | None:
-        """The holder gave it back, or proved that it holds nothing. None if there was no such lease."""
+        """The holder proved that it holds nothing, or its row is gone. None if there was no such lease."""
         leases = self._by_project.get(project_id, {})
         released = leases.pop(instance_id, None)
         if not leases:
             self._by_project.pop(project_id, None)
         return released
 
-    def expire(self, now_s: float) -> list[Held]:
-        """Remove and return the leases that have run out."""
-        overdue = [held for held in self.all() if held.expires_at_s <= now_s]
-        for held in overdue:
-            self.release(held.project_id, held.holder.instance_id)
-        return overdue
+    def give_back(self, project_id: ProjectId, instance_id: InstanceId, now_s: float) -> Held | None:
+        """The holder has no use for it: over from now on, and known. None if there was no live one."""
+        held = self._by_project.get(project_id, {}).get(instance_id)
+        if held is None or held.expires_at_s <= now_s:
+            return None
+        over = self._by_project[project_id][instance_id] = replace(held, expires_at_s=now_s)
+        return over
+
+    def over(self, now_s: float) -> list[Held]:
+        """The leases that have run out, or were given back, and are not forgotten yet."""
+        return [held for held in self.all() if held.expires_at_s <= now_s]
+
+    def forget(self, over: Iterable[Held]) -> None:
+        """Their rows are gone. One that was granted again meanwhile stays."""
+        for held in over:
+            if self._by_project.get(held.project_id, {}).get(held.holder.instance_id) == held:
+                self.release(held.project_id, held.holder.instance_id)
 
     def holds(self, project_id: ProjectId, instance_id: InstanceId, now_s: float) -> bool:
         held = self._by_project.get(project_id, {}).get(instance_id)

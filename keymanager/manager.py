@@ -26,7 +26,7 @@ from keymanager.lease_table import LeaseTable
 from keymanager.lifecycle import KMS_EVENT
 from keymanager.moving import Mover, MoverHooks
 from keymanager.people import People
-from keymanager.projects import Projects
+from keymanager.projects import ProjectEntry, Projects
 from keymanager.providers import ProviderFactory, session_life_s
 from keymanager.receipts import Receipts
 from keymanager.records import StoredKek, StoredKeyConfiguration, StoredProject
@@ -38,7 +38,7 @@ from keymanager.rotation import Policy, Rotator
 from keymanager.session import SessionDeps, SessionLimits, Sessions
 from keymanager.shredding import Shredder
 from keymanager.state import KMS_STATE, KeyAccess, KeyEvent, KmsAccess
-from keymanager.watch import ProbeOutcome
+from keymanager.watch import HoldDown, ProbeOutcome
 from keymanager.watcher import Watcher
 from shared.api.keymanager import (
     AuditRecord,
@@ -53,6 +53,7 @@ from shared.api.keymanager import (
     KeyState,
     LeaseInfo,
     Project,
+    RestoreHold,
     Revocation,
     Workspace,
 )
@@ -117,7 +118,14 @@ class KeyManager:
             repository, self.projects, self.keyring, self.leases, self.sessions, clock, tasks, self._anchor_soon
         )
         self.watcher = Watcher(
-            repository, self.audit_log, self._cmks, clock, tasks, self.revoker.kms_event, random.SystemRandom()
+            repository,
+            self.audit_log,
+            self._cmks,
+            clock,
+            tasks,
+            self.revoker.kms_event,
+            random.SystemRandom(),
+            HoldDown(settings.restore_hold_s, settings.restore_hold_max_s, settings.restore_calm_s),
         )
         self.rotator = Rotator(
             repository,
@@ -147,6 +155,7 @@ class KeyManager:
             repository,
             self.audit_log,
             self.projects,
+            self.keyring,
             self._cmks,
             clock,
             tasks,
@@ -156,6 +165,7 @@ class KeyManager:
             repository,
             self.audit_log,
             self.projects,
+            self.keyring,
             self._cmks,
             self.revoker,
             MoverHooks(
@@ -305,50 +315,56 @@ class KeyManager:
             longest_ttl_s = max(longest_ttl_s, lease.ttl_s)
         self.revoker.resume(await self._repository.open_revocations(), longest_ttl_s)
         await self.shredder.load()
-        # Nothing is issued on the word of a database: every KMS is asked. One that is slow holds up its own projects,
-        # whose leases run on meanwhile, and nobody else's.
+        # Nothing is issued on the word of a database: every KMS is asked. One that is slow, or away, holds up its own
+        # projects, whose leases run on meanwhile, and nobody else's.
         asked = [self._tasks.create_task(self._confirm(key)) for key in self._configurations]
         if asked:
             await asyncio.wait(asked, timeout=_FIRST_ANSWERS_S)
 
     async def _confirm(self, key_configuration_id: KeyConfigurationId) -> None:
         await self.watcher.check(key_configuration_id)
+        if key_configuration_id not in self._configurations:  # it was deleted meanwhile
+            return
+        self.watcher.start(key_configuration_id)
+        await self.watcher.heard(key_configuration_id)
         for entry in self.projects.of_key_configuration(key_configuration_id):
             entry.confirmed = True
-        if key_configuration_id in self._configurations:  # it may have been deleted meanwhile
-            self.watcher.start(key_configuration_id)
 
     def _suspect(self, key_configuration_id: KeyConfigurationId) -> None:
         self.watcher.suspect(key_configuration_id)
 
     async def _sweep_leases(self) -> None:
-        """Record leases that ran out. The table itself needs no sweeping to be right."""
+        """Record leases that ran out, and delete their rows. The table itself needs no sweeping to be right. What
+        cannot be stored now is over at the next look, too."""
         while True:
             await asyncio.sleep(self._settings.lease_ttl_s / 2)
-            expired = self.leases.expire(self._clock.monotonic_s())
-            if not expired:
+            over = self.leases.over(self._clock.monotonic_s())
+            if not over:
                 continue
+            entries = (
+                AuditEntry(
+                    "keymanager",
+                    "lease.expire",
+                    "ok",
+                    held.project_id,
+                    {
+                        "node_id": held.holder.node_id,
+                        "instance_id": str(held.holder.instance_id),
+                        "generation": str(held.holder.generation),
+                    },
+                )
+                for held in over
+            )
             try:
-                async with self._repository.transaction() as transaction:
-                    await transaction.delete_leases((held.project_id, held.holder.instance_id) for held in expired)
-                    await transaction.audit(
-                        AuditEntry(
-                            "keymanager",
-                            "lease.expire",
-                            "ok",
-                            held.project_id,
-                            {
-                                "node_id": held.holder.node_id,
-                                "instance_id": str(held.holder.instance_id),
-                                "generation": str(held.holder.generation),
-                            },
-                        )
-                        for held in expired
-                    )
+                await self.audit_log.record(
+                    *entries, ended=[(held.project_id, held.holder.instance_id) for held in over]
+                )
             except NotLeaderError:
                 raise
             except UnavailableError as error:
                 _log.error("expired leases could not be recorded", reason=str(error))
+            else:
+                self.leases.forget(over)
 
     # --- key configurations ---
 
@@ -466,10 +482,15 @@ class KeyManager:
             state=KMS_STATE[self.watcher.access(stored.key_configuration_id)],
             last_verdict=verdict,
             last_probe_at=probed_at,
+            restore_hold=self._hold(stored.key_configuration_id),
             created_at=stored.created_at,
             worst_cases=worst_cases(self._bound_settings(stored)),
             work=self.rotator.work(stored.key_configuration_id) + self.replacer.work(stored.key_configuration_id),
         )
+
+    def _hold(self, key_configuration_id: KeyConfigurationId) -> RestoreHold | None:
+        hold = self.watcher.hold(key_configuration_id)
+        return None if hold is None else RestoreHold(flaps=hold.flaps, needed_s=hold.needed_s, left_s=hold.left_s)
 
     def _bound_settings(self, stored: StoredKeyConfiguration) -> BoundSettings:
         settings = self._settings
@@ -594,19 +615,27 @@ class KeyManager:
         self.keyring.add(kek, generated.plaintext)
         if access is not KmsAccess.ALLOWED:
             await self.revoker.project_event(entry, KMS_EVENT[access])
-        return entry.model()
+        return self.project_model(entry)
+
+    def project_model(self, entry: ProjectEntry) -> Project:
+        """With what its return waits for beside its KMS's first yes."""
+        model = entry.model()
+        hold = self.watcher.hold(entry.key_configuration_id)
+        if hold is None or entry.state.final:
+            return model
+        return model.model_copy(update={"state_reason": f"{model.state_reason}; {hold.reason}"})
 
     def project(self, project_id: ProjectId) -> Project:
         """Raises NotFoundError."""
-        return self.projects.get(project_id).model()
+        return self.project_model(self.projects.get(project_id))
 
     def all_projects(self) -> list[Project]:
-        return [entry.model() for entry in self.projects.all()]
+        return list(map(self.project_model, self.projects.all()))
 
     def projects_of(self, workspace_id: WorkspaceId) -> list[Project]:
         """Raises NotFoundError."""
         self.projects.workspace(workspace_id)
-        return [entry.model() for entry in self.projects.of_workspace(workspace_id)]
+        return list(map(self.project_model, self.projects.of_workspace(workspace_id)))
 
     # --- keys of projects ---
 
@@ -615,7 +644,7 @@ class KeyManager:
         entry = self.projects.get(project_id)
         await self.audit_log.record(AuditEntry(actor, "project.revalidate", "ok", project_id))
         await self.watcher.ask_now(entry.key_configuration_id)
-        return entry.model()
+        return self.project_model(entry)
 
     async def revalidate_workspace(self, workspace_id: WorkspaceId, actor: str) -> list[Project]:
         """As `revalidate_project`, for all projects of a workspace."""
@@ -633,7 +662,7 @@ class KeyManager:
         """
         entry = self.projects.get(project_id)
         await self.revoker.operator_event(entry, KeyEvent.OPERATOR_REVOKED, reason, actor)
-        return entry.model()
+        return self.project_model(entry)
 
     async def restore_project(self, project_id: ProjectId, actor: str) -> Project:
         """Lift the operator's hold. The project is ACTIVE again when its revocation is sealed, if the KMS agrees.
@@ -643,7 +672,7 @@ class KeyManager:
         entry = self.projects.get(project_id)
         await self.watcher.ask_now(entry.key_configuration_id)
         await self.revoker.operator_event(entry, KeyEvent.OPERATOR_RESTORED, "the operator's hold was lifted", actor)
-        return entry.model()
+        return self.project_model(entry)
 
     # --- what happened ---
 

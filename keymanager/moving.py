@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from keymanager.audit_log import AuditLog
 from keymanager.cmk import Cmks, call_details, calls_made, kek_context
+from keymanager.keyring import Keyring
 from keymanager.kms.base import KmsError, KmsProvider, Verdict
 from keymanager.lifecycle import KMS_EVENT, KMS_STATE, KmsAccess
 from keymanager.projects import ProjectEntry, Projects
@@ -29,6 +30,7 @@ from keymanager.repository import Repository
 from keymanager.revocation import Revoker
 from shared.api.keymanager import KeyState
 from shared.audit_chain import AuditEntry
+from shared.crypto.secret import KeyWipedError
 from shared.errors import ConflictError, KeylakeError, UnavailableError
 from shared.ids import KeyConfigurationId, ProjectId
 from shared.lease import key_access_error
@@ -56,6 +58,7 @@ class Mover:
         repository: Repository,
         audit_log: AuditLog,
         projects: Projects,
+        keyring: Keyring,
         cmks: Cmks,
         revoker: Revoker,
         hooks: MoverHooks,
@@ -63,6 +66,7 @@ class Mover:
         self._repository = repository
         self._audit_log = audit_log
         self._projects = projects
+        self._keyring = keyring
         self._cmks = cmks
         self._revoker = revoker
         self._hooks = hooks
@@ -89,7 +93,7 @@ class Mover:
     async def _move(self, entry: ProjectEntry, target: KeyConfigurationId, actor: str) -> None:
         source = entry.key_configuration_id
         old, new = self._hooks.configuration(source), self._hooks.configuration(target)
-        if entry.access.shredded:
+        if entry.access.shredded or not entry.confirmed:
             entry.check()
         if self._hooks.is_replacing(source):
             raise ConflictError("the project's key is being replaced: wait until that is done, or abort it")
@@ -145,18 +149,20 @@ class Mover:
         assert kek.wrapped is not None  # noqa: S101 - the caller leaves destroyed ones out
         old, new = providers
         context = kek_context(entry.scope, kek.kek_id, kek.kek_version)
-        with calls_made() as unwraps:
-            try:
-                secret = await old.unwrap(kek.wrapped, context)
-            except KmsError as error:
-                raise await self._failed(entry, entry.key_configuration_id, kek, actor, error) from None
-        with calls_made() as wraps:
-            try:
-                made = await new.wrap(secret, context)
-            except KmsError as error:
-                raise await self._failed(entry, target, kek, actor, error) from None
-            finally:
-                secret.wipe()
+        with self._keyring.working(entry.project_id, keks=True) as held:
+            with calls_made() as unwraps:
+                try:
+                    secret = held.add(await old.unwrap(kek.wrapped, context))
+                except KmsError as error:
+                    raise await self._failed(entry, entry.key_configuration_id, kek, actor, error) from None
+            with calls_made() as wraps:
+                try:
+                    made = await new.wrap(secret, context)
+                except KmsError as error:
+                    held.wipe()  # what follows waits for the database
+                    raise await self._failed(entry, target, kek, actor, error) from None
+                except KeyWipedError:
+                    raise key_access_error(entry.state, entry.reason or "its keys were stopped meanwhile") from None
         of_old = {f"old_{name}": value for name, value in call_details(unwraps).items()}
         details = {"kek_version": str(kek.kek_version), **of_old, **call_details(wraps)}
         await self._audit_log.record(AuditEntry(actor, "kek.move", "ok", entry.project_id, details))

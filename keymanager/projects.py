@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Final
 
 from keymanager.records import StoredKek, StoredProject
 from keymanager.state import KeyAccess
@@ -20,13 +21,17 @@ from shared.errors import NotFoundError, UnavailableError
 from shared.ids import KeyConfigurationId, ProjectId, WorkspaceId
 from shared.lease import key_access_error
 
+_ENDING: Final = "it is being shredded"
+_UNCONFIRMED: Final = "the customer's KMS has not said yes yet since this keymanager leads"
+
 
 @dataclass(slots=True)
 class ProjectEntry:
     """One project.
 
-    `state` is what is in force and announced; `access` is what should be. They differ only while a project is on its
-    way back: it becomes ACTIVE again when its last revocation is sealed and the change is stored.
+    `state` is what is in force and announced; `access` is what should be. They differ while a project is on its way
+    back (it becomes ACTIVE again when its last revocation is sealed and the change is stored), and while its end is
+    being stored (`ending`).
     """
 
     scope: KeyScope
@@ -38,8 +43,11 @@ class ProjectEntry:
     created_at: datetime
     keks: dict[int, StoredKek] = field(default_factory=dict)
     confirmed: bool = True
-    """The KMS was asked in this process, and what its answer means is in `state`. Until then nothing is issued: not on
-    the word of a database alone."""
+    """The KMS has said yes to this process, or what its denial or silence means is in `state`. Until then nothing is
+    issued: not on the word of a database alone."""
+    ending: bool = False
+    """It is being shredded, and that is not stored yet. It is announced as REVOKED meanwhile: whoever hears SHREDDED
+    believes in it for ever, and a leader that dies now leaves the project alive to the next one."""
     epoch: int = 0
     """Counts stops: what was begun in an earlier epoch must not end in a key that leaves."""
     unsealed: set[str] = field(default_factory=set)
@@ -52,21 +60,32 @@ class ProjectEntry:
         return self.scope.project_id
 
     @property
+    def unconfirmed(self) -> bool:
+        """ACTIVE by the database, and nothing is issued until the KMS agrees."""
+        return self.state is KeyState.ACTIVE and not self.confirmed
+
+    @property
     def issuing(self) -> bool:
         """Leases and DEKs may be given out."""
         return self.state is KeyState.ACTIVE and self.confirmed
 
     def stop(self, reason: str) -> None:
-        """No lease and no DEK from here on. Call when `access` is no longer ACTIVE."""
-        self.state = self.access.state
-        self.reason = reason
+        """No lease and no DEK from here on. Call when `access` is no longer ACTIVE. A final state is announced by
+        `end`, when it is stored."""
+        self.ending = self.access.state.final
+        self.state = KeyState.REVOKED if self.ending else self.access.state
+        self.reason = _ENDING if self.ending else reason
         self.epoch += 1
+
+    def end(self, reason: str) -> None:
+        """The end of its keys is stored, and final."""
+        self.ending, self.state, self.reason = False, self.access.state, reason
 
     def check(self, epoch: int | None = None) -> None:
         """Raises KeyAccessError unless keys may be given out now, and without a stop since `epoch`; UnavailableError
         while that is not known yet."""
-        if self.state is KeyState.ACTIVE and not self.confirmed:
-            raise UnavailableError("the customer's KMS has not answered yet since this keymanager leads")
+        if self.unconfirmed:
+            raise UnavailableError(_UNCONFIRMED)
         if not self.issuing or (epoch is not None and epoch != self.epoch):
             raise key_access_error(self.state, self.reason or "its keys were stopped meanwhile")
 
@@ -83,7 +102,7 @@ class ProjectEntry:
             key_configuration_id=self.key_configuration_id,
             name=self.name,
             state=self.state,
-            state_reason=self.reason,
+            state_reason=_UNCONFIRMED if self.unconfirmed else self.reason,
             keks=[
                 KekInfo(
                     kek_id=kek.kek_id,

@@ -25,6 +25,7 @@ from typing import Final
 from keymanager.audit_log import AuditLog
 from keymanager.cmk import Cmks, call_details, calls_made, kek_context, make_canary
 from keymanager.explain import explain
+from keymanager.keyring import Keyring
 from keymanager.kms.base import KmsError, KmsProvider, Verdict
 from keymanager.projects import ProjectEntry, Projects
 from keymanager.records import StagedKek, StoredKek, StoredKeyConfiguration, StoredReplacement
@@ -33,6 +34,7 @@ from keymanager.state import KMS_STATE, KmsAccess
 from shared.api.keymanager import CmkKey, KeyState, KeyWork, KeyWorkKind, Replacement
 from shared.audit_chain import AuditEntry
 from shared.clock import Clock
+from shared.crypto.secret import KeyWipedError
 from shared.errors import ConflictError, KeylakeError, NotFoundError, UnavailableError
 from shared.ids import KeyConfigurationId, ProjectId
 from shared.lease import key_access_error
@@ -63,6 +65,7 @@ class Replacer:
         repository: Repository,
         audit_log: AuditLog,
         projects: Projects,
+        keyring: Keyring,
         cmks: Cmks,
         clock: Clock,
         tasks: asyncio.TaskGroup,
@@ -71,6 +74,7 @@ class Replacer:
         self._repository = repository
         self._audit_log = audit_log
         self._projects = projects
+        self._keyring = keyring
         self._cmks = cmks
         self._clock = clock
         self._tasks = tasks
@@ -250,18 +254,19 @@ class Replacer:
         assert kek.wrapped is not None  # noqa: S101 - `_keks` leaves destroyed ones out
         context = kek_context(entry.scope, kek.kek_id, kek.kek_version)
         key_configuration_id = stored.key_configuration_id
-        with calls_made() as unwraps:
-            try:
-                secret = await self._cmks.of(key_configuration_id).unwrap(kek.wrapped, context)
-            except KmsError as error:
-                raise _refusal(error, self._cmks.explain(key_configuration_id, error)) from None
-        with calls_made() as wraps:
-            try:
-                wrapped = await provider.wrap(secret, context)
-            except KmsError as error:
-                raise _refusal(error, explain(error, stored.key)) from None
-            finally:
-                secret.wipe()
+        with self._keyring.working(entry.project_id, keks=True) as held:
+            with calls_made() as unwraps:
+                try:
+                    secret = held.add(await self._cmks.of(key_configuration_id).unwrap(kek.wrapped, context))
+                except KmsError as error:
+                    raise _refusal(error, self._cmks.explain(key_configuration_id, error)) from None
+            with calls_made() as wraps:
+                try:
+                    wrapped = await provider.wrap(secret, context)
+                except KmsError as error:
+                    raise _refusal(error, explain(error, stored.key)) from None
+                except KeyWipedError:
+                    raise key_access_error(entry.state, entry.reason or "its keys were stopped meanwhile") from None
         made = StagedKek(entry.project_id, kek.kek_version, wrapped.wrapped, wrapped.key_version)
         of_old = {f"old_{name}": value for name, value in call_details(unwraps).items()}
         details = {"kek_version": str(kek.kek_version), **of_old, **call_details(wraps)}

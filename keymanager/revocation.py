@@ -4,16 +4,19 @@ Revocation, in order, each step in the audit chain with its time since detection
 
     1  stop issuing            in memory, before anything is awaited: no lease is renewed, no DEK is generated or
                                unwrapped
-    2  drop the KEKs           wiped in the same step
-    3  store                   state, revocation, and who held leases, in one transaction (repeated until it succeeds)
-    4  push Revoke             to every holder's session, in parallel
+    2  drop the KEKs           wiped in the same step, with every key that somebody works with at that moment
+    3  push Revoke             to every holder's session, in the same step: a slow database does not put it off
+    4  store                   state, revocation, and who held leases, in one transaction (repeated until it succeeds)
     5  collect                 an acknowledgement, or the end of the lease ("fenced"), whichever is first, per holder;
                                stored in groups: what has come in while one group was written is the next one
     6  sealed                  when nobody is pending
 
-The next leader, or the same keymanager after a restart, goes on at 4: what is stored says whom to wait for, and until
-when is not known, so each pending holder gets a whole ttl from then. Before step 3 nothing is stored, and nothing needs
-to be: the KMS is asked again before anything is issued, and the leases run out.
+The next leader, or the same keymanager after a restart, pushes again, to each pending holder that connects, and goes on
+at 5: what is stored says whom to wait for, and until when is not known, so each of them gets a whole ttl from then.
+Before step 4 nothing is stored, and nothing needs to be: the KMS is asked again before anything is issued, and the
+leases run out. What was pushed already can be taken back, then: SUSPENDED and REVOKED are not final.
+
+SHREDDED is. So a shredding is pushed after step 4, not before; until then whoever renews, or connects, is told REVOKED.
 
 A project becomes ACTIVE again only after its last revocation is sealed. So no instance ever renews through a revocation
 that it has not seen.
@@ -92,8 +95,12 @@ class OpenRevocation:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def message(self) -> Revoke:
+        unstored = self.entry.ending and self.state.final
         return Revoke(
-            revocation_id=self.revocation_id, project_id=self.entry.project_id, state=self.state, reason=self.reason
+            revocation_id=self.revocation_id,
+            project_id=self.entry.project_id,
+            state=self.entry.state if unstored else self.state,
+            reason=self.entry.reason if unstored else self.reason,
         )
 
 
@@ -179,7 +186,8 @@ class Revoker:
                 audited = await also(transaction)
                 await transaction.set_project(entry.project_id, after.state, reason, after)
                 await transaction.audit(audited)
-            entry.access, entry.state, entry.reason = after, after.state, reason
+            entry.access = after
+            entry.end(reason)
         self._recorded()
 
     async def project_event(self, entry: ProjectEntry, event: KeyEvent) -> None:
@@ -207,8 +215,11 @@ class Revoker:
             if entry.access.state is KeyState.ACTIVE:
                 if entry.state is not KeyState.ACTIVE:
                     returning.append(entry)
-            elif entry.access.state is not entry.state:
+            elif entry.access.state is not entry.state and not entry.ending:
                 revocations.append(self._stop(entry, reason, detected_at, started_s))
+        for revocation in revocations:
+            if not revocation.state.final:
+                self._push(revocation)
 
         async def store(transaction: Transaction) -> None:
             audited = await also(transaction)
@@ -220,6 +231,9 @@ class Revoker:
         if revocations:
             self._recorded()
         for revocation in revocations:
+            if revocation.state.final:
+                revocation.entry.end(reason)
+                self._push(revocation)
             self._tasks.create_task(self._collect(revocation))
         for entry in returning:
             self._tasks.create_task(self._restore(entry, actor, reason, detected_at, started_s))
@@ -236,7 +250,7 @@ class Revoker:
         revocation = OpenRevocation(
             f"rev-{secrets.token_hex(8)}",
             entry,
-            entry.state,
+            entry.access.state,
             reason,
             detected_at,
             started_s,
@@ -251,7 +265,7 @@ class Revoker:
     async def _store_revocation(
         self, transaction: Transaction, revocation: OpenRevocation, actor: str
     ) -> list[AuditEntry]:
-        """Step 3, for one project."""
+        """Step 4, for one project."""
         entry = revocation.entry
         await transaction.set_project(entry.project_id, revocation.state, revocation.reason, entry.access)
         await transaction.insert_revocation(
@@ -290,10 +304,12 @@ class Revoker:
                     _log.error("a state change could not be stored; trying again", reason=str(error))
                 await asyncio.sleep(_STORE_RETRY_S)
 
-    # --- steps 4 to 6 ---
+    # --- steps 3, 5 and 6 ---
+
+    def _push(self, revocation: OpenRevocation) -> None:
+        self._sessions.push_to(revocation.pending, revocation.message())
 
     async def _collect(self, revocation: OpenRevocation) -> None:
-        self._sessions.push_to(revocation.pending, revocation.message())
         while revocation.pending:
             revocation.changed.clear()
             if revocation.settled:
@@ -401,6 +417,9 @@ class Revoker:
         restoration_id = f"res-{secrets.token_hex(8)}"
 
         async def store(transaction: Transaction) -> None:
+            if entry.ending:  # its end is stored with what it destroys, or not at all
+                await transaction.delete_restoration(restoration_id)
+                return
             state = entry.access.state  # looked at again: it may have changed while we waited for our turn
             reason = "" if state is KeyState.ACTIVE else entry.reason
             await transaction.set_project(entry.project_id, state, reason, entry.access)

@@ -24,7 +24,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from keymanager.audit_log import AuditLog
 from keymanager.key_users import KeyUsers
-from keymanager.keyring import SLICE, Keyring, wipe_all
+from keymanager.keyring import SLICE, Keyring
 from keymanager.leadership import Term
 from keymanager.lease_table import Holder, LeaseTable
 from keymanager.people import People
@@ -378,9 +378,9 @@ class Session:
             for project_id in dict.fromkeys(message.project_ids)
             if self.may_touch(project_id) and (entry := deps.projects.find(project_id)) is not None
         ]
-        entries = [entry for entry in known if entry.confirmed or entry.state is not KeyState.ACTIVE]
+        entries = [entry for entry in known if not entry.unconfirmed]
         if known and not entries:
-            self._fail(message.request_id, UnavailableError("the customer's KMS has not answered yet"))
+            self._fail(message.request_id, UnavailableError("the customer's KMS has not said yes yet"))
             return
         ttl_s = deps.limits.lease_ttl_s
         while True:
@@ -429,20 +429,24 @@ class Session:
         )
 
     async def _release(self, project_ids: Iterable[ProjectId]) -> None:
-        held = [p for p in project_ids if self._deps.leases.release(p, self.holder.instance_id) is not None]
-        if not held:
+        deps, instance_id = self._deps, self.holder.instance_id
+        now_s = deps.clock.monotonic_s()
+        over = [held for p in project_ids if (held := deps.leases.give_back(p, instance_id, now_s)) is not None]
+        if not over:
             return
+        details = self._details()
         try:
-            async with self._deps.repository.transaction() as transaction:
-                await transaction.delete_leases((project_id, self.holder.instance_id) for project_id in held)
-                await transaction.audit(
-                    AuditEntry(self._actor, "lease.release", "ok", project_id, self._details()) for project_id in held
-                )
+            await deps.audit_log.record(
+                *(AuditEntry(self._actor, "lease.release", "ok", held.project_id, details) for held in over),
+                ended=[(held.project_id, instance_id) for held in over],
+            )
         except NotLeaderError:
             raise
         except UnavailableError as error:
-            # A lease too many in the database only makes a later revocation wait for somebody who is not there.
+            # Its row goes with those of leases that ran out.
             _log.error("a released lease could not be stored", node_id=self.holder.node_id, reason=str(error))
+        else:
+            deps.leases.forget(over)
 
     def _acknowledge(self, message: Acknowledge) -> None:
         self._deps.revoker.acknowledge(
@@ -522,20 +526,18 @@ class Session:
                     await self._record(_ACTIONS[type(message)], error.code, message.project_id, _count(message), [])
 
     async def _serve_keys(self, entry: ProjectEntry, message: Generate | Unwrap) -> None:
-        epoch = entry.epoch
-        if isinstance(message, Generate):
-            keys = await self._deps.keyring.generate(entry, message.objects)
-        else:
-            keys = await self._deps.keyring.unwrap(entry, message.items)
-        try:
+        epoch, keyring = entry.epoch, self._deps.keyring
+        with keyring.working(entry.project_id) as held:
+            if isinstance(message, Generate):
+                keys = await keyring.generate(entry, message.objects, held)
+            else:
+                keys = await keyring.unwrap(entry, message.items, held)
             envelopes = [envelope for _, envelope in keys]
             await self._record(_ACTIONS[type(message)], "ok", message.project_id, len(keys), envelopes)
-            items = await self._sealed(keys)
-            async with self._deps.keyring.turn:
+            items = await self._sealed(entry, epoch, keys)
+            async with keyring.turn:
                 entry.check(epoch)
                 self.push(Keys(request_id=message.request_id, items=items))
-        finally:
-            wipe_all(dek for dek, _ in keys)
 
     async def _serve_rewrap(self, entry: ProjectEntry, message: RewrapKeys) -> None:
         epoch = entry.epoch
@@ -560,10 +562,13 @@ class Session:
             raise LeaseExpiredError("this instance holds no lease on the project")
         return entry
 
-    async def _sealed(self, keys: Sequence[tuple[SecretKey, Envelope]]) -> list[KeyItem]:
+    async def _sealed(
+        self, entry: ProjectEntry, epoch: int, keys: Sequence[tuple[SecretKey, Envelope]]
+    ) -> list[KeyItem]:
         items = []
         for start in range(0, len(keys), SLICE):
             async with self._deps.keyring.turn:  # renewals of others do not wait for a large batch
+                entry.check(epoch)
                 for dek, envelope in keys[start : start + SLICE]:
                     wire = envelope.serialize()
                     items.append(KeyItem(envelope=wire, sealed_dek=self._transport.seal_key(dek, wire)))

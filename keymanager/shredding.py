@@ -2,7 +2,7 @@
 
     ask        one person, with the project's name typed and a reason
     approve    another person, within a time, the name typed again; from here on there is no way back:
-                 1  stop, drop the KEKs, and fan out to every instance, as in a revocation  (revocation.py)
+                 1  stop and drop the KEKs, as in a revocation; fan out when it is stored  (revocation.py)
                  2  in the transaction that stores this: every wrapped KEK, of all versions, staged ones too, is gone
                  3  the tables that held them are written anew
                  4  when all leases are over, every node that stores data deletes what it has, and says what is left
@@ -306,7 +306,7 @@ class Shredder:
 
     async def reported(self, node_id: str, said: ReportDeletion) -> None:
         """A node's word. Raises NotFoundError, ConflictError for a project that is not shredded, UnavailableError."""
-        if not self._projects.get(said.project_id).access.state.final:
+        if not self._projects.get(said.project_id).state.final:
             raise ConflictError("the project is not shredded: nothing of it is to be deleted")
         details = {
             "node_id": node_id,

@@ -20,7 +20,7 @@ from keymanager.kms.base import KmsError
 from keymanager.records import StoredKeyConfiguration
 from keymanager.repository import Repository
 from keymanager.state import KeyEvent, KmsAccess
-from keymanager.watch import PROBE_JITTER, Judgement, ProbeOutcome, Watch
+from keymanager.watch import PROBE_JITTER, Hold, HoldDown, Judgement, ProbeOutcome, Watch
 from shared.audit_chain import AuditEntry
 from shared.clock import Clock
 from shared.errors import NotLeaderError, UnavailableError
@@ -43,6 +43,7 @@ class _Watched:
     last_probe_at: datetime | None = None
     noted_s: float = float("-inf")
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
     checking: asyncio.Task[Judgement] | None = None
     periodic: asyncio.Task[None] | None = None
 
@@ -59,6 +60,7 @@ class Watcher:
         tasks: asyncio.TaskGroup,
         on_event: OnKmsEvent,
         rng: random.Random,
+        hold_down: HoldDown,
     ) -> None:
         self._repository = repository
         self._audit_log = audit_log
@@ -67,13 +69,18 @@ class Watcher:
         self._tasks = tasks
         self._on_event = on_event
         self._rng = rng
+        self._hold_down = hold_down
         self._watched: dict[KeyConfigurationId, _Watched] = {}
 
     def add(self, stored: StoredKeyConfiguration) -> None:
         """Watch a key configuration from now on. `start` begins the probing."""
         since_s = max(0.0, (self._clock.now() - stored.last_allowed_at).total_seconds())
         watch = Watch(
-            stored.kms_access, stored.outage_grace_s, stored.probe_interval_s, self._clock.monotonic_s() - since_s
+            stored.kms_access,
+            stored.outage_grace_s,
+            stored.probe_interval_s,
+            self._clock.monotonic_s() - since_s,
+            self._hold_down,
         )
         self._watched[stored.key_configuration_id] = _Watched(
             stored, watch, last_verdict=stored.last_verdict, last_probe_at=stored.last_probe_at
@@ -90,6 +97,7 @@ class Watcher:
         for task in (watched.periodic, watched.checking):
             if task is not None:
                 task.cancel()
+        watched.heard.set()
 
     def replace(self, stored: StoredKeyConfiguration) -> None:
         """The same key configuration with another canary, another key, or other settings: for the next probe, which
@@ -111,6 +119,15 @@ class Watcher:
         watched = self._watched[key_configuration_id]
         return watched.last_verdict, watched.last_probe_at
 
+    def hold(self, key_configuration_id: KeyConfigurationId) -> Hold | None:
+        """Why the KMS's first yes is not enough. None: it is, or it is there."""
+        return self._watched[key_configuration_id].watch.hold(self._clock.monotonic_s())
+
+    async def heard(self, key_configuration_id: KeyConfigurationId) -> None:
+        """Returns when the KMS has said yes to this process, or when its denial or silence is in force. Not before:
+        an outage grace that a database counts is nobody's yes."""
+        await self._watched[key_configuration_id].heard.wait()
+
     def suspect(self, key_configuration_id: KeyConfigurationId) -> None:
         """Something went wrong with this key: look now."""
         watched = self._watched.get(key_configuration_id)
@@ -127,11 +144,12 @@ class Watcher:
         return await asyncio.shield(watched.checking)
 
     async def ask_now(self, key_configuration_id: KeyConfigurationId) -> Judgement:
-        """As `check`, with a probe that is sent after this call: one that is under way may have been answered before
-        whatever the caller wants to see. All who ask meanwhile share it."""
-        under_way = self._watched[key_configuration_id].checking
-        if under_way is not None:
-            await asyncio.wait({under_way})
+        """As `check`, for a person, with a probe that is sent after this call: one that is under way may have been
+        answered before whatever they want to see. All who ask meanwhile share it. No hold-down is waited for."""
+        watched = self._watched[key_configuration_id]
+        if watched.checking is not None:
+            await asyncio.wait({watched.checking})
+        watched.watch.lift_hold()
         return await self.check(key_configuration_id)
 
     async def _watch(self, watched: _Watched) -> None:
@@ -156,6 +174,8 @@ class Watcher:
             key_configuration_id = watched.configuration.key_configuration_id
             if judgement.event is not None:
                 await self._on_event(key_configuration_id, judgement.event, watched.watch.access, details)
+            if outcome is ProbeOutcome.ALLOWED or watched.watch.access is not KmsAccess.ALLOWED:
+                watched.heard.set()
             if noting is not None:
                 await noting
             if not judgement.confirming:

@@ -14,7 +14,7 @@ from typing import Final, cast
 
 from shared import tracing
 
-# structlog looks for rich when it is imported, for a developer's console, which no service has: 130 modules, and a tenth
+# structlog looks for rich when it is imported, for a developer's console, which no service has: 130 modules, a tenth
 # of a compute agent's start. Where rich is used anyway nothing is hidden.
 _RICH: Final = "rich"
 if _RICH not in sys.modules:

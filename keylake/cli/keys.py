@@ -197,6 +197,7 @@ def _render_configuration(found: KeyConfiguration) -> RenderableType:
                 ("state", found.state.value),
                 ("last verdict", found.last_verdict),
                 ("last probe", found.last_probe_at),
+                *_hold(found),
                 ("probe interval, s", found.probe_interval_s),
                 ("outage grace, s", found.outage_grace_s),
                 *((work.kind.value, f"{work.done} of {work.total} KEKs") for work in found.work),
@@ -205,6 +206,14 @@ def _render_configuration(found: KeyConfiguration) -> RenderableType:
         Text("\nWorst case: until nothing is served any more, counted from when the KMS last could say yes"),
         bounds,
     )
+
+
+def _hold(found: KeyConfiguration) -> list[tuple[str, str]]:
+    hold = found.restore_hold
+    if hold is None:
+        return []
+    text = f"{hold.left_s:.0f} of {hold.needed_s:g} s of nothing but yes: it was taken back soon {hold.flaps} times"
+    return [("back after", text)]
 
 
 _CAUSES: Final = {

@@ -102,6 +102,12 @@ class Stage:
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     _begun: float = field(default_factory=monotonic)
 
+    async def restore_hold_s(self) -> float:
+        """What the return takes beside the KMS's yes: a drill soon after another one looks like a KMS that flaps."""
+        wanted = self.configuration.key_configuration_id
+        [found] = [c for c in await self.client.key_configurations() if c.key_configuration_id == wanted]
+        return 0.0 if found.restore_hold is None else found.restore_hold.needed_s
+
     # --- notes ---
 
     def now_s(self) -> float:

@@ -94,7 +94,7 @@ class AwsKms:
         def encrypt(client: KMSClient) -> Answer[bytes]:
             # boto3 takes no memoryview: this copy lives until the request is sent.
             answer = client.encrypt(
-                KeyId=self._config.key_id, Plaintext=bytes(secret.reveal()), EncryptionContext=dict(context.pairs)
+                KeyId=self._config.key_id, Plaintext=secret.copied(), EncryptionContext=dict(context.pairs)
             )
             return Answer(answer["CiphertextBlob"], _request_id(answer), None)
 

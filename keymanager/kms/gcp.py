@@ -171,7 +171,7 @@ class GoogleKms:
 
         def call(client: kms_v1.KeyManagementServiceClient, request_id: str) -> Answer[WrappedKek]:
             # Protocol buffers take no memoryview: this copy lives until the request is sent.
-            plaintext = bytes(secret.reveal())
+            plaintext = secret.copied()
             request = kms_v1.EncryptRequest(
                 name=self._config.key_name,
                 plaintext=plaintext,

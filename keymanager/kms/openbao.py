@@ -284,7 +284,7 @@ class OpenBaoKms:
 
         def encrypt(token: str) -> Answer[WrappedBlob]:
             # JSON takes no memoryview: this copy lives until the request is sent.
-            plaintext = base64.b64encode(secret.reveal()).decode("ascii")
+            plaintext = base64.b64encode(secret.copied()).decode("ascii")
             data, request_id = self._transit("encrypt", token, {"plaintext": plaintext, **associated})
             blob = WrappedBlob.of_ciphertext(data["ciphertext"])
             return Answer(blob, request_id, str(blob.key_version))

@@ -543,6 +543,16 @@ class KeyWork(ApiModel):
     """By this keymanager or, a replacement, by the one that was asked."""
 
 
+class RestoreHold(ApiModel):
+    """The KMS has taken its yes back soon after, and more than once: now it has to say nothing else for a while."""
+
+    flaps: int
+    """Times in a row that it did."""
+    needed_s: float
+    left_s: float
+    """If it goes on saying yes; all of `needed_s` while it does not."""
+
+
 class KeyConfiguration(ApiModel):
     key_configuration_id: KeyConfigurationId
     account_id: AccountId
@@ -553,6 +563,8 @@ class KeyConfiguration(ApiModel):
     state: KeyState
     last_verdict: str
     last_probe_at: datetime | None
+    restore_hold: RestoreHold | None = None
+    """Why the KMS's first yes will not be, or was not, enough."""
     created_at: datetime
     worst_cases: list[WorstCase] = Field(default_factory=list)
     """For these settings and the keymanager's own, one for every cause."""

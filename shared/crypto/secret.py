@@ -98,6 +98,13 @@ class SecretKey:
             raise KeyWipedError("this key was wiped")
         return self._slot.toreadonly()
 
+    def copied(self) -> bytes:
+        """A copy that nobody can wipe, for a library that takes nothing else. Raises KeyWipedError, also when another
+        thread wipes the key meanwhile: its memory may hold another key by then."""
+        copy = bytes(self.reveal())
+        self.reveal()
+        return copy
+
     @property
     def wiped(self) -> bool:
         return self._slot is None

@@ -62,6 +62,7 @@ SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "keymanager": {
         "lease_ttl_s": LEASE_TTL_S,
         "leader_ttl_s": LEADER_TTL_S,
+        "restore_hold_s": 0,  # the same keys go in each round
     },
     "compute": {"poll_interval_s": 0.5},
 }

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from customercloud.faults import ErrorKind, Faults, Outage
-from shared.api.keymanager import KeyState, Project, RevokeRequest, Role
+from shared.api.keymanager import KeyConfiguration, KeyState, Project, RevokeRequest, Role
 from shared.errors import ConflictError, RevokedError, SuspendedError, UnavailableError
 from shared.lease import KeyLoss
 from tests.fixtures.key_source_contract import Losses, named
@@ -159,6 +159,39 @@ async def test_flapping_kms_within_the_grace_disturbs_nobody(keymanager: Keymana
                 lease.check()
     assert losses.seen == []
     assert await keymanager.revocations(project.project_id) == []
+
+
+async def test_a_kms_that_takes_its_yes_back_is_not_believed_at_once_but_for_a_person(
+    keymanager: Keymanager, cmk: str
+) -> None:
+    keymanager.stop()
+    keymanager.options = {"restore_hold_s": 60.0}
+    await keymanager.start()
+    project, customer = await keymanager.new_project(cmk), keymanager.tenant.customer
+    await asyncio.to_thread(customer.disable, cmk)
+    await keymanager.wait_state(project.project_id, KeyState.REVOKED)
+    await asyncio.to_thread(customer.enable, cmk)
+    await keymanager.wait_state(project.project_id, KeyState.ACTIVE)
+    await asyncio.to_thread(customer.disable, cmk)
+    revoked = await keymanager.wait_state(project.project_id, KeyState.REVOKED)
+    assert "DisabledException" in revoked.state_reason
+    assert "60 s are left" in revoked.state_reason
+    await asyncio.to_thread(customer.enable, cmk)
+    async with keymanager.keylake() as client:
+
+        async def says_yes() -> KeyConfiguration | None:
+            [found] = await client.key_configurations()
+            return found if found.last_verdict == "ALLOWED" else None
+
+        held = await wait_until(says_yes)
+        assert isinstance(held, KeyConfiguration)
+        assert held.state is KeyState.REVOKED
+        assert held.restore_hold is not None
+        assert (held.restore_hold.flaps, held.restore_hold.needed_s) == (1, 60.0)
+        await keymanager.wait_sealed(project.project_id)
+        await client.revalidate(project.project_id)
+        await keymanager.wait_state(project.project_id, KeyState.ACTIVE)
+        assert (await client.key_configurations())[0].restore_hold is None
 
 
 async def test_stopped_cloud_suspends_and_its_return_restores(keymanager: Keymanager, start_cloud: StartCloud) -> None:

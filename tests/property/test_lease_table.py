@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from keymanager.lease_table import CLOCK_DRIFT, Holder, LeaseTable
+from keymanager.lease_table import CLOCK_DRIFT, Held, Holder, LeaseTable
 from shared.api.keymanager import Grant, KeyState, Role
 from shared.clock import ManualClock
 from shared.ids import AccountId, InstanceId, ProjectId, WorkspaceId
@@ -34,6 +34,8 @@ class LeaseTableMachine(RuleBasedStateMachine):
         self.clock = ManualClock()
         self.holder_clock = _SlowClock()
         self.oracle: dict[tuple[ProjectId, InstanceId], float] = {}
+        self.looked: list[Held] = []
+        """What was over when somebody looked, and whose rows are being deleted since."""
         self.believed: dict[tuple[ProjectId, InstanceId], Lease] = {}
 
     @property
@@ -69,12 +71,30 @@ class LeaseTableMachine(RuleBasedStateMachine):
         released = self.table.release(project, holder.instance_id)
         assert (released is not None) == (self.oracle.pop(key, None) is not None)
 
+    @rule(project=projects, holder=holders)
+    def give_back(self, project: ProjectId, holder: Holder) -> None:
+        key = (project, holder.instance_id)
+        if key in self.believed:
+            self.believed[key].revoked(KeyState.ACTIVE, "given back")
+        over = self.table.give_back(project, holder.instance_id, self.now_s)
+        assert (over is not None) == (self.oracle.get(key, float("-inf")) > self.now_s)
+        if over is not None:
+            self.oracle[key] = self.now_s
+
     @rule()
-    def sweep(self) -> None:
-        gone = {(held.project_id, held.holder.instance_id) for held in self.table.expire(self.now_s)}
-        assert gone == {key for key, expires in self.oracle.items() if expires <= self.now_s}
-        for key in gone:
-            del self.oracle[key]
+    def look(self) -> None:
+        self.looked = self.table.over(self.now_s)
+        over = {(held.project_id, held.holder.instance_id): held.expires_at_s for held in self.looked}
+        assert over == {key: expires for key, expires in self.oracle.items() if expires <= self.now_s}
+
+    @rule()
+    def forget(self) -> None:
+        """Perhaps long after the look, and perhaps again: what was granted since stays."""
+        self.table.forget(self.looked)
+        for held in self.looked:
+            key = (held.project_id, held.holder.instance_id)
+            if self.oracle.get(key) == held.expires_at_s:
+                del self.oracle[key]
 
     @invariant()
     def agrees_with_the_oracle(self) -> None:

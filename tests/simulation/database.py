@@ -198,9 +198,21 @@ class SimulatedTransaction(Transaction):
 
         def change() -> None:
             stored = database.projects[project_id]
-            database.projects[project_id] = replace(stored, state=state, state_reason=reason, held=access.held)
+            database.projects[project_id] = replace(
+                stored, state=state, state_reason=reason, held=access.held, shredded=access.shredded
+            )
             if database.listener is not None:
                 database.listener.project_is(project_id, state)
+
+        self.changes.append(change)
+
+    async def destroy_keks(self, project_id: ProjectId) -> None:
+        """What `shred_store` does in SQL, of which nothing else is here: a shredding is asked of the revoker."""
+        keks = self._database.keks
+
+        def change() -> None:
+            for of in [of for of in keks if of[0] == project_id]:
+                keks[of] = replace(keks[of], wrapped=None, destroyed_at=self._clock.now())
 
         self.changes.append(change)
 
@@ -366,7 +378,7 @@ class SimulatedRepository(Repository):
         return {}
 
     async def fetch(self, query: str, *arguments: object) -> list[Any]:
-        return []  # nobody shreds here
+        return []  # nobody deletes here what was shredded
 
     async def tokens(self) -> list[StoredToken]:
         return []

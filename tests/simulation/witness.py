@@ -70,6 +70,7 @@ class Witness:
     """What happens from here on is not judged: the run is being cleared away."""
     _let_go: dict[tuple[ProjectId, InstanceId], str] = field(default_factory=dict)
     _sealed: dict[ProjectId, str] = field(default_factory=dict)
+    _shredded: set[ProjectId] = field(default_factory=set)
     _generations: dict[str, tuple[int, InstanceId, float]] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
@@ -135,19 +136,29 @@ class Witness:
         for other, its in self.terms():
             if other is not process and its.valid:
                 self.break_off(f"{process.name} and {other.name} lead at the same time")
+        if '"SHREDDED"' in text:
+            self._end_is_told(process, json.loads(text))
         if '"renewed"' in text:
             self._grants_leave(process, json.loads(text)["grants"])
 
+    def _end_is_told(self, process: Process, message: dict[str, Any]) -> None:
+        """Who hears it believes in it for ever: it must be what the next leader finds, too."""
+        for each in message.get("grants", [message]):
+            project_id = ProjectId(each["project_id"])
+            if each["state"] == KeyState.SHREDDED and not self.database.projects[project_id].shredded:
+                self.break_off(f"{process.name} says that {self.name(project_id)} is shredded before that is stored")
+
     def _grants_leave(self, process: Process, grants: Iterable[dict[str, Any]]) -> None:
-        """Nothing is issued on the word of the database alone: whoever leads has asked the KMS itself."""
+        """Nothing is issued on the word of the database alone: the KMS itself has said yes to whoever leads."""
         for grant in grants:
             project_id = ProjectId(grant["project_id"])
             cmk = self.cmks[self.key_of[project_id]]
             asked = any(
-                at_s >= self.database.seat_taken_s and who == process.name for at_s, who, _ in reversed(cmk.answers)
+                at_s >= self.database.seat_taken_s and who == process.name and answer is Mood.ALLOWS
+                for at_s, who, answer in reversed(cmk.answers)
             )
             if grant["state"] == KeyState.ACTIVE and not asked:
-                self.break_off(f"{process.name} grants {self.name(project_id)} before {cmk.name} has answered")
+                self.break_off(f"{process.name} grants {self.name(project_id)} before {cmk.name} has said yes")
 
     def access_is(self, key_configuration_id: KeyConfigurationId, access: KmsAccess, by: Process) -> None:
         cmk = self.cmks[key_configuration_id]
@@ -178,6 +189,12 @@ class Witness:
 
     def project_is(self, project_id: ProjectId, state: KeyState) -> None:
         self.note(f"{self.name(project_id)} is {state.value}")
+        if project_id in self._shredded and not state.final:
+            self.break_off(f"{self.name(project_id)} was shredded, and is {state.value}")
+        if state.final:
+            self._shredded.add(project_id)
+            if any(kek.wrapped for (of, _), kek in self.database.keks.items() if of == project_id):
+                self.break_off(f"{self.name(project_id)} is {state.value}, and its KEKs are not destroyed")
         if state is KeyState.ACTIVE:
             self._sealed.pop(project_id, None)
             for lease in [each for each in self._let_go if each[0] == project_id]:

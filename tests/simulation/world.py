@@ -34,8 +34,9 @@ from keymanager.replica import Replica
 from keymanager.repository import Repository
 from keymanager.session import KEY_USERS, serve_session
 from keymanager.state import KmsAccess
+from keymanager.transaction import Transaction
 from shared.api.keymanager import AwsKey, KeyState, ObjectName, Role, Workspace
-from shared.audit_chain import ChainVerifier
+from shared.audit_chain import AuditEntry, ChainVerifier
 from shared.auth import Principal, Scope, Service, TokenVerifier, TrustBundle
 from shared.config import Address, Identity
 from shared.crypto.aead import AeadKey, counter_nonce
@@ -310,6 +311,8 @@ class World:
         self.lease_ttl_s = rng.choice(_TTLS_S)
         self.leader_ttl_s = rng.choice((0.6, 1.5, 1.5, 1.5, 2.5))
         self.pause_s = rng.choice((0.3, 0.8, 0.8))
+        self._dice = random.Random(f"rare {self.seed}")
+        """For what happens in few runs: all else is the same with and without it."""
         self.timeline_id = TimelineId.new()
         self.mended = False
         self._numbers = 0
@@ -363,6 +366,8 @@ class World:
             metadata_dsn="simulated",
             lease_ttl_s=self.lease_ttl_s,
             leader_ttl_s=self.leader_ttl_s,
+            restore_hold_s=1.0,
+            restore_hold_max_s=8.0,
         )
 
     # --- beginnings ---
@@ -477,6 +482,9 @@ class World:
         self._populate()
         loop, rng = self.loop, self.rng
         asyncio.set_event_loop(loop)
+        for rare, share in ((self._shred, 0.25), (self._take_over_in_an_outage, 0.15)):
+            if not self.undisturbed and self._dice.random() < share:
+                loop.world(self._dice.uniform(0.5, 4.0), rare)
         try:
             self._until(rng.uniform(0.5, 2.0))
             end_s = loop.time() + rng.uniform(1.0, rng.choice((2.0, 4.0, 8.0)))
@@ -584,6 +592,53 @@ class World:
         self.kill(host.process)
         self.loop.world(self.rng.expovariate(1 / 1.0), self._start_keymanager, host)
 
+    def _shred(self) -> None:
+        """Two people have agreed. What the shredder does around it is not here."""
+        host = self._leader()
+        if host is None or host.manager is None:
+            return
+        project_id = self._dice.choice(self.projects)
+        self.witness.note(f"{host.name} is to shred {self.witness.name(project_id)}")
+        if self._dice.random() < 0.7:  # … and cannot store it, and may die of that
+            self.network.cut(host.name, db.NAME)
+        host.process.spawn(self._ask_to_shred(host.manager, project_id))
+
+    async def _ask_to_shred(self, manager: KeyManager, project_id: ProjectId) -> None:
+        await asyncio.wait({manager._tasks.create_task(self._shred_it(manager, project_id))})
+
+    async def _shred_it(self, manager: KeyManager, project_id: ProjectId) -> None:
+        async def destroy(transaction: Transaction) -> list[AuditEntry]:
+            assert isinstance(transaction, db.SimulatedTransaction)
+            await transaction.destroy_keks(project_id)
+            return []
+
+        with suppress(KeylakeError):
+            await manager.revoker.shred(manager.projects.get(project_id), "two people's word", "simulated", destroy)
+
+    def _take_over_in_an_outage(self) -> None:
+        """A grace may be running, and who heard the last yes is gone."""
+        if self._leader() is None:
+            return
+        for cmk in self.cmks.values():
+            self.witness.note(f"{cmk.name} {Mood.BROKEN.value}")
+            cmk.become(Mood.BROKEN)
+        self.loop.world(self._dice.uniform(0.0, 1.0), self._kill_leader)
+
+    def _kill_leader(self) -> None:
+        host = self._leader()
+        if host is None:
+            return
+        self.witness.note(f"{host.name}, which leads, is killed")
+        self.kill(host.process)
+        self.loop.world(0.1, self._start_keymanager, host)
+
+    def _leader(self) -> KeymanagerHost | None:
+        """To whom something may happen: None when there is none, or everything is mended or over."""
+        if self.mended or self.witness.over:
+            return None
+        leading = (h for h in self.keymanagers if h.term is not None and h.term.valid and h.process.alive)
+        return next(leading, None)
+
     def _start_keymanager(self, host: KeymanagerHost) -> None:
         if not host.process.alive:
             self.witness.note(f"{host.name} is started")
@@ -649,11 +704,13 @@ class World:
         if unsealed:
             return f"{len(unsealed)} revocations are not sealed"
         for project_id, stored in self.database.projects.items():
-            if stored.state is not KeyState.ACTIVE:
+            if stored.state is not KeyState.ACTIVE and not stored.shredded:
                 return f"{self.witness.name(project_id)} is {stored.state.value}"
         for node_id, instance in {each.node_id: each for each in self.instances}.items():
             self._start_instance(instance)  # its supervisor does, when nothing of it is left
             for project_id in self.projects:
+                if self.database.projects[project_id].shredded:
+                    continue
                 if self.witness.served_last.get((node_id, project_id), 0.0) <= since_s:
                     return f"{node_id} does not serve {self.witness.name(project_id)}"
         return ""

@@ -61,7 +61,7 @@ GOOD = Facts(
     shred=SHRED,
     vacuumed=True,
     wraps_left=0,
-    keks_in_memory=0,
+    keys_in_memory=0,
     leases_left=[],
     keys=[ASKED],
     keys_forgotten=[],
@@ -95,7 +95,7 @@ def test_all_hold() -> None:
         ),
         ({"wraps_left": 1}, "not met", "no wrapped KEK"),
         ({"vacuumed": False}, "not met", "no wrapped KEK"),
-        ({"keks_in_memory": 1}, "not met", "no plaintext key"),
+        ({"keys_in_memory": 1}, "not met", "no plaintext key"),
         ({"leases_left": ["pageserver"]}, "not met", "no plaintext key"),
         ({"nodes": [NODE.model_copy(update={"holds_keys": True})]}, "not met", "no plaintext key"),
         (
@@ -153,4 +153,4 @@ def test_a_word_on_instances_counts_for_those_that_never_answered_and_for_nothin
     found = judge(fenced, words, "alice")
     assert all(each.holds for each in found)
     assert sum(isinstance(each, Precondition) and each.outcome == "attested" for each in found) == 3
-    assert list(open_points(replace(fenced, keks_in_memory=1), words).values()) == ["not met"]
+    assert list(open_points(replace(fenced, keys_in_memory=1), words).values()) == ["not met"]

@@ -70,4 +70,4 @@ def test_the_bound_that_is_written_down_is_the_computed_one() -> None:
     assert f"| {late.partitioned_s:.2f} s |" in text
     quick = bound(0.05)
     assert f"gives {quick.reachable_s:.1f} s and {quick.partitioned_s:.2f} s" in text
-    assert f"{ {11: 'Eleven'}[len(MUTANTS)] } mutants" in text
+    assert f"{ {13: 'Thirteen'}[len(MUTANTS)] } mutants" in text
