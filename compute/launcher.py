@@ -88,13 +88,14 @@ class AgentProcess:
         isolation: Isolation | None = None,
         volume: VolumeKind = VolumeKind.TMPFS,
         blocks: Blocks | None = None,
+        parent_dir: Path | None = None,
     ) -> AgentProcess:
         """Start one that knows nothing yet. `isolation`: None for the best that this machine allows. `blocks`: needed
-        unless the volume is tmpfs.
+        unless the volume is tmpfs. `parent_dir`: of its sandbox.
 
         Raises UnavailableError.
         """
-        sandbox = await asyncio.to_thread(_make_sandbox, volume_size_bytes, isolation)
+        sandbox = await asyncio.to_thread(_make_sandbox, volume_size_bytes, isolation, parent_dir)
         argv = [sys.executable, "-P", "-m", "compute.agent", "--isolation", sandbox.isolation.value]
         argv += ["--directory", str(sandbox.directory), "--size-bytes", str(volume_size_bytes)]
         argv += ["--volume", volume.value]
@@ -236,8 +237,9 @@ def _resolve(future: asyncio.Future[T], value: T) -> None:
         future.set_result(value)
 
 
-def _make_sandbox(size_bytes: int, isolation: Isolation | None) -> Sandbox:
-    return Sandbox.create(size_bytes=size_bytes, network=True, owner=unprivileged().owner, isolation=isolation)
+def _make_sandbox(size_bytes: int, isolation: Isolation | None, parent_dir: Path | None) -> Sandbox:
+    owner = unprivileged().owner
+    return Sandbox.create(size_bytes=size_bytes, network=True, owner=owner, parent_dir=parent_dir, isolation=isolation)
 
 
 class Launcher:
@@ -250,7 +252,10 @@ class Launcher:
         spares: int,
         volume: VolumeKind = VolumeKind.TMPFS,
         blocks: Blocks | None = None,
+        parent_dir: Path | None = None,
     ) -> None:
+        """`parent_dir`: of all sandboxes."""
+        self._parent_dir = parent_dir
         self._volume_size_bytes = volume_size_bytes
         self._volume = volume
         self._blocks = blocks
@@ -285,7 +290,9 @@ class Launcher:
             self._refill()
 
     async def _spawn(self, volume_size_bytes: int) -> AgentProcess:
-        return await AgentProcess.spawn(volume_size_bytes=volume_size_bytes, volume=self._volume, blocks=self._blocks)
+        return await AgentProcess.spawn(
+            volume_size_bytes=volume_size_bytes, volume=self._volume, blocks=self._blocks, parent_dir=self._parent_dir
+        )
 
     def _refill(self) -> None:
         if self._filling is None or self._filling.done():
