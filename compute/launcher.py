@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
+from compute.agent.processes import kill_tree
 from compute.agent.protocol import (
     MAX_LINE_SIZE_BYTES,
+    Alive,
     Boot,
     Ended,
     Idle,
@@ -46,6 +48,7 @@ _log = get_logger(__name__)
 TOKEN_REFRESH_S: Final = 15.0
 _EXIT_TIMEOUT_S: Final = 5.0
 _MESSAGE_TIMEOUT_S: Final = 10.0
+_SILENT_LOOKS: Final = 3
 _INHERITED: Final = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR", PG_BIN_VARIABLE, "KEYLAKE_UNSAFE_NULL_CIPHER")
 
 T = TypeVar("T")
@@ -75,6 +78,8 @@ class AgentProcess:
         """Called every few seconds with how long nobody has used Postgres, in seconds."""
         self.replayed: Replayed | None = None
         """What a replica said last."""
+        self._messages = 0
+        """Heard so far."""
         self._log_asked: asyncio.Future[LogContent] | None = None
         self._log_lock = asyncio.Lock()
         self._reader = asyncio.create_task(self._read(), name="agent pipe")
@@ -144,28 +149,45 @@ class AgentProcess:
         await self._send(start)
 
     async def stop(self, timeout_s: float) -> None:
-        """Ask for a graceful stop, and wait until it is over or took `timeout_s`."""
-        with suppress(UnavailableError):
-            await self._send(Stop(timeout_s=timeout_s))
-        with suppress(TimeoutError):
+        """Ask for a graceful stop, and wait until it is over. What takes longer than `timeout_s` is killed."""
+        try:
+            # The sending, too: a pipe that nobody reads fills up.
             async with asyncio.timeout(timeout_s + _EXIT_TIMEOUT_S):
+                with suppress(UnavailableError):
+                    await self._send(Stop(timeout_s=timeout_s))
                 await asyncio.shield(self.ended)
+        except TimeoutError:
+            _log.warning("an agent did not stop in time and is killed", pid=self.pid)
+            self.kill()
+
+    async def wait_silent(self, timeout_s: float) -> None:
+        """Returns when it has not said anything for `timeout_s`, or a third more. In several looks: when this process
+        itself stood still, what was said meanwhile is read before the next one."""
+        looks = 0
+        while looks < _SILENT_LOOKS:
+            messages = self._messages
+            await asyncio.sleep(timeout_s / _SILENT_LOOKS)
+            looks = looks + 1 if messages == self._messages else 0
 
     async def read_log(self) -> str:
         """The end of Postgres's log in the clear. Raises UnavailableError when the agent is gone or does not answer."""
         async with self._log_lock:
             self._log_asked = asyncio.get_running_loop().create_future()
-            await self._send(ReadLog())
             try:
                 async with asyncio.timeout(_MESSAGE_TIMEOUT_S):
+                    await self._send(ReadLog())
                     return (await self._log_asked).text
             except TimeoutError:
                 raise UnavailableError("the compute did not answer in time") from None
 
     def kill(self) -> None:
-        """SIGKILL: with a sandbox of namespaces the kernel frees everything of it."""
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        """SIGKILL: with a sandbox of namespaces the kernel frees everything of it.
+
+        Each process by itself: the kernel ends a namespace once its first process has ended, and that one cannot while
+        it waits for a volume whose server hangs.
+        """
+        if self.alive:
+            kill_tree(self.pid)
 
     async def close(self) -> None:
         """The agent and everything of it is gone when this returns. Idempotent."""
@@ -207,11 +229,14 @@ class AgentProcess:
         ended = Ended(reason="the compute's process died", crashed=True)
         try:
             while line := await self._process.stdout.readline():
+                self._messages += 1
                 match message := parse_from_agent(line):
                     case Prepared():
                         _resolve(self.prepared, message)
                     case Running():
                         _resolve(self.running, message)
+                    case Alive():
+                        pass  # it was counted
                     case Idle():
                         self.on_idle(message.idle_s)
                     case Replayed():

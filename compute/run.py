@@ -264,7 +264,9 @@ class Run:
 
     async def _supervise(self, agent: AgentProcess, socket_dir: Path, followers: asyncio.Task[None]) -> str:
         password = secrets.token_urlsafe(32)
+        liveness_timeout_s = self._services.settings.liveness_timeout_s
         starting = asyncio.create_task(self._start(agent, socket_dir, password))
+        silent: asyncio.Task[None] | None = None
         try:
             over: set[asyncio.Future[Any]] = {agent.ended, self._stop, followers, self._lsn_hold.lost}
             await asyncio.wait(
@@ -276,11 +278,16 @@ class Run:
                 self.running_since_s = asyncio.get_running_loop().time()
                 self._give_turn()
                 self.ready.set_result(self._target(starting.result()))
-                await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
+                silent = asyncio.create_task(agent.wait_silent(liveness_timeout_s), name="agent silent")
+                await asyncio.wait(over | {silent}, return_when=asyncio.FIRST_COMPLETED)
+                if silent.done() and not any(each.done() for each in over):
+                    self.crashed = True
+                    return f"the compute's agent has not said anything for {liveness_timeout_s:g} s"
             return await self._why(agent, starting, followers)
         finally:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+            for task in filter(None, (starting, silent)):
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     async def _why(
         self, agent: AgentProcess, starting: asyncio.Task[ComputeAddress], followers: asyncio.Task[None]

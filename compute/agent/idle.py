@@ -25,6 +25,7 @@ from compute.agent.postgres import CrashedError
 from compute.agent.postgres_conf import POSTGRES_PORT
 from shared.api.pageserver import ADMIN_ROLE
 from shared.telemetry import get_logger
+from shared.wire.pgstartup import SSLRequest
 
 _log = get_logger(__name__)
 _TIMEOUT_S: Final = 5.0
@@ -78,6 +79,19 @@ async def watch(
         if idle_s is not None:
             last_use = max(last_use, loop.time() - idle_s)
         await report(loop.time() - last_use)
+
+
+async def knock(socket_dir: Path, timeout_s: float) -> None:
+    """Returns when the postmaster takes a connection and gives it a process, which says whether it has TLS: before who
+    comes has said who that is, and without a line in the log. Raises OSError, TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_unix_connection(str(socket_dir / f".s.PGSQL.{POSTGRES_PORT}"))
+        try:
+            writer.write(SSLRequest().serialize())
+            if not await reader.read(1):
+                raise ConnectionResetError("Postgres closed the connection")
+        finally:
+            writer.close()
 
 
 async def look(socket_dir: Path, admin_password: str, timeout_s: float) -> float | None:

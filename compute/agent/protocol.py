@@ -5,7 +5,7 @@
       │ ◄───────────────── Prepared ────  │
       │ ── Start ──────────────────────►  │  basebackup, roles, Postgres        (Tokens again, every now and then)
       │ ◄────────────────── Running ────  │
-      │ ◄─────────── Idle, Replayed ────  │  every few seconds
+      │ ◄──── Alive, Idle, Replayed ────  │  every few seconds
       │ ── ReadLog ────────────────────►  │
       │ ◄─────────────── LogContent ────  │
       │ ── Stop, or end of file ───────►  │  Postgres down, key and volume gone
@@ -34,6 +34,7 @@ from shared.lsn import Lsn
 MAX_LINE_SIZE_BYTES: Final = 1024 * 1024
 MAX_LOG_CONTENT_SIZE_BYTES: Final = 128 * 1024
 NO_TERM: Final = 0
+BEATS_PER_TIMEOUT: Final = 6
 
 SAFEKEEPER_ROLE: Final = "keylake_safekeeper"
 """May only replicate. Its password is made anew for every boot and known to the safekeepers alone."""
@@ -104,7 +105,7 @@ class Boot(ApiModel):
     idle_poll_interval_s: float = Field(default=5.0, gt=0)
     """How often to look for how long Postgres has been idle."""
     liveness_timeout_s: float = Field(default=30.0, gt=0)
-    """A Postgres that has not answered for as long is killed."""
+    """A Postgres, a volume's server or an agent that has not answered for as long is killed."""
     tunnel: Address | None = None
     tunnel_advertised_host: str | None = None
 
@@ -163,6 +164,12 @@ class Running(ApiModel):
     stages: list[StageTiming]
 
 
+class Alive(ApiModel):
+    """The agent itself does not hang. Sent BEATS_PER_TIMEOUT times in each `liveness_timeout_s` once it is Running."""
+
+    op: Literal["alive"] = "alive"
+
+
 class Idle(ApiModel):
     """For how long nobody has used Postgres: no statement, no open transaction, no autovacuum. See idle.py."""
 
@@ -202,7 +209,7 @@ class Ended(ApiModel):
 
 
 ToAgent = Annotated[Boot | Tokens | Start | Stop | ReadLog, Field(discriminator="op")]
-FromAgent = Annotated[Prepared | Running | Idle | Replayed | LogContent | Ended, Field(discriminator="op")]
+FromAgent = Annotated[Prepared | Running | Alive | Idle | Replayed | LogContent | Ended, Field(discriminator="op")]
 _TO_AGENT: TypeAdapter[ToAgent] = TypeAdapter(ToAgent)
 _FROM_AGENT: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)
 

@@ -18,7 +18,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from compute.agent.protocol import Boot, PostgresOptions, Prepared, Running, Start, Tokens
+from compute.agent.protocol import Boot, Follow, PostgresOptions, Prepared, Running, Start, Tokens
+from compute.agent.replica import Replica
 from compute.agent.roles import bootstrap_sql
 from compute.agent.tunnel import TUNNEL_HOST_NAME, tunnel_client_context
 from compute.guard.build import prepare_guard
@@ -533,6 +534,44 @@ async def test_a_postgres_that_hangs_is_killed(bench: Bench) -> None:
     assert "has not answered" in ended.reason
     assert ended.crashed
     connection.terminate()
+
+
+async def test_a_replica_that_hangs_is_noticed_although_its_old_session_goes_on(bench: Bench) -> None:
+    boot = bench.boot_message()
+    await bench.run()
+    follow = Follow(safekeepers=[Address(port=1)], log_start_lsn=bench.source.start_lsn)
+    replica = Replica(boot, follow, bench.scratch / "wal", lambda: "", lambda: None)
+    replica._session = await bench.connect()
+    await replica.look(10)
+    assert "startup packet" not in await bench.agent.read_log()
+    os.kill(postmaster_of(bench), signal.SIGSTOP)
+    assert await replica._session.fetchval("SELECT 1") == 1
+    with pytest.raises(TimeoutError):
+        await replica.look(0.5)
+    replica._session.terminate()
+
+
+async def _fill_pipe(agent: AgentProcess, tokens: Tokens) -> None:
+    while True:  # until it takes no more
+        await agent._send(tokens)
+
+
+async def test_an_agent_that_hangs_is_noticed_and_holds_nobody_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compute.launcher._EXIT_TIMEOUT_S", 0.3)
+    await bench.run(liveness_timeout_s=3.0)
+    agent, pid = bench.agent, bench.agent.inner_pid
+    assert pid is not None
+    said = agent._messages
+    await wait_until(lambda: agent._messages > said + 1)  # unasked
+    os.kill(pid, signal.SIGSTOP)
+    await asyncio.wait_for(agent.wait_silent(0.6), 20)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(_fill_pipe(agent, bench.tokens()), 2)
+    await asyncio.wait_for(agent.stop(0.1), 20)
+    assert "died" in (await asyncio.wait_for(agent.ended, 20)).reason
+    await wait_until(lambda: not processes_of(bench))
 
 
 async def test_refused_leases_and_bad_basebackups_are_reported(bench: Bench) -> None:

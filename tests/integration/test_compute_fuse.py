@@ -28,7 +28,14 @@ from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
 from tests.fixtures.keymanager import metadata_dsn, metadata_server
 from tests.fixtures.npm import NotHereError
 from tests.fixtures.waiting import wait_until
-from tests.integration.test_compute_manager import CONNECTION_LOST, log_in, make_endpoint, reach, state_of
+from tests.integration.test_compute_manager import (
+    CONNECTION_LOST,
+    be_impatient,
+    log_in,
+    make_endpoint,
+    reach,
+    state_of,
+)
 
 __all__ = ["metadata_dsn", "metadata_server"]  # fixtures
 
@@ -336,3 +343,14 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     await wait_until(lambda: _stopped(client, endpoint))
     assert "the volume failed" in run.reason
     connection.terminate()
+
+    # So it does when its server hangs: the agent, which sees that Postgres hangs with it, does not wait for it as well.
+    be_impatient(cluster)
+    await reach(client, endpoint)
+    [run] = cluster.manager._runs.values()
+    assert run._agent is not None
+    server = next(each for each in below(run._agent.pid) if Volume.is_server(each.pid))
+    os.kill(server.pid, signal.SIGSTOP)
+    await wait_until(lambda: _stopped(client, endpoint), 40)
+    assert "has not answered for 3 s" in run.reason
+    assert not server.exists

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ async def log_in(target: ConnectTarget, endpoint: CreatedEndpoint, **options: An
         timeout=20,
         **options,
     )
+
+
+def be_impatient(cluster: ComputeCluster) -> None:
+    """From the next start on, who hangs is given up soon."""
+    settings = cluster.settings.model_copy(update={"liveness_timeout_s": 3.0, "idle_poll_interval_s": 0.1})
+    cluster.manager._services = replace(cluster.services, settings=settings)
 
 
 async def query_until_it_fails(connection: Any, timeout_s: float) -> None:
@@ -233,24 +240,30 @@ async def test_who_starts_waits_for_a_turn_and_may_give_up(cluster: ComputeClust
     assert not turns.locked(), "who runs has given it back"
 
 
-async def test_a_dead_agent_ends_the_run(cluster: ComputeCluster, client: ServiceClient) -> None:
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "has not said anything")])
+async def test_an_agent_that_is_dead_or_hangs_ends_the_run(
+    cluster: ComputeCluster, client: ServiceClient, number: signal.Signals, reason: str
+) -> None:
     """And too many in a row are not followed by another one at once."""
+    be_impatient(cluster)
     endpoint = await make_endpoint(client, ProjectId.new())
     cluster.manager._crashes[endpoint.endpoint_id] = Crashes(7)
     await reach(client, endpoint)
     [run] = cluster.manager._runs.values()
     assert run._agent is not None
-    os.kill(run._agent.pid, 9)
+    pid = run._agent.inner_pid
+    assert pid is not None
+    os.kill(pid, number)
 
     async def stopped() -> bool:
         return (await state_of(client, endpoint)).state is EndpointState.STOPPED
 
     await wait_until(stopped)
     dead = await state_of(client, endpoint)
-    assert "died" in dead.reason
+    assert reason in dead.reason
     assert dead.crashes == 8
     assert dead.next_start_at is not None
-    with pytest.raises(UnavailableError, match=r"crashed 8 times in a row \(.* died\)"):
+    with pytest.raises(UnavailableError, match=rf"crashed 8 times in a row \(.*{reason}"):
         await reach(client, endpoint)
     # Somebody who knows better does not have to wait. (Whether there is a basebackup depends on what was streamed.)
     with contextlib.suppress(ConflictError, UnavailableError):
