@@ -132,8 +132,19 @@ async def test_commits_are_quorum_durable_and_survive_the_loss_of_one_safekeeper
     waiting = asyncio.create_task(connection.execute("INSERT INTO t VALUES (1002)"))
     done, _ = await asyncio.wait({waiting}, timeout=1.0)
     assert not done
+    # Not even a cancel: until a quorum holds it, nobody sees it.
+    notices: list[str] = []
+    connection.add_log_listener(lambda _, message: notices.append(message.message))
+    other = await log_in(target, endpoint)
+    await other.execute("SELECT pg_cancel_backend($1)", connection.get_server_pid())
+    await wait_until(lambda: notices)
+    assert "canceling wait for synchronous replication" in notices[0]
+    assert await other.fetchval("SELECT count(*) FROM t WHERE a = 1002") == 0
+    assert not waiting.done()
     await cluster.safekeepers[1].start()
     await asyncio.wait_for(waiting, 20)
+    assert await other.fetchval("SELECT count(*) FROM t WHERE a = 1002") == 1
+    await other.close()
     await connection.close()
 
     # The one that was away longest is brought up again, too.

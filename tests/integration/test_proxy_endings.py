@@ -289,10 +289,21 @@ async def test_a_shutdown_does_not_wait_for_ever(backend: Backend) -> None:
 
 @pytest.fixture(scope="module")
 def waiting_backend() -> Iterator[Backend]:
-    """A primary whose synchronous standby does not exist, guarded as a compute is."""
+    """A primary, guarded as a compute is."""
     guard = f"shared_preload_libraries={asyncio.run(prepare_guard())}"
-    with running_backend("synchronous_standby_names=ANY 1 (nobody)", "wal_level=replica", guard) as running:
+    with running_backend("wal_level=replica", guard) as running:
         yield running
+
+
+async def _need(admin: Any, standbys: str) -> None:
+    """Whose acknowledgements commits wait for: nobody's, or those of one that does not exist."""
+    await admin.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{standbys}'")
+    await admin.execute("SELECT pg_reload_conf()")
+
+    async def known() -> bool:
+        return bool(await admin.fetchval("SHOW synchronous_standby_names") == standbys)
+
+    await wait_until(known)
 
 
 async def _waiting_pid(admin: Any) -> int:
@@ -312,6 +323,7 @@ async def test_a_cancelled_wait_for_the_quorum_never_looks_like_a_commit(waiting
         await admin.execute("SET synchronous_commit = local")
         await admin.execute("DROP TABLE IF EXISTS t")
         await admin.execute("CREATE TABLE t (a int)")
+        await _need(admin, "ANY 1 (nobody)")
         if how == "extended":
             connection = await bench.connect()
             statement = await connection.prepare("INSERT INTO t VALUES ($1)")
@@ -335,10 +347,20 @@ async def test_a_cancelled_wait_for_the_quorum_never_looks_like_a_commit(waiting
             assert [kind for kind, _ in messages if kind in (b"C", b"Z")] == []
             error = fields(messages[-1][1])
             assert (error["S"], error["C"]) == ("FATAL", "08007")
-            assert "not known to be durable" in error["D"]
+            assert "when a quorum holds it" in error["D"]
             assert messages[-2][0] == b"N"  # Postgres's own warning comes before it
-        # It *is* committed locally: that is the whole problem.
-        assert await admin.fetchval("SELECT count(*) FROM t") == 1
+        # Its record is in the local log: that is the whole problem. What would be gone with the compute, nobody sees.
+        await _waiting_pid(admin)
+        reader = await bench.connect()
+        for session in (reader, admin):
+            assert await session.fetchval("SELECT count(*) FROM t") == 0
+        await _need(admin, "")
+
+        async def seen() -> bool:
+            return bool(await reader.fetchval("SELECT count(*) FROM t") == 1)
+
+        await wait_until(seen)
+        await reader.close()
         await admin.close()
 
 
