@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from compute.agent.processes import kill_tree
 from compute.agent.protocol import (
@@ -24,6 +24,7 @@ from compute.agent.protocol import (
     Boot,
     Ended,
     Idle,
+    InUse,
     LogContent,
     Prepared,
     ReadLog,
@@ -80,6 +81,7 @@ class AgentProcess:
         """What a replica said last."""
         self._messages = 0
         """Heard so far."""
+        self._in_use: asyncio.Future[InUse] = loop.create_future()
         self._log_asked: asyncio.Future[LogContent] | None = None
         self._log_lock = asyncio.Lock()
         self._reader = asyncio.create_task(self._read(), name="agent pipe")
@@ -150,15 +152,27 @@ class AgentProcess:
 
     async def stop(self, timeout_s: float) -> None:
         """Ask for a graceful stop, and wait until it is over. What takes longer than `timeout_s` is killed."""
+        self._in_use = asyncio.get_running_loop().create_future()
+        await self._stop(Stop(timeout_s=timeout_s))
+
+    async def stop_if_unused(self, unused_for_s: float, timeout_s: float) -> bool:
+        """As `stop`, but False when somebody has used it within the last `unused_for_s`: then it goes on."""
+        self._in_use = asyncio.get_running_loop().create_future()
+        await self._stop(Stop(timeout_s=timeout_s, unused_for_s=unused_for_s))
+        return not self._in_use.done()
+
+    async def _stop(self, stop: Stop) -> None:
         try:
             # The sending, too: a pipe that nobody reads fills up.
-            async with asyncio.timeout(timeout_s + _EXIT_TIMEOUT_S):
+            async with asyncio.timeout(stop.timeout_s + _EXIT_TIMEOUT_S):
                 with suppress(UnavailableError):
-                    await self._send(Stop(timeout_s=timeout_s))
-                await asyncio.shield(self.ended)
+                    await self._send(stop)
+                either: set[asyncio.Future[Any]] = {self.ended, self._in_use}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             _log.warning("an agent did not stop in time and is killed", pid=self.pid)
             self.kill()
+            await asyncio.shield(self.ended)
 
     async def wait_silent(self, timeout_s: float) -> None:
         """Returns when it has not said anything for `timeout_s`, or a third more. In several looks: when this process
@@ -241,6 +255,8 @@ class AgentProcess:
                         self.on_idle(message.idle_s)
                     case Replayed():
                         self.replayed = message
+                    case InUse():
+                        _resolve(self._in_use, message)
                     case LogContent():
                         if self._log_asked is not None:
                             _resolve(self._log_asked, message)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from compute.branches import Points
 from compute.crashes import PATIENCE_S, Crashes
@@ -422,7 +422,8 @@ class Manager:
             if run is None or task is None:
                 run = await self._begin(endpoint_id)
             elif run.state in (EndpointState.STOPPING, EndpointState.STOPPED):
-                await asyncio.wait({task})
+                either: set[asyncio.Future[Any]] = {task, run.resumed}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 continue
             target = await asyncio.shield(run.ready)
             if run.state is EndpointState.STOPPING:

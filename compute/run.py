@@ -118,6 +118,10 @@ class Run:
         self.suspend_after_s = services.suspend_after_s(endpoint)
         """Idle for as long, it is stopped; 0: never."""
         self._named_at = asyncio.get_running_loop().time()
+        self._unused: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Its agent says that it may be suspended."""
+        self.resumed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Of now: done when it was to be suspended, and goes on. Another one after that."""
         self.ready: asyncio.Future[ConnectTarget] = asyncio.get_running_loop().create_future()
         """Where to connect, or why there is nowhere."""
         self._stop: asyncio.Future[tuple[str, bool]] = asyncio.get_running_loop().create_future()
@@ -172,10 +176,44 @@ class Run:
         self._named_at = asyncio.get_running_loop().time()
 
     def _idle(self, idle_s: float) -> None:
-        """Scale to zero. Who was just told its address is not seen by the compute yet, so that counts as use."""
-        unnamed_s = asyncio.get_running_loop().time() - self._named_at
-        if self.state is EndpointState.RUNNING and 0 < self.suspend_after_s <= min(idle_s, unnamed_s):
-            self.stop(f"suspended: nobody used it for {self.suspend_after_s:g} s", graceful=True)
+        """Scale to zero, perhaps."""
+        long_enough = 0 < self.suspend_after_s <= min(idle_s, self._unnamed_s())
+        if self.state is EndpointState.RUNNING and long_enough and not self._unused.done():
+            self._unused.set_result(None)
+
+    def _unnamed_s(self) -> float:
+        """Who was just told its address is not seen by the compute yet, so that counts as use."""
+        return asyncio.get_running_loop().time() - self._named_at
+
+    async def _suspended(self, agent: AgentProcess, over: set[asyncio.Future[Any]]) -> str:
+        """Returns why it was suspended; empty when one of `over` is done first.
+
+        Nobody used it when its agent last said so. From here on whoever asks for it waits, and the agent looks once
+        more, right before it shuts Postgres down: a transaction that was begun meanwhile is not aborted.
+        """
+        while True:
+            await asyncio.wait(over | {self._unused}, return_when=asyncio.FIRST_COMPLETED)
+            if any(each.done() for each in over):
+                return ""
+            self._unused = asyncio.get_running_loop().create_future()
+            after_s = self.suspend_after_s
+            if not 0 < after_s <= self._unnamed_s():
+                continue
+            self.state = next_state(self.state, Event.STOP)
+            self.reason = f"suspended: nobody used it for {after_s:g} s"
+            stopping = asyncio.create_task(agent.stop_if_unused(after_s, self._services.settings.stop_timeout_s))
+            try:
+                await asyncio.wait((over - {agent.ended}) | {stopping}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stopping.cancel()
+                await asyncio.gather(stopping, return_exceptions=True)
+            if agent.ended.done():
+                return self.reason if agent.ended.result().asked_for and not self._stop.done() else ""
+            if any(each.done() for each in over):
+                return ""
+            self.state, self.reason = next_state(self.state, Event.RESUMED), "running"
+            self.resumed.set_result(None)
+            self.resumed = asyncio.get_running_loop().create_future()
 
     async def read_log(self) -> str:
         """The end of Postgres's log. Raises ConflictError when there is no compute."""
@@ -277,9 +315,11 @@ class Run:
                 self.reason = "running"
                 self.running_since_s = asyncio.get_running_loop().time()
                 self._give_turn()
+                self.named()  # whoever waits for it will connect
                 self.ready.set_result(self._target(starting.result()))
                 silent = asyncio.create_task(agent.wait_silent(liveness_timeout_s), name="agent silent")
-                await asyncio.wait(over | {silent}, return_when=asyncio.FIRST_COMPLETED)
+                if suspended := await self._suspended(agent, over | {silent}):
+                    return suspended
                 if silent.done() and not any(each.done() for each in over):
                     self.crashed = True
                     return f"the compute's agent has not said anything for {liveness_timeout_s:g} s"

@@ -28,7 +28,7 @@ from shared.telemetry import get_logger
 from shared.wire.pgstartup import SSLRequest
 
 _log = get_logger(__name__)
-_TIMEOUT_S: Final = 5.0
+TIMEOUT_S: Final = 5.0
 _MISSES: Final = 3
 """So many looks in a row must fail: one may, after the whole machine has slept."""
 
@@ -63,7 +63,7 @@ async def watch(
     while True:
         await asyncio.sleep(interval_s)
         try:
-            idle_s = await look(min(_TIMEOUT_S, liveness_timeout_s / _MISSES))
+            idle_s = await look(min(TIMEOUT_S, liveness_timeout_s / _MISSES))
         except asyncpg.PostgresError as error:
             _log.info("cannot see whether Postgres is idle", error=type(error).__name__)
             answered_at, misses = loop.time(), 0

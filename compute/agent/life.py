@@ -20,13 +20,14 @@ which needs no network for it.
 from __future__ import annotations
 
 import asyncio
-import functools
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import asyncpg
 
 from compute.agent import idle
 from compute.agent.basebackup import check_control_file
@@ -47,6 +48,7 @@ from compute.agent.protocol import (
     Boot,
     Ended,
     Idle,
+    InUse,
     LogContent,
     Prepared,
     ReadLog,
@@ -213,7 +215,9 @@ class Agent:
                     if not self._start.done():
                         self._start.set_result(message)
                 case Stop():
-                    if not self._stop.done():
+                    if message.unused_for_s is not None and await self._is_used(message.unused_for_s):
+                        await self._pipe.send(InUse())
+                    elif not self._stop.done():
                         self._stop.set_result(message)
                 case ReadLog():
                     text = self._sealed_log.tail(MAX_LOG_CONTENT_SIZE_BYTES).decode(errors="replace")
@@ -274,11 +278,8 @@ class Agent:
     async def _watch(self, postgres: ComputePostgres) -> None:
         """Until it has ended. Raises CrashedError when it does not answer. Meanwhile the volume is watched, and the
         manager hears that we do not hang."""
-        boot, replica = self._boot, self._replica
-        look: idle.Look = (
-            functools.partial(idle.look, boot.socket_dir, self._admin_password) if replica is None else replica.look
-        )
-        watch = idle.watch(look, boot.idle_poll_interval_s, boot.liveness_timeout_s, self._report_idle)
+        boot = self._boot
+        watch = idle.watch(self._look, boot.idle_poll_interval_s, boot.liveness_timeout_s, self._report_idle)
         ending = asyncio.create_task(postgres.wait(), name="postgres end")
         watching = asyncio.create_task(watch, name="idle watch")
         volume = asyncio.create_task(self._volume.watch(boot.liveness_timeout_s), name="volume watch")
@@ -292,6 +293,20 @@ class Agent:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _look(self, timeout_s: float) -> float | None:
+        """`idle.Look`"""
+        if self._replica is None:
+            return await idle.look(self._boot.socket_dir, self._admin_password, timeout_s)
+        return await self._replica.look(timeout_s)
+
+    async def _is_used(self, within_s: float) -> bool:
+        """Or it cannot be seen."""
+        try:
+            idle_s = await self._look(idle.TIMEOUT_S)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+            return True
+        return idle_s is not None and idle_s < within_s
 
     async def _beat(self, interval_s: float) -> None:
         while True:

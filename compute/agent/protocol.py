@@ -9,6 +9,7 @@
       │ ── ReadLog ────────────────────►  │
       │ ◄─────────────── LogContent ────  │
       │ ── Stop, or end of file ───────►  │  Postgres down, key and volume gone
+      │ ◄──────────────────── InUse ────  │  or not: it was to stop only if nobody uses it
       │ ◄──────────────────── Ended ────  │  exits
 
 Secrets (tokens, the safekeepers' password) pass through this pipe only: nothing secret is in the agent's argv,
@@ -140,6 +141,8 @@ class Stop(ApiModel):
 
     op: Literal["stop"] = "stop"
     timeout_s: float = Field(gt=0)
+    unused_for_s: float | None = Field(default=None, ge=0)
+    """Set: only if nobody has used it for as long. That was so when it was last told, which may be a while ago."""
 
 
 class ReadLog(ApiModel):
@@ -189,6 +192,12 @@ class Replayed(ApiModel):
     """Why no WAL comes."""
 
 
+class InUse(ApiModel):
+    """It does not stop: somebody uses it, or it cannot be seen whether anybody does."""
+
+    op: Literal["in_use"] = "in_use"
+
+
 class LogContent(ApiModel):
     op: Literal["log_content"] = "log_content"
     text: str = Field(repr=False)
@@ -209,7 +218,9 @@ class Ended(ApiModel):
 
 
 ToAgent = Annotated[Boot | Tokens | Start | Stop | ReadLog, Field(discriminator="op")]
-FromAgent = Annotated[Prepared | Running | Alive | Idle | Replayed | LogContent | Ended, Field(discriminator="op")]
+FromAgent = Annotated[
+    Prepared | Running | Alive | Idle | Replayed | InUse | LogContent | Ended, Field(discriminator="op")
+]
 _TO_AGENT: TypeAdapter[ToAgent] = TypeAdapter(ToAgent)
 _FROM_AGENT: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)
 

@@ -510,6 +510,13 @@ async def test_end_of_file_on_the_pipe_ends_everything(bench: Bench) -> None:
 
 async def test_a_graceful_stop_shuts_postgres_down(bench: Bench) -> None:
     await bench.run()
+    connection = await bench.connect()
+    transaction = connection.transaction()
+    await transaction.start()
+    assert not await bench.agent.stop_if_unused(0.1, 10)
+    await transaction.commit()
+    assert not await bench.agent.stop_if_unused(60, 10)
+    assert await connection.fetchval("SELECT 1") == 1
     await bench.agent.stop(10)
     ended = await bench.agent.ended
     assert (ended.reason, ended.asked_for) == ("stopped", True)

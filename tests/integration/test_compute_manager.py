@@ -475,6 +475,13 @@ async def test_an_unused_compute_is_suspended(metadata_dsn: str) -> None:
             await connection.execute("INSERT INTO t VALUES (1)")
             await suspend_after(0.3)
             await asyncio.sleep(1)  # three times as long: nothing may happen
+            # Nor when the transaction was begun after the compute had last said that nobody uses it.
+            [run] = cluster.manager._runs.values()
+            resumed = run.resumed
+            run._unused.set_result(None)
+            await asyncio.wait_for(resumed, 20)
+            target = await reach(client, endpoint)
+            assert target.instance_id == run.instance_id
             await connection.execute("SELECT pg_sleep(1)")
             await suspend_after(0)
             await transaction.commit()
