@@ -43,7 +43,7 @@ from compute.launcher import AgentProcess, Launcher, make_socket_dir, remove_soc
 from compute.lsn_hold import LsnHold
 from compute.proposer import Plan, Reservation, majority
 from compute.repository import EndpointRow, Repository, TimelineRow
-from compute.sizes import Resources, resources
+from compute.sizes import MAX_CONNECTIONS, RESERVED_CONNECTIONS, Resources, resources
 from compute.storage_clients import PageserverClient, SafekeeperClient
 from shared.api.compute import ConnectTarget, EndpointSize, EndpointState, StageTiming
 from shared.api.safekeeper import ComputeAddress, CreateTimeline, Donor, StopStream, StreamFrom
@@ -362,7 +362,15 @@ class Run:
             project_id=self._endpoint.project_id,
             instance_id=self.instance_id,
             compute=compute,
+            max_sessions=max(1, self._max_connections() - RESERVED_CONNECTIONS),
         )
+
+    def _max_connections(self) -> int:
+        """Postgres's."""
+        if self.read_only:
+            # No fewer than any primary of this timeline may have.
+            return max(self._resources.max_connections, self._services.settings.max_connections, MAX_CONNECTIONS)
+        return self._resources.max_connections
 
     # --- start ---
 
@@ -436,10 +444,7 @@ class Run:
     def _boot(self, socket_dir: Path, password: str) -> Boot:
         settings, endpoint, sized = self._services.settings, self._endpoint, self._resources
         listen = settings.tunnel_listen_host
-        max_connections, follow = sized.max_connections, None
-        if self.read_only:
-            # No fewer than any primary of this timeline may have (postgres_conf.py knows those with a size).
-            max_connections = max(max_connections, settings.max_connections)
+        follow = None
         if endpoint.follows:
             assert self._timeline.start_lsn is not None  # noqa: S101 - the manager starts finished timelines only
             follow = Follow(
@@ -468,7 +473,7 @@ class Run:
                 standby_names=[] if self.read_only else [each.node_id for each in settings.safekeepers],
                 read_only=self.read_only,
                 shared_buffers_mb=sized.shared_buffers_mb,
-                max_connections=max_connections,
+                max_connections=self._max_connections(),
                 work_mem_mb=sized.work_mem_mb,
                 maintenance_work_mem_mb=sized.maintenance_work_mem_mb,
                 max_parallel_workers=sized.max_parallel_workers,
