@@ -98,7 +98,7 @@ class Run:
         turns: asyncio.Semaphore,
     ) -> None:
         """`workspace_id`: whose key it is, for those who are refused. `ancestor_projects`: others that the timeline was
-        branched off. `turns`: how many may start at the same time."""
+        branched off. `turns`: how many may start at the same time. Who waits for a quorum gives its turn back."""
         self._services = services
         self._workspace_id = workspace_id
         self.project_ids: Final = (endpoint.project_id, *ancestor_projects)
@@ -295,6 +295,10 @@ class Run:
         self.reason = "starting"
         return True
 
+    async def _take_turn(self) -> None:
+        await self._turns.acquire()
+        self._has_turn = True
+
     def _give_turn(self) -> None:
         if self._has_turn:
             self._has_turn = False
@@ -385,9 +389,13 @@ class Run:
         plan = info.plan
         self._lap("election", began)
         began = time.monotonic()
+        # Whoever waits for others does nothing that others would have to wait for.
+        self._give_turn()
         await self._majority([each.reached for each in self._followers])
+        await self._take_turn()
         self._lap("bring_up", began)
         running = await self._start_agent(agent, Start(term=plan.term, start_lsn=plan.start_lsn))
+        self._give_turn()
         began = time.monotonic()
         info.stream = StreamFrom.model_validate(
             {

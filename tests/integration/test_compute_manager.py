@@ -19,6 +19,7 @@ import asyncpg
 import pytest
 
 from compute.crashes import Crashes
+from compute.follower import Follower
 from keylake.ports import free_port
 from shared.api.compute import (
     ChangeEndpoint,
@@ -231,7 +232,9 @@ async def test_revocation_kills_the_compute_and_refuses_starts_until_it_is_lifte
     assert not list(cluster.settings.runtime_dir.iterdir())
 
 
-async def test_who_starts_waits_for_a_turn_and_may_give_up(cluster: ComputeCluster, client: ServiceClient) -> None:
+async def test_who_starts_waits_for_a_turn_and_may_give_up(
+    cluster: ComputeCluster, client: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     endpoint = await make_endpoint(client, ProjectId.new())
     turns = cluster.manager._turns
     for _ in range(cluster.settings.max_starting):
@@ -251,6 +254,21 @@ async def test_who_starts_waits_for_a_turn_and_may_give_up(cluster: ComputeClust
     turns.release()
     await again
     assert not turns.locked(), "who runs has given it back"
+
+    # Nor does one that waits for a quorum hold up the others.
+    async def never(follower: Follower) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(Follower, "run", never)
+    lost = await make_endpoint(client, ProjectId.new())
+    waiting = asyncio.create_task(reach(client, lost))
+    await wait_until(
+        lambda: any(run.plan is not None for run in cluster.manager._runs.values() if not run.ready.done())
+    )
+    assert not turns.locked()
+    await client.call(Endpoint, "POST", f"/v1/endpoints/{lost.endpoint_id}:kill")
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert turns._value == 1
 
 
 @pytest.mark.parametrize(("number", "reason"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "has not said anything")])
