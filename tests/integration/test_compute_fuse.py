@@ -23,8 +23,8 @@ from shared.ids import ProjectId
 from shared.postgres import PG_BIN_VARIABLE, find_postgres
 from shared.sandbox import Isolation, detect_isolation
 from tests.cluster.processes import below
-from tests.fixtures.amcheck import postgres_with_amcheck
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
+from tests.fixtures.contrib import postgres_with_contrib
 from tests.fixtures.keymanager import metadata_dsn, metadata_server
 from tests.fixtures.npm import NotHereError
 from tests.fixtures.waiting import wait_until
@@ -49,7 +49,7 @@ CANARY = b"canary-5c1f77e0"
 def no_amcheck(monkeypatch: pytest.MonkeyPatch) -> NotHereError | None:
     """Why there is none; otherwise computes run a Postgres that has it."""
     try:
-        monkeypatch.setenv(PG_BIN_VARIABLE, str(postgres_with_amcheck().bin_dir))
+        monkeypatch.setenv(PG_BIN_VARIABLE, str(postgres_with_contrib().bin_dir))
     except NotHereError as error:
         return error
     return None
