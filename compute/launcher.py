@@ -38,7 +38,7 @@ from compute.agent.protocol import (
 )
 from compute.volume.base import VolumeKind
 from shared.api.common import ApiModel
-from shared.errors import InvalidInputError, KeylakeError, UnavailableError
+from shared.errors import IntegrityError, InvalidInputError, KeylakeError, UnavailableError
 from shared.hardening import hardened_environment
 from shared.postgres import PG_BIN_VARIABLE, unprivileged
 from shared.sandbox import Isolation, Sandbox
@@ -184,15 +184,19 @@ class AgentProcess:
             looks = looks + 1 if messages == self._messages else 0
 
     async def read_log(self) -> str:
-        """The end of Postgres's log in the clear. Raises UnavailableError when the agent is gone or does not answer."""
+        """The end of Postgres's log in the clear. Raises UnavailableError when the agent is gone or does not answer,
+        IntegrityError when the log on the disk was altered."""
         async with self._log_lock:
             self._log_asked = asyncio.get_running_loop().create_future()
             try:
                 async with asyncio.timeout(_MESSAGE_TIMEOUT_S):
                     await self._send(ReadLog())
-                    return (await self._log_asked).text
+                    content = await self._log_asked
             except TimeoutError:
                 raise UnavailableError("the compute did not answer in time") from None
+        if content.problem:
+            raise IntegrityError(f"the compute's log: {content.problem}")
+        return content.text
 
     def kill(self) -> None:
         """SIGKILL: with a sandbox of namespaces the kernel frees everything of it.

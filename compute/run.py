@@ -216,7 +216,7 @@ class Run:
             self.resumed = asyncio.get_running_loop().create_future()
 
     async def read_log(self) -> str:
-        """The end of Postgres's log. Raises ConflictError when there is no compute."""
+        """The end of Postgres's log. Raises ConflictError when there is no compute, and as `AgentProcess.read_log`."""
         if self._agent is None:
             raise ConflictError("the endpoint has no compute")
         return await self._agent.read_log()

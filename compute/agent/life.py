@@ -67,7 +67,7 @@ from shared.api.keymanager import KeyState, Role
 from shared.api.safekeeper import ComputeAddress
 from shared.crypto.aead import AeadKey, default_suite
 from shared.crypto.secret import SecretKey
-from shared.errors import KeyAccessError, KeylakeError
+from shared.errors import IntegrityError, KeyAccessError, KeylakeError
 from shared.ids import ProjectId
 from shared.keyclient import KeyClient
 from shared.lease import KeyLoss, Lease
@@ -220,10 +220,18 @@ class Agent:
                     elif not self._stop.done():
                         self._stop.set_result(message)
                 case ReadLog():
-                    text = self._sealed_log.tail(MAX_LOG_CONTENT_SIZE_BYTES).decode(errors="replace")
-                    await self._pipe.send(LogContent(text=text))
+                    await self._pipe.send(self._log_content())
                 case Boot():
                     return
+
+    def _log_content(self) -> LogContent:
+        try:
+            tail = self._sealed_log.tail(MAX_LOG_CONTENT_SIZE_BYTES)
+        except IntegrityError as error:
+            return LogContent(text="", problem=str(error))
+        except OSError as error:
+            return LogContent(text="", problem=f"the log cannot be read: {error.strerror}")
+        return LogContent(text=tail.decode(errors="replace"))
 
     # --- up ---
 

@@ -201,6 +201,8 @@ class InUse(ApiModel):
 class LogContent(ApiModel):
     op: Literal["log_content"] = "log_content"
     text: str = Field(repr=False)
+    problem: str = ""
+    """Why there is none: what lies on the disk is not what was written."""
 
 
 class Ended(ApiModel):

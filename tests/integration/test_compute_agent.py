@@ -454,6 +454,16 @@ async def test_the_log_is_sealed_and_readable_only_through_the_agent(bench: Benc
     assert not any(CANARY.encode() in path.read_bytes() for path in files)
     assert any(path.stat().st_size > 100 for path in files)
 
+    # Altered or cut: that is said, and the compute goes on.
+    [path] = files
+    sealed = path.read_bytes()
+    for spoiled in (sealed[:-1] + bytes([sealed[-1] ^ 1]), sealed[:-1]):
+        path.write_bytes(spoiled)
+        with pytest.raises(IntegrityError, match="the compute's log"):
+            await bench.agent.read_log()
+    path.write_bytes(sealed)
+    await wait_until(logged)
+
 
 @pytest.mark.parametrize("isolation", list(Isolation))
 async def test_sigkill_of_the_agent_leaves_no_process_and_no_plaintext(isolation: Isolation) -> None:
