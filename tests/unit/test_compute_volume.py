@@ -280,6 +280,21 @@ async def test_a_listing_is_exact_while_what_it_has_shown_is_removed(kernel: Fus
     assert set(shown) == wanted
 
 
+async def test_a_kernel_without_what_the_volume_relies_on_is_refused(kernel: FuseKernel) -> None:
+    """FUSE_INIT; FUSE_WRITEBACK_CACHE, FUSE_NO_OPEN_SUPPORT and FUSE_NO_OPENDIR_SUPPORT of linux/fuse.h."""
+    writeback_cache, no_open, no_opendir = needed = (1 << 16, 1 << 17, 1 << 24)
+    everything = (1 << 32) - 1
+    taken = await kernel.init(everything)
+    for flag in needed:
+        assert taken & flag
+        assert await kernel.init(everything & ~flag) == -errno.EPROTO
+    # Nothing that this kernel has not, and nothing that was not thought of: splice, POSIX locks, atomic truncation.
+    assert await kernel.init(writeback_cache | no_open | no_opendir) == writeback_cache | no_open | no_opendir
+    assert not taken & (0b111 << 7 | 1 << 1 | 1 << 3)
+    for version in ((7, 30), (6, 38), (8, 0)):
+        assert await kernel.init(everything, version=version) == -errno.EPROTO
+
+
 # --- filling ---
 
 
