@@ -13,13 +13,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from compute.proxy import goodbye
 from compute.proxy.cancel import CancelKeys
 from compute.proxy.config import ProxySettings
+from compute.proxy.crowd import Crowd
 from compute.proxy.directory import Directory, open_compute
 from compute.proxy.greeting import FrontTls, Greeting, Manners, greet
 from compute.proxy.projects import Projects
 from compute.proxy.routing import Route, route
 from compute.proxy.session import ClientSide, ServerSide, as_stream
 from shared.api.compute import ConnectTarget
-from shared.errors import KeyAccessError, KeylakeError, UnavailableError
+from shared.errors import KeyAccessError, KeylakeError, OverloadedError, UnavailableError
 from shared.ids import EndpointId, InstanceId
 from shared.lease import Lease
 from shared.telemetry import get_logger
@@ -69,6 +70,7 @@ class ProxyServer:
         """Those that do not wait for it any more."""
         self._draining = False
         self._all_gone = asyncio.Event()
+        self._crowd = Crowd(settings.max_address_handshakes)
         self._manners = Manners(settings.allow_plaintext_loopback, settings.proxy_protocol_from)
         self._opened = Counter("keylake_proxy_sessions", "Sessions that reached a compute", registry=registry)
         self._refused = Counter("keylake_proxy_refused", "Sessions refused", ["sqlstate"], registry=registry)
@@ -172,8 +174,10 @@ class ProxyServer:
                     self._tls,
                     self._cancel_keys,
                     self._manners,
+                    self._crowd,
                 )
-        except ProtocolViolationError as error:
+        except (ProtocolViolationError, OverloadedError) as error:
+            self._refused.labels(error.sqlstate).inc()
             # A short word into an empty buffer: it fits, or the client is gone.
             with contextlib.suppress(OSError):
                 connection.send(goodbye.of_error(error))

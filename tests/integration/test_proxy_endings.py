@@ -444,6 +444,28 @@ async def test_garbage_and_half_sentences(bench: ProxyBench) -> None:
     await connection.close()
 
 
+async def test_one_address_does_not_take_all_places(backend: Backend) -> None:
+    async with proxy_bench(backend, max_handshakes=3, max_address_handshakes=2) as bench:
+        silent = [await asyncio.open_connection("127.0.0.1", bench.port) for _ in range(2)]
+        assert b"53000" in await _say(bench, b"")
+        # Another one has the last place, and the first has its own when they are given back.
+        reader, writer = await asyncio.open_connection("127.0.0.1", bench.port, local_addr=("127.0.0.2", 0))
+        writer.write(SSL_REQUEST)
+        async with asyncio.timeout(5):
+            assert await reader.readexactly(1) == b"S"
+        for each in (writer, *(writer for _, writer in silent)):
+            each.close()
+
+        async def served() -> bool:
+            try:
+                await (await bench.connect()).close()
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                return False
+            return True
+
+        await wait_until(served)
+
+
 async def test_the_slow_are_dropped(backend: Backend) -> None:
     async with proxy_bench(backend, startup_timeout_s=1.0, auth_timeout_s=1.0, max_handshakes=3) as bench:
         began = asyncio.get_running_loop().time()
