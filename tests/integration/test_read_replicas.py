@@ -31,7 +31,7 @@ from shared.api.compute import (
     Timeline,
 )
 from shared.api.pageserver import ADMIN_ROLE
-from shared.errors import NotFoundError, UnavailableError
+from shared.errors import ConflictError, UnavailableError
 from shared.http import ServiceClient
 from shared.ids import ProjectId
 from shared.lease import Lease
@@ -316,21 +316,31 @@ async def test_no_compute_starts_on_a_branch_that_is_deleted_meanwhile(
     body = CreateTimeline(name="short-lived", branch_from=BranchFrom(timeline_id=place.primary.timeline_id))
     branch = await place.client.call(Timeline, "POST", f"/v1/projects/{project_id}/timelines", body=body)
     endpoint = await manager.create_endpoint(project_id, branch.timeline_id, "of the short-lived")
-    looked, go, hold_all = asyncio.Event(), asyncio.Event(), manager._hold_all
+    looked, go, ended, finish = (asyncio.Event() for _ in range(4))
+    hold_all, delete = manager._hold_all, manager._pageserver.delete_timeline
 
     async def hold_up(project_ids: Sequence[ProjectId]) -> list[Lease]:
-        monkeypatch.undo()
+        monkeypatch.setattr(manager, "_hold_all", hold_all)  # the start only
         looked.set()
         await go.wait()
         return await hold_all(project_ids)
 
+    async def slowly(*timeline: Any) -> None:
+        ended.set()
+        await finish.wait()
+        await delete(*timeline)
+
     monkeypatch.setattr(manager, "_hold_all", hold_up)
+    monkeypatch.setattr(manager._pageserver, "delete_timeline", slowly)
     starting = asyncio.create_task(manager.connect(endpoint.endpoint_id))
     await looked.wait()
-    await manager.delete_timeline(project_id, branch.timeline_id)
+    deleting = asyncio.create_task(manager.delete_timeline(project_id, branch.timeline_id))
+    await ended.wait()  # what ran has been stopped
     go.set()
-    with pytest.raises(NotFoundError):
+    with pytest.raises(ConflictError, match="is being deleted"):
         await starting
+    finish.set()
+    await deleting
     assert endpoint.endpoint_id not in manager._runs
 
 
