@@ -50,7 +50,7 @@ async def serve_until_shutdown(settings: ManagerSettings) -> None:
     prepare_directories(settings)
     guard = await prepare_guard(settings.guard_cache_dir)
     async with AsyncExitStack() as stack:
-        volumes = stack.enter_context(sandboxes_dir(settings.runtime_dir / "volumes"))
+        volumes = stack.enter_context(sandboxes_dir(settings.log_dir / "volumes"))
         repository = await stack.enter_async_context(
             Repository(settings.database_url.get_secret_value(), settings.database_schema)
         )

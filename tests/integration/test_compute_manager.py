@@ -456,7 +456,7 @@ async def test_the_process_and_what_its_death_takes_along(cluster: ComputeCluste
         leftovers = [cluster.settings.runtime_dir / "2" / "in-1", cluster.settings.log_dir / "2" / "in-1.log"]
         leftovers[0].mkdir(exist_ok=True)  # as of an agent that could not clean up
         leftovers[1].touch()
-        volumes = (cluster.settings.runtime_dir / "2" / "volumes").readlink()
+        volumes = (cluster.settings.log_dir / "2" / "volumes").readlink()
         leftovers.append(volumes / "keylake-1" / "pgdata")  # where there are no namespaces
         leftovers[2].mkdir(parents=True)
         with log.open("wb") as output:
