@@ -50,14 +50,17 @@ def configure_logging(service: str, node_id: str, level: str = "info") -> None:
 
 
 class _JsonLines(logging.Formatter):
-    """Whatever stands in a message, it stays one line and one JSON string: nobody writes lines of ours by it."""
+    """Whatever stands in a message, it stays one line and one JSON string: nobody writes lines of ours by it.
+
+    All are warnings: ERROR means that a human should look, and a library cannot know that.
+    """
 
     def __init__(self, service: str, node_id: str) -> None:
         super().__init__()
         self._fields = {"service": service, "node_id": node_id}
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"event": record.getMessage(), "level": record.levelname.lower(), "logger": record.name, **self._fields}
+        line = {"event": record.getMessage(), "level": "warning", "logger": record.name, **self._fields}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
