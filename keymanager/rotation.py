@@ -33,6 +33,7 @@ from keymanager.repository import Repository
 from shared.api.keymanager import KeyState, KeyWork, KeyWorkKind, Rewrap
 from shared.audit_chain import AuditEntry
 from shared.clock import Clock
+from shared.crypto.secret import KeyWipedError
 from shared.errors import ConflictError, KeyAccessError, KeylakeError, UnavailableError
 from shared.ids import KekId, KeyConfigurationId, ProjectId
 from shared.lease import key_access_error
@@ -164,7 +165,8 @@ class Rotator:
             made.plaintext.wipe()
             await self._audit_log.record(AuditEntry(actor, "kek.rotate", "dry_run", entry.project_id, details))
             return
-        try:
+        with self._keyring.working(entry.project_id, keks=True) as held:
+            held.add(made.plaintext)
             entry.check(epoch)
             async with self._repository.transaction() as transaction:
                 await transaction.require_key_generation(entry.key_configuration_id, generation)
@@ -175,15 +177,10 @@ class Rotator:
                     floor = {"dek_floor": str(kek_version)}
                     entries.append(AuditEntry(actor, "project.rekey", "ok", entry.project_id, floor))
                 await transaction.audit(entries)
-        except BaseException:
-            made.plaintext.wipe()
-            raise
-        # Stored, so it is the current version, whatever has happened meanwhile. Its plaintext stays only if it may.
-        entry.keks[kek_version] = kek
-        if entry.issuing and entry.epoch == epoch:
-            self._keyring.add(kek, made.plaintext)
-        else:
-            made.plaintext.wipe()
+            # Stored, so it is the current version, whatever has happened meanwhile. Its plaintext stays only if it may.
+            entry.keks[kek_version] = kek
+            if entry.issuing and entry.epoch == epoch and not made.plaintext.wiped:
+                self._keyring.add(kek, held.release(made.plaintext))
 
     async def _failed(
         self, entry: ProjectEntry, action: str, actor: str, error: KmsError, details: dict[str, str]
@@ -261,11 +258,13 @@ class Rotator:
         if kek.wrapped is None:
             return False
         context = kek_context(entry.scope, kek.kek_id, kek.kek_version)
-        with calls_made() as calls:
+        with self._keyring.working(entry.project_id, keks=True) as held, calls_made() as calls:
             try:
-                wrapped = await self._cmks.of(entry.key_configuration_id).rewrap(kek.wrapped, context)
+                wrapped = await self._cmks.of(entry.key_configuration_id).rewrap(kek.wrapped, context, held.add)
             except KmsError as error:
                 await self._failed(entry, "kek.rewrap", actor, error, call_details(calls))
+            except KeyWipedError:
+                raise key_access_error(entry.state, entry.reason or "its keys were stopped meanwhile") from None
         details = {"kek_version": str(kek.kek_version), **call_details(calls), "cmk_key_version": wrapped.key_version}
         async with self._repository.transaction() as transaction:
             if not await transaction.replace_wrapped_kek(kek, wrapped.wrapped, wrapped.key_version):
