@@ -35,6 +35,7 @@ from shared.audit_chain import AuditEntry
 from shared.clock import Clock
 from shared.crypto.secret import KeyWipedError
 from shared.errors import ConflictError, KeyAccessError, KeylakeError, UnavailableError
+from shared.failpoints import failpoint
 from shared.ids import KekId, KeyConfigurationId, ProjectId
 from shared.lease import key_access_error
 from shared.telemetry import get_logger
@@ -158,6 +159,7 @@ class Rotator:
                 )
             except KmsError as error:
                 await self._failed(entry, "kek.rotate", actor, error, call_details(calls))
+        failpoint("kek-made")
         now = self._clock.now()
         kek = StoredKek(entry.project_id, kek_id, kek_version, made.wrapped, made.key_version, 0, now)
         details = {"kek_id": str(kek_id), "kek_version": str(kek_version), **call_details(calls)}
@@ -177,6 +179,7 @@ class Rotator:
                     floor = {"dek_floor": str(kek_version)}
                     entries.append(AuditEntry(actor, "project.rekey", "ok", entry.project_id, floor))
                 await transaction.audit(entries)
+            failpoint("kek-stored")
             # Stored, so it is the current version, whatever has happened meanwhile. Its plaintext stays only if it may.
             entry.keks[kek_version] = kek
             if entry.issuing and entry.epoch == epoch and not made.plaintext.wiped:
@@ -265,11 +268,13 @@ class Rotator:
                 await self._failed(entry, "kek.rewrap", actor, error, call_details(calls))
             except KeyWipedError:
                 raise key_access_error(entry.state, entry.reason or "its keys were stopped meanwhile") from None
+        failpoint("kek-rewrapped")
         details = {"kek_version": str(kek.kek_version), **call_details(calls), "cmk_key_version": wrapped.key_version}
         async with self._repository.transaction() as transaction:
             if not await transaction.replace_wrapped_kek(kek, wrapped.wrapped, wrapped.key_version):
                 return False
             await transaction.audit([AuditEntry(actor, "kek.rewrap", "ok", entry.project_id, details)])
+        failpoint("kek-rewrap-stored")
         # The rest of the row may have changed: wraps are counted while we wait.
         entry.keks[kek.kek_version] = replace(
             entry.keks[kek.kek_version], wrapped=wrapped.wrapped, cmk_key_version=wrapped.key_version
@@ -285,10 +290,12 @@ class Rotator:
                 wrapped = await self._cmks.of(key_configuration_id).rewrap(configuration.canary_wrapped, context)
             except KmsError as error:
                 raise self._refusal(key_configuration_id, error) from None
+        failpoint("canary-rewrapped")
         details = {"key_configuration_id": str(key_configuration_id), **call_details(calls)}
         async with self._repository.transaction() as transaction:
             await transaction.set_canary(key_configuration_id, wrapped.wrapped, wrapped.key_version)
             await transaction.audit([AuditEntry(actor, "canary.rewrap", "ok", None, details)])
+        failpoint("canary-rewrap-stored")
         # The rest of the row may have changed: its settings, for one.
         now = self._configuration_of(key_configuration_id)
         self._canary_stored(replace(now, canary_wrapped=wrapped.wrapped, canary_cmk_key_version=wrapped.key_version))

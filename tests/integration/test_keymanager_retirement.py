@@ -37,11 +37,12 @@ def use(kek_version: int, dek_version: int = 1) -> KeyUse:
     return KeyUse(kek_version=kek_version, dek_version=dek_version, objects=3, size_bytes=1000)
 
 
-async def wrapped(keymanager: Keymanager) -> dict[int, bool]:
+async def wrapped(keymanager: Keymanager, project_id: ProjectId) -> dict[int, bool]:
     """Version → is its wrapped KEK still in the database?"""
     connection = await asyncpg.connect(keymanager.dsn)
     try:
-        rows = await connection.fetch("SELECT kek_version, wrapped FROM keymanager.kek")
+        query = "SELECT kek_version, wrapped FROM keymanager.kek WHERE project_id = $1"
+        rows = await connection.fetch(query, str(project_id))
         return {row["kek_version"]: row["wrapped"] is not None for row in rows}
     finally:
         await connection.close()
@@ -77,11 +78,11 @@ async def test_a_kek_goes_when_the_last_node_has_let_go_of_it(keymanager: Keyman
         old = Sealed(kept.thing, kept.envelope, kept.data)
         await one.report(project_id, 2, [])
         assert (await retire(keymanager, project_id, dry_run=True)).retired == [1]
-        assert await wrapped(keymanager) == {1: True, 2: True}
+        assert await wrapped(keymanager, project_id) == {1: True, 2: True}
         await one.aclose()  # its word holds while it is away
         assert (await retire(keymanager, project_id)).retired == [1]
         assert (await retire(keymanager, project_id)).retired == []
-        assert await wrapped(keymanager) == {1: False, 2: True}
+        assert await wrapped(keymanager, project_id) == {1: False, 2: True}
         await moved.check(two, project_id)
         await kept.check(two, project_id)
         assert old.envelope.dek_version == 1
@@ -160,7 +161,7 @@ async def test_retirement_races_with_rotation_and_rewrap(keymanager: Keymanager,
         await upkeep()
         gone += (await retire(keymanager, project_id)).retired if len(gone) < 5 else []
         assert sorted(gone) == [1, 2, 3, 4, 5]
-        assert await wrapped(keymanager) == {version: version == 6 for version in range(1, 7)}
+        assert await wrapped(keymanager, project_id) == {version: version == 6 for version in range(1, 7)}
         await keys.release(project_id)
         await keys.acquire(project_id, Losses())
         for thing in things:
