@@ -25,6 +25,7 @@ from shared.entry import run, wait_for_shutdown_signal
 from shared.hardening import harden_process
 from shared.keyclient import KeyClient
 from shared.keysession import session_tokens
+from shared.sandbox import sandboxes_dir
 from shared.service import HttpServer, Readiness
 from shared.telemetry import configure_logging, get_logger
 from shared.tracing import configure_tracing
@@ -49,6 +50,7 @@ async def serve_until_shutdown(settings: ManagerSettings) -> None:
     prepare_directories(settings)
     guard = await prepare_guard(settings.guard_cache_dir)
     async with AsyncExitStack() as stack:
+        volumes = stack.enter_context(sandboxes_dir(settings.log_dir / "volumes"))
         repository = await stack.enter_async_context(
             Repository(settings.database_url.get_secret_value(), settings.database_schema)
         )
@@ -75,6 +77,7 @@ async def serve_until_shutdown(settings: ManagerSettings) -> None:
                 spares=settings.spare_agents,
                 volume=settings.volume,
                 blocks=settings.blocks,
+                parent_dir=volumes,
             )
         )
         elections = Elections(safekeepers, settings.vote_timeout_s)

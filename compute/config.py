@@ -83,7 +83,9 @@ class ManagerSettings(ServiceSettings):
     )
     idle_poll_interval_s: float = Field(default=5.0, gt=0, description="how often a compute looks whether it is idle")
     liveness_timeout_s: float = Field(
-        default=30.0, gt=0, description="a compute whose Postgres has not answered for as long is killed"
+        default=30.0,
+        gt=0,
+        description="a compute whose Postgres, agent or volume has not answered for as long is killed",
     )
     max_starting: int = Field(
         default=8, ge=1, description="computes that start at the same time; others wait for their turn"

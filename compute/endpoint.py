@@ -2,15 +2,17 @@
 
                  start                 started
     STOPPED ───────────► STARTING ───────────────► RUNNING
-       ▲                  │     │                   │    │
-       │      failed      │     │ stop         stop │    │ failed
-       ├──────────────────┘     └────► STOPPING ◄───┘    │
-       │                                  │              │
+       ▲                  │     │                 │ ▲  │
+       │      failed      │     │ stop       stop │ │  │ failed
+       ├──────────────────┘     └────► STOPPING ◄─┘ │  │
+       │                                  │  └──────┘  │
+       │                                  │   resumed  │
        ├──────────── stopped, failed ─────┘              │
        └─────────────────────────────────────────────────┘
 
-`failed` is everything that nobody asked for: the agent died, Postgres crashed, the keys were revoked, a newer term
-came. There is no crashed state: the disk of a compute is disposable, so the next connection simply starts another one.
+`resumed`: it was to be suspended, and somebody uses it after all. `failed` is everything that nobody asked for: the
+agent died, Postgres crashed, the keys were revoked, a newer term came. There is no crashed state: the disk of a compute
+is disposable, so the next connection simply starts another one.
 
 This file is a core: no I/O.
 """
@@ -29,6 +31,7 @@ class Event(enum.Enum):
     STARTED = "started"
     STOP = "stop"
     STOPPED = "stopped"
+    RESUMED = "resumed"
     FAILED = "failed"
 
 
@@ -39,6 +42,7 @@ _NEXT: Final[dict[tuple[EndpointState, Event], EndpointState]] = {
     (EndpointState.STARTING, Event.FAILED): EndpointState.STOPPED,
     (EndpointState.RUNNING, Event.STOP): EndpointState.STOPPING,
     (EndpointState.RUNNING, Event.FAILED): EndpointState.STOPPED,
+    (EndpointState.STOPPING, Event.RESUMED): EndpointState.RUNNING,
     (EndpointState.STOPPING, Event.STOPPED): EndpointState.STOPPED,
     (EndpointState.STOPPING, Event.FAILED): EndpointState.STOPPED,
 }

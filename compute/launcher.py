@@ -15,13 +15,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
+from compute.agent.processes import kill_tree
 from compute.agent.protocol import (
     MAX_LINE_SIZE_BYTES,
+    Alive,
     Boot,
     Ended,
     Idle,
+    InUse,
     LogContent,
     Prepared,
     ReadLog,
@@ -36,7 +39,7 @@ from compute.agent.protocol import (
 from compute.volume.base import VolumeKind
 from shared.api.common import ApiModel
 from shared.crypto.aead import NULL_CIPHER_VARIABLE
-from shared.errors import InvalidInputError, KeylakeError, UnavailableError
+from shared.errors import IntegrityError, InvalidInputError, KeylakeError, UnavailableError
 from shared.hardening import hardened_environment
 from shared.postgres import PG_BIN_VARIABLE, unprivileged
 from shared.sandbox import Isolation, Sandbox
@@ -47,6 +50,7 @@ _log = get_logger(__name__)
 TOKEN_REFRESH_S: Final = 15.0
 _EXIT_TIMEOUT_S: Final = 5.0
 _MESSAGE_TIMEOUT_S: Final = 10.0
+_SILENT_LOOKS: Final = 3
 _INHERITED: Final = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR", PG_BIN_VARIABLE, NULL_CIPHER_VARIABLE)
 
 T = TypeVar("T")
@@ -76,6 +80,9 @@ class AgentProcess:
         """Called every few seconds with how long nobody has used Postgres, in seconds."""
         self.replayed: Replayed | None = None
         """What a replica said last."""
+        self._messages = 0
+        """Heard so far."""
+        self._in_use: asyncio.Future[InUse] = loop.create_future()
         self._log_asked: asyncio.Future[LogContent] | None = None
         self._log_lock = asyncio.Lock()
         self._reader = asyncio.create_task(self._read(), name="agent pipe")
@@ -89,13 +96,14 @@ class AgentProcess:
         isolation: Isolation | None = None,
         volume: VolumeKind = VolumeKind.TMPFS,
         blocks: Blocks | None = None,
+        parent_dir: Path | None = None,
     ) -> AgentProcess:
         """Start one that knows nothing yet. `isolation`: None for the best that this machine allows. `blocks`: needed
-        unless the volume is tmpfs.
+        unless the volume is tmpfs. `parent_dir`: of its sandbox.
 
         Raises UnavailableError.
         """
-        sandbox = await asyncio.to_thread(_make_sandbox, volume_size_bytes, isolation)
+        sandbox = await asyncio.to_thread(_make_sandbox, volume_size_bytes, isolation, parent_dir)
         argv = [sys.executable, "-P", "-m", "compute.agent", "--isolation", sandbox.isolation.value]
         argv += ["--directory", str(sandbox.directory), "--size-bytes", str(volume_size_bytes)]
         argv += ["--volume", volume.value]
@@ -144,28 +152,61 @@ class AgentProcess:
         await self._send(start)
 
     async def stop(self, timeout_s: float) -> None:
-        """Ask for a graceful stop, and wait until it is over or took `timeout_s`."""
-        with suppress(UnavailableError):
-            await self._send(Stop(timeout_s=timeout_s))
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s + _EXIT_TIMEOUT_S):
-                await asyncio.shield(self.ended)
+        """Ask for a graceful stop, and wait until it is over. What takes longer than `timeout_s` is killed."""
+        self._in_use = asyncio.get_running_loop().create_future()
+        await self._stop(Stop(timeout_s=timeout_s))
+
+    async def stop_if_unused(self, unused_for_s: float, timeout_s: float) -> bool:
+        """As `stop`, but False when somebody has used it within the last `unused_for_s`: then it goes on."""
+        self._in_use = asyncio.get_running_loop().create_future()
+        await self._stop(Stop(timeout_s=timeout_s, unused_for_s=unused_for_s))
+        return not self._in_use.done()
+
+    async def _stop(self, stop: Stop) -> None:
+        try:
+            # The sending, too: a pipe that nobody reads fills up.
+            async with asyncio.timeout(stop.timeout_s + _EXIT_TIMEOUT_S):
+                with suppress(UnavailableError):
+                    await self._send(stop)
+                either: set[asyncio.Future[Any]] = {self.ended, self._in_use}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            _log.warning("an agent did not stop in time and is killed", pid=self.pid)
+            self.kill()
+            await asyncio.shield(self.ended)
+
+    async def wait_silent(self, timeout_s: float) -> None:
+        """Returns when it has not said anything for `timeout_s`, or a third more. In several looks: when this process
+        itself stood still, what was said meanwhile is read before the next one."""
+        looks = 0
+        while looks < _SILENT_LOOKS:
+            messages = self._messages
+            await asyncio.sleep(timeout_s / _SILENT_LOOKS)
+            looks = looks + 1 if messages == self._messages else 0
 
     async def read_log(self) -> str:
-        """The end of Postgres's log in the clear. Raises UnavailableError when the agent is gone or does not answer."""
+        """The end of Postgres's log in the clear. Raises UnavailableError when the agent is gone or does not answer,
+        IntegrityError when the log on the disk was altered."""
         async with self._log_lock:
             self._log_asked = asyncio.get_running_loop().create_future()
-            await self._send(ReadLog())
             try:
                 async with asyncio.timeout(_MESSAGE_TIMEOUT_S):
-                    return (await self._log_asked).text
+                    await self._send(ReadLog())
+                    content = await self._log_asked
             except TimeoutError:
                 raise UnavailableError("the compute did not answer in time") from None
+        if content.problem:
+            raise IntegrityError(f"the compute's log: {content.problem}")
+        return content.text
 
     def kill(self) -> None:
-        """SIGKILL: with a sandbox of namespaces the kernel frees everything of it."""
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        """SIGKILL: with a sandbox of namespaces the kernel frees everything of it.
+
+        Each process by itself: the kernel ends a namespace once its first process has ended, and that one cannot while
+        it waits for a volume whose server hangs.
+        """
+        if self.alive:
+            kill_tree(self.pid)
 
     async def close(self) -> None:
         """The agent and everything of it is gone when this returns. Idempotent."""
@@ -207,15 +248,20 @@ class AgentProcess:
         ended = Ended(reason="the compute's process died", crashed=True)
         try:
             while line := await self._process.stdout.readline():
+                self._messages += 1
                 match message := parse_from_agent(line):
                     case Prepared():
                         _resolve(self.prepared, message)
                     case Running():
                         _resolve(self.running, message)
+                    case Alive():
+                        pass  # it was counted
                     case Idle():
                         self.on_idle(message.idle_s)
                     case Replayed():
                         self.replayed = message
+                    case InUse():
+                        _resolve(self._in_use, message)
                     case LogContent():
                         if self._log_asked is not None:
                             _resolve(self._log_asked, message)
@@ -237,8 +283,9 @@ def _resolve(future: asyncio.Future[T], value: T) -> None:
         future.set_result(value)
 
 
-def _make_sandbox(size_bytes: int, isolation: Isolation | None) -> Sandbox:
-    return Sandbox.create(size_bytes=size_bytes, network=True, owner=unprivileged().owner, isolation=isolation)
+def _make_sandbox(size_bytes: int, isolation: Isolation | None, parent_dir: Path | None) -> Sandbox:
+    owner = unprivileged().owner
+    return Sandbox.create(size_bytes=size_bytes, network=True, owner=owner, parent_dir=parent_dir, isolation=isolation)
 
 
 class Launcher:
@@ -251,7 +298,10 @@ class Launcher:
         spares: int,
         volume: VolumeKind = VolumeKind.TMPFS,
         blocks: Blocks | None = None,
+        parent_dir: Path | None = None,
     ) -> None:
+        """`parent_dir`: of all sandboxes."""
+        self._parent_dir = parent_dir
         self._volume_size_bytes = volume_size_bytes
         self._volume = volume
         self._blocks = blocks
@@ -286,7 +336,9 @@ class Launcher:
             self._refill()
 
     async def _spawn(self, volume_size_bytes: int) -> AgentProcess:
-        return await AgentProcess.spawn(volume_size_bytes=volume_size_bytes, volume=self._volume, blocks=self._blocks)
+        return await AgentProcess.spawn(
+            volume_size_bytes=volume_size_bytes, volume=self._volume, blocks=self._blocks, parent_dir=self._parent_dir
+        )
 
     def _refill(self) -> None:
         if self._filling is None or self._filling.done():

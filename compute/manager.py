@@ -5,8 +5,10 @@ first by its election), read-only ones and replicas aside, which have none. A ru
 `start` until its compute is gone; everybody who asks meanwhile shares it. Who waits for a start may go away: the start
 goes on.
 
-What may interleave: everything is on one event loop; `_runs` and `_tasks` change only between awaits. A project's
-lease is held from its first start until no endpoint of it runs any more.
+What may interleave: everything is on one event loop; `_runs` and `_tasks` change only between awaits. Who begins a run
+looks at its timeline first, and awaits more things: if a deletion or a replacement has begun since (`_interventions`),
+it looks again. One that begins later finds the run, and ends it. A project's lease is held from its first start until
+no endpoint of it runs any more.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from compute.branches import Points
 from compute.crashes import PATIENCE_S, Crashes
@@ -82,6 +84,8 @@ class Manager:
         self._replacing_node: str | None = None
         self._replacing: dict[TimelineId, asyncio.Event] = {}
         """Timelines in which a safekeeper is being replaced: no endpoint of them starts before the event."""
+        self._interventions = 0
+        """Deletions of timelines and replacements in them that have begun so far."""
         self._turns = asyncio.Semaphore(services.settings.max_starting)
         self._crashes: dict[EndpointId, Crashes] = {}
         """Of endpoints whose last compute crashed."""
@@ -183,6 +187,7 @@ class Manager:
                 if children := await self._repository.branches(timeline_id):
                     names = ", ".join(each.name for each in children)
                     raise ConflictError(f"other branches were made from it, and read it: delete {names} first")
+                self._interventions += 1
                 await self._repository.timeline_deleting(timeline_id)
             await self._end_runs(timeline_id, "its branch is deleted", graceful=False)
             await self._pageserver.delete_timeline(project_id, timeline_id)
@@ -277,6 +282,7 @@ class Manager:
         assert row.start_lsn is not None  # noqa: S101 - safekeepers hear of finished ones
         needed = await self._projects_of(row)
         await self._hold_all(needed)
+        self._interventions += 1
         over = self._replacing[row.timeline_id] = asyncio.Event()
         try:
             await self._end_runs(row.timeline_id, f"{node_id} is replaced", graceful=True)
@@ -417,7 +423,8 @@ class Manager:
             if run is None or task is None:
                 run = await self._begin(endpoint_id)
             elif run.state in (EndpointState.STOPPING, EndpointState.STOPPED):
-                await asyncio.wait({task})
+                either: set[asyncio.Future[Any]] = {task, run.resumed}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 continue
             target = await asyncio.shield(run.ready)
             if run.state is EndpointState.STOPPING:
@@ -446,16 +453,21 @@ class Manager:
                 f"{wait_s:.0f} s"
             )
         await asyncio.sleep(wait_s)
-        while (replacing := self._replacing.get(row.timeline_id)) is not None:
-            await replacing.wait()  # an election of ours would make it begin again
-        timeline = await self._repository.timeline(row.timeline_id)
-        if timeline.start_lsn is None:
-            raise ConflictError("the endpoint's timeline is not finished: create it again to finish it")
-        if timeline.deleting:
-            raise ConflictError("the endpoint's timeline is being deleted")
-        check_members(timeline.safekeepers, [each.node_id for each in self._services.safekeepers])
-        needed = await self._projects_of(timeline)
-        leases = await self._hold_all(needed)
+        while True:
+            while (replacing := self._replacing.get(row.timeline_id)) is not None:
+                await replacing.wait()  # an election of ours would make it begin again
+            interventions = self._interventions
+            timeline = await self._repository.timeline(row.timeline_id)
+            if timeline.start_lsn is None:
+                raise ConflictError("the endpoint's timeline is not finished: create it again to finish it")
+            if timeline.deleting:
+                raise ConflictError("the endpoint's timeline is being deleted")
+            check_members(timeline.safekeepers, [each.node_id for each in self._services.safekeepers])
+            needed = await self._projects_of(timeline)
+            leases = await self._hold_all(needed)
+            if interventions == self._interventions:
+                break  # and no await from here to the registration
+            await self._drop_all(needed)
         run = self._runs.get(endpoint_id)
         is_taken = not row.read_only and self._is_written(timeline.timeline_id)
         if run is None and not self._closing and not is_taken:

@@ -43,7 +43,7 @@ from compute.launcher import AgentProcess, Launcher, make_socket_dir, remove_soc
 from compute.lsn_hold import LsnHold
 from compute.proposer import Plan, Reservation, majority
 from compute.repository import EndpointRow, Repository, TimelineRow
-from compute.sizes import Resources, resources
+from compute.sizes import MAX_CONNECTIONS, RESERVED_CONNECTIONS, Resources, resources
 from compute.storage_clients import PageserverClient, SafekeeperClient
 from shared.api.compute import ConnectTarget, EndpointSize, EndpointState, StageTiming
 from shared.api.safekeeper import ComputeAddress, CreateTimeline, Donor, StopStream, StreamFrom
@@ -98,7 +98,7 @@ class Run:
         turns: asyncio.Semaphore,
     ) -> None:
         """`workspace_id`: whose key it is, for those who are refused. `ancestor_projects`: others that the timeline was
-        branched off. `turns`: how many may start at the same time."""
+        branched off. `turns`: how many may start at the same time. Who waits for a quorum gives its turn back."""
         self._services = services
         self._workspace_id = workspace_id
         self.project_ids: Final = (endpoint.project_id, *ancestor_projects)
@@ -118,6 +118,10 @@ class Run:
         self.suspend_after_s = services.suspend_after_s(endpoint)
         """Idle for as long, it is stopped; 0: never."""
         self._named_at = asyncio.get_running_loop().time()
+        self._unused: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Its agent says that it may be suspended."""
+        self.resumed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Of now: done when it was to be suspended, and goes on. Another one after that."""
         self.ready: asyncio.Future[ConnectTarget] = asyncio.get_running_loop().create_future()
         """Where to connect, or why there is nowhere."""
         self._stop: asyncio.Future[tuple[str, bool]] = asyncio.get_running_loop().create_future()
@@ -172,13 +176,47 @@ class Run:
         self._named_at = asyncio.get_running_loop().time()
 
     def _idle(self, idle_s: float) -> None:
-        """Scale to zero. Who was just told its address is not seen by the compute yet, so that counts as use."""
-        unnamed_s = asyncio.get_running_loop().time() - self._named_at
-        if self.state is EndpointState.RUNNING and 0 < self.suspend_after_s <= min(idle_s, unnamed_s):
-            self.stop(f"suspended: nobody used it for {self.suspend_after_s:g} s", graceful=True)
+        """Scale to zero, perhaps."""
+        long_enough = 0 < self.suspend_after_s <= min(idle_s, self._unnamed_s())
+        if self.state is EndpointState.RUNNING and long_enough and not self._unused.done():
+            self._unused.set_result(None)
+
+    def _unnamed_s(self) -> float:
+        """Who was just told its address is not seen by the compute yet, so that counts as use."""
+        return asyncio.get_running_loop().time() - self._named_at
+
+    async def _suspended(self, agent: AgentProcess, over: set[asyncio.Future[Any]]) -> str:
+        """Returns why it was suspended; empty when one of `over` is done first.
+
+        Nobody used it when its agent last said so. From here on whoever asks for it waits, and the agent looks once
+        more, right before it shuts Postgres down: a transaction that was begun meanwhile is not aborted.
+        """
+        while True:
+            await asyncio.wait(over | {self._unused}, return_when=asyncio.FIRST_COMPLETED)
+            if any(each.done() for each in over):
+                return ""
+            self._unused = asyncio.get_running_loop().create_future()
+            after_s = self.suspend_after_s
+            if not 0 < after_s <= self._unnamed_s():
+                continue
+            self.state = next_state(self.state, Event.STOP)
+            self.reason = f"suspended: nobody used it for {after_s:g} s"
+            stopping = asyncio.create_task(agent.stop_if_unused(after_s, self._services.settings.stop_timeout_s))
+            try:
+                await asyncio.wait((over - {agent.ended}) | {stopping}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stopping.cancel()
+                await asyncio.gather(stopping, return_exceptions=True)
+            if agent.ended.done():
+                return self.reason if agent.ended.result().asked_for and not self._stop.done() else ""
+            if any(each.done() for each in over):
+                return ""
+            self.state, self.reason = next_state(self.state, Event.RESUMED), "running"
+            self.resumed.set_result(None)
+            self.resumed = asyncio.get_running_loop().create_future()
 
     async def read_log(self) -> str:
-        """The end of Postgres's log. Raises ConflictError when there is no compute."""
+        """The end of Postgres's log. Raises ConflictError when there is no compute, and as `AgentProcess.read_log`."""
         if self._agent is None:
             raise ConflictError("the endpoint has no compute")
         return await self._agent.read_log()
@@ -257,6 +295,10 @@ class Run:
         self.reason = "starting"
         return True
 
+    async def _take_turn(self) -> None:
+        await self._turns.acquire()
+        self._has_turn = True
+
     def _give_turn(self) -> None:
         if self._has_turn:
             self._has_turn = False
@@ -264,7 +306,9 @@ class Run:
 
     async def _supervise(self, agent: AgentProcess, socket_dir: Path, followers: asyncio.Task[None]) -> str:
         password = secrets.token_urlsafe(32)
+        liveness_timeout_s = self._services.settings.liveness_timeout_s
         starting = asyncio.create_task(self._start(agent, socket_dir, password))
+        silent: asyncio.Task[None] | None = None
         try:
             over: set[asyncio.Future[Any]] = {agent.ended, self._stop, followers, self._lsn_hold.lost}
             await asyncio.wait(
@@ -275,12 +319,19 @@ class Run:
                 self.reason = "running"
                 self.running_since_s = asyncio.get_running_loop().time()
                 self._give_turn()
+                self.named()  # whoever waits for it will connect
                 self.ready.set_result(self._target(starting.result()))
-                await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
+                silent = asyncio.create_task(agent.wait_silent(liveness_timeout_s), name="agent silent")
+                if suspended := await self._suspended(agent, over | {silent}):
+                    return suspended
+                if silent.done() and not any(each.done() for each in over):
+                    self.crashed = True
+                    return f"the compute's agent has not said anything for {liveness_timeout_s:g} s"
             return await self._why(agent, starting, followers)
         finally:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+            for task in filter(None, (starting, silent)):
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     async def _why(
         self, agent: AgentProcess, starting: asyncio.Task[ComputeAddress], followers: asyncio.Task[None]
@@ -315,7 +366,15 @@ class Run:
             project_id=self._endpoint.project_id,
             instance_id=self.instance_id,
             compute=compute,
+            max_sessions=max(1, self._max_connections() - RESERVED_CONNECTIONS),
         )
+
+    def _max_connections(self) -> int:
+        """Postgres's."""
+        if self.read_only:
+            # No fewer than any primary of this timeline may have.
+            return max(self._resources.max_connections, self._services.settings.max_connections, MAX_CONNECTIONS)
+        return self._resources.max_connections
 
     # --- start ---
 
@@ -330,9 +389,13 @@ class Run:
         plan = info.plan
         self._lap("election", began)
         began = time.monotonic()
+        # Whoever waits for others does nothing that others would have to wait for.
+        self._give_turn()
         await self._majority([each.reached for each in self._followers])
+        await self._take_turn()
         self._lap("bring_up", began)
         running = await self._start_agent(agent, Start(term=plan.term, start_lsn=plan.start_lsn))
+        self._give_turn()
         began = time.monotonic()
         info.stream = StreamFrom.model_validate(
             {
@@ -389,10 +452,7 @@ class Run:
     def _boot(self, socket_dir: Path, password: str) -> Boot:
         settings, endpoint, sized = self._services.settings, self._endpoint, self._resources
         listen = settings.tunnel_listen_host
-        max_connections, follow = sized.max_connections, None
-        if self.read_only:
-            # No fewer than any primary of this timeline may have (postgres_conf.py knows those with a size).
-            max_connections = max(max_connections, settings.max_connections)
+        follow = None
         if endpoint.follows:
             assert self._timeline.start_lsn is not None  # noqa: S101 - the manager starts finished timelines only
             follow = Follow(
@@ -421,7 +481,7 @@ class Run:
                 standby_names=[] if self.read_only else [each.node_id for each in settings.safekeepers],
                 read_only=self.read_only,
                 shared_buffers_mb=sized.shared_buffers_mb,
-                max_connections=max_connections,
+                max_connections=self._max_connections(),
                 work_mem_mb=sized.work_mem_mb,
                 maintenance_work_mem_mb=sized.maintenance_work_mem_mb,
                 max_parallel_workers=sized.max_parallel_workers,

@@ -25,6 +25,10 @@ MAX_CONNECTIONS: Final = 1000
 """Of the largest: no read-only endpoint may allow less than any primary of its branch has."""
 
 
+RESERVED_CONNECTIONS: Final = 3
+"""Postgres keeps them for superusers: the agent (superuser_reserved_connections)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Resources:
     volume_mb: int

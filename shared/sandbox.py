@@ -11,7 +11,8 @@ root, and as anybody else where user namespaces are allowed.
 
 With `Isolation.NONE` (Docker without CAP_SYS_ADMIN, for one) it gets a directory of mode 700 under /dev/shm: also only
 in memory, but visible to its user and to root, and somebody must call `wipe`. Processes die with the thread that
-started them (PR_SET_PDEATHSIG); their own children do not.
+started them (PR_SET_PDEATHSIG); their own children do not. Who was killed wipes nothing: `sandboxes_dir` keeps all of
+an installation in one place, where its next start does.
 
 Not promised: that pages of the tmpfs are never swapped. Where the kernel knows `noswap` (6.4) and we are root, it is
 set.
@@ -21,12 +22,15 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import functools
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -34,7 +38,10 @@ from typing import Final
 from shared.errors import InvalidInputError, UnavailableError
 
 SHARED_MEMORY_DIR: Final = Path("/dev/shm")  # noqa: S108 - the point is that it is in memory
+_PREFIX: Final = "keylake-"
 _PROBE_TIMEOUT_S: Final = 15.0
+_DYING_S: Final = 10.0
+"""A postmaster gives its children 5 s when it is killed by the death of its parent; until then they may write files."""
 
 _DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 _NAMESPACES: Final = ("--mount", "--pid", "--ipc", "--fork", "--kill-child=KILL")
@@ -84,6 +91,55 @@ def detect_isolation() -> Isolation:
     return Isolation.NAMESPACES if probe.returncode == 0 else Isolation.NONE
 
 
+def _memory_dir() -> Path | None:
+    """None: there is none that we may use."""
+    usable = SHARED_MEMORY_DIR.is_dir() and os.access(SHARED_MEMORY_DIR, os.W_OK)
+    return SHARED_MEMORY_DIR if usable else None
+
+
+@contextlib.contextmanager
+def sandboxes_dir(link: Path) -> Iterator[Path]:
+    """A directory for the sandboxes of one installation, in memory where there is some. It is told at `link`, a
+    symbolic link in a directory that is ours alone: what an earlier life that was killed has left is removed at the
+    start, so its processes must have ended, or be about to.
+
+    Raises UnavailableError when that cannot be removed: nobody else would.
+    """
+    _remove_linked(link)
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_memory_dir()))
+    directory.chmod(0o711)  # sandboxes of other owners lie in it, of mode 700 each
+    link.symlink_to(directory)
+    try:
+        yield directory
+    finally:
+        _remove_linked(link)
+
+
+def _remove_linked(link: Path) -> None:
+    if not link.is_symlink():
+        return
+    directory = link.readlink()
+    deadline = time.monotonic() + _DYING_S
+    while _is_ours(directory):
+        try:
+            shutil.rmtree(directory, onerror=_ignore_missing)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"{directory}, of an earlier life, cannot be removed: {error.strerror}"
+                ) from None
+    link.unlink()
+
+
+def _is_ours(directory: Path) -> bool:
+    """There, and not somebody else's who got the same name after the machine was started anew."""
+    try:
+        state = directory.lstat()
+    except FileNotFoundError:
+        return False
+    return directory.name.startswith(_PREFIX) and stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
+
+
 @dataclass(frozen=True, slots=True)
 class Sandbox:
     """Where and how one process tree runs. Made by `create`; `wipe` when every process of it is gone."""
@@ -111,18 +167,16 @@ class Sandbox:
     ) -> Sandbox:
         """Make the directory, below `parent_dir` or else /dev/shm, or the directory for temporary files without it.
 
-        With NONE the directory holds the content, so `parent_dir` is ignored and a machine without /dev/shm is an
-        error. Raises UnavailableError.
+        With NONE the directory holds the content, so a `parent_dir` elsewhere than in /dev/shm is an error, and so is a
+        machine without that. Raises UnavailableError.
         """
         if size_bytes < 1:
             raise InvalidInputError("a sandbox needs a size")
         isolation = isolation or detect_isolation()
-        has_shared_memory = SHARED_MEMORY_DIR.is_dir() and os.access(SHARED_MEMORY_DIR, os.W_OK)
-        if isolation is Isolation.NONE and not has_shared_memory:
+        parent_dir = parent_dir or _memory_dir()
+        if isolation is Isolation.NONE and (parent_dir is None or not parent_dir.is_relative_to(SHARED_MEMORY_DIR)):
             raise UnavailableError("neither namespaces nor /dev/shm: nowhere to put plaintext but a disk")
-        if isolation is Isolation.NONE or parent_dir is None:
-            parent_dir = SHARED_MEMORY_DIR if has_shared_memory else None
-        directory = Path(tempfile.mkdtemp(prefix="keylake-", dir=parent_dir))
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent_dir))
         if isolation is Isolation.NONE and owner is not None:
             os.chown(directory, *owner)
         return cls(isolation, directory, size_bytes, network, owner)

@@ -25,9 +25,10 @@ from compute.agent.postgres import CrashedError
 from compute.agent.postgres_conf import POSTGRES_PORT
 from shared.api.pageserver import ADMIN_ROLE
 from shared.telemetry import get_logger
+from shared.wire.pgstartup import SSLRequest
 
 _log = get_logger(__name__)
-_TIMEOUT_S: Final = 5.0
+TIMEOUT_S: Final = 5.0
 _MISSES: Final = 3
 """So many looks in a row must fail: one may, after the whole machine has slept."""
 
@@ -62,7 +63,7 @@ async def watch(
     while True:
         await asyncio.sleep(interval_s)
         try:
-            idle_s = await look(min(_TIMEOUT_S, liveness_timeout_s / _MISSES))
+            idle_s = await look(min(TIMEOUT_S, liveness_timeout_s / _MISSES))
         except asyncpg.PostgresError as error:
             _log.info("cannot see whether Postgres is idle", error=type(error).__name__)
             answered_at, misses = loop.time(), 0
@@ -78,6 +79,19 @@ async def watch(
         if idle_s is not None:
             last_use = max(last_use, loop.time() - idle_s)
         await report(loop.time() - last_use)
+
+
+async def knock(socket_dir: Path, timeout_s: float) -> None:
+    """Returns when the postmaster takes a connection and gives it a process, which says whether it has TLS: before who
+    comes has said who that is, and without a line in the log. Raises OSError, TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_unix_connection(str(socket_dir / f".s.PGSQL.{POSTGRES_PORT}"))
+        try:
+            writer.write(SSLRequest().serialize())
+            if not await reader.read(1):
+                raise ConnectionResetError("Postgres closed the connection")
+        finally:
+            writer.close()
 
 
 async def look(socket_dir: Path, admin_password: str, timeout_s: float) -> float | None:

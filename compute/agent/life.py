@@ -20,14 +20,14 @@ which needs no network for it.
 from __future__ import annotations
 
 import asyncio
-import functools
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import asyncpg
 
 from compute.agent import idle
 from compute.agent.basebackup import check_control_file
@@ -42,10 +42,13 @@ from compute.agent.postgres_conf import (
 )
 from compute.agent.processes import kill_descendants
 from compute.agent.protocol import (
+    BEATS_PER_TIMEOUT,
     MAX_LOG_CONTENT_SIZE_BYTES,
+    Alive,
     Boot,
     Ended,
     Idle,
+    InUse,
     LogContent,
     Prepared,
     ReadLog,
@@ -65,7 +68,7 @@ from shared.api.keymanager import KeyState, Role
 from shared.api.safekeeper import ComputeAddress
 from shared.crypto.aead import AeadKey, default_suite
 from shared.crypto.secret import SecretKey
-from shared.errors import KeyAccessError, KeylakeError
+from shared.errors import IntegrityError, KeyAccessError, KeylakeError
 from shared.ids import ProjectId
 from shared.keyclient import KeyClient
 from shared.lease import KeyLoss, Lease
@@ -188,7 +191,7 @@ class Agent:
         if self._work.done():
             error = self._work.exception()
             if error is None or isinstance(error, CrashedError):
-                return f"{error or 'Postgres ended by itself'}{self._full_volume()}", False, True
+                return f"{error or 'Postgres ended by itself'}{self._failed_volume()}", False, True
             if isinstance(error, KeylakeError):
                 if isinstance(error, KeyAccessError):
                     self._lost.set_result(KeyLoss(self._boot.project_id, _state_of(error), str(error), None))
@@ -199,12 +202,14 @@ class Agent:
             return f"the volume failed: {self._volume.failed.result()}", False, True
         return "the manager is gone, or a newer instance took over", False, False
 
-    def _full_volume(self) -> str:
-        """What explains a crash, if it does: Postgres ends when there is no room for WAL, or for what it replays."""
-        with suppress(OSError):
-            room = os.statvfs(self._volume.path)
-            if room.f_bavail * room.f_frsize < WAL_SEGMENT_SIZE_BYTES:
-                return f": its volume of {self._volume.size_bytes >> 20} MiB is full"
+    def _failed_volume(self) -> str:
+        """What explains a crash, if it does: Postgres ends when there is no room for WAL, or for what it replays. Does
+        not touch the files: who serves them may hang, and whoever waits for them could not kill it."""
+        if self._volume.failed.done():
+            return f": the volume failed: {self._volume.failed.result()}"
+        free_bytes = self._volume.free_bytes
+        if free_bytes is not None and free_bytes < WAL_SEGMENT_SIZE_BYTES:
+            return f": its volume of {self._volume.size_bytes >> 20} MiB is full"
         return ""
 
     async def _listen(self) -> None:
@@ -218,13 +223,23 @@ class Agent:
                     if not self._start.done():
                         self._start.set_result(message)
                 case Stop():
-                    if not self._stop.done():
+                    if message.unused_for_s is not None and await self._is_used(message.unused_for_s):
+                        await self._pipe.send(InUse())
+                    elif not self._stop.done():
                         self._stop.set_result(message)
                 case ReadLog():
-                    text = self._sealed_log.tail(MAX_LOG_CONTENT_SIZE_BYTES).decode(errors="replace")
-                    await self._pipe.send(LogContent(text=text))
+                    await self._pipe.send(self._log_content())
                 case Boot():
                     return
+
+    def _log_content(self) -> LogContent:
+        try:
+            tail = self._sealed_log.tail(MAX_LOG_CONTENT_SIZE_BYTES)
+        except IntegrityError as error:
+            return LogContent(text="", problem=str(error))
+        except OSError as error:
+            return LogContent(text="", problem=f"the log cannot be read: {error.strerror}")
+        return LogContent(text=tail.decode(errors="replace"))
 
     # --- up ---
 
@@ -277,23 +292,42 @@ class Agent:
         await self._watch(self._postgres)
 
     async def _watch(self, postgres: ComputePostgres) -> None:
-        """Until it has ended. Raises CrashedError when it does not answer."""
-        boot, replica = self._boot, self._replica
-        look: idle.Look = (
-            functools.partial(idle.look, boot.socket_dir, self._admin_password) if replica is None else replica.look
-        )
-        watch = idle.watch(look, boot.idle_poll_interval_s, boot.liveness_timeout_s, self._report_idle)
+        """Until it has ended. Raises CrashedError when it does not answer. Meanwhile the volume is watched, and the
+        manager hears that we do not hang."""
+        boot = self._boot
+        watch = idle.watch(self._look, boot.idle_poll_interval_s, boot.liveness_timeout_s, self._report_idle)
         ending = asyncio.create_task(postgres.wait(), name="postgres end")
         watching = asyncio.create_task(watch, name="idle watch")
-        either: set[asyncio.Future[Any]] = {watching, ending}
+        volume = asyncio.create_task(self._volume.watch(boot.liveness_timeout_s), name="volume watch")
+        beating = asyncio.create_task(self._beat(boot.liveness_timeout_s / BEATS_PER_TIMEOUT), name="heartbeat")
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({watching, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not ending.done():
                 watching.result()  # raises: it does not answer
         finally:
-            for task in either:
+            tasks: tuple[asyncio.Task[Any], ...] = (watching, ending, volume, beating)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*either, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _look(self, timeout_s: float) -> float | None:
+        """`idle.Look`"""
+        if self._replica is None:
+            return await idle.look(self._boot.socket_dir, self._admin_password, timeout_s)
+        return await self._replica.look(timeout_s)
+
+    async def _is_used(self, within_s: float) -> bool:
+        """Or it cannot be seen."""
+        try:
+            idle_s = await self._look(idle.TIMEOUT_S)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+            return True
+        return idle_s is not None and idle_s < within_s
+
+    async def _beat(self, interval_s: float) -> None:
+        while True:
+            await self._pipe.send(Alive())
+            await asyncio.sleep(interval_s)
 
     async def _report_idle(self, idle_s: float) -> None:
         await self._pipe.send(Idle(idle_s=idle_s))

@@ -81,6 +81,14 @@ def kill_descendants(timeout_s: float = 5.0) -> int:
     return len(killed)
 
 
+def kill_tree(root: int) -> None:
+    """SIGKILL `root` and all its descendants, none of whom sees another one die. Does not wait for their ends."""
+    family = _with_descendants([root])
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in family:
+            _signal(pid, number)
+
+
 def _signal(pid: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):  # it was faster
         os.kill(pid, number)

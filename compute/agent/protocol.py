@@ -5,10 +5,11 @@
       │ ◄───────────────── Prepared ────  │
       │ ── Start ──────────────────────►  │  basebackup, roles, Postgres        (Tokens again, every now and then)
       │ ◄────────────────── Running ────  │
-      │ ◄─────────── Idle, Replayed ────  │  every few seconds
+      │ ◄──── Alive, Idle, Replayed ────  │  every few seconds
       │ ── ReadLog ────────────────────►  │
       │ ◄─────────────── LogContent ────  │
       │ ── Stop, or end of file ───────►  │  Postgres down, key and volume gone
+      │ ◄──────────────────── InUse ────  │  or not: it was to stop only if nobody uses it
       │ ◄──────────────────── Ended ────  │  exits
 
 Secrets (tokens, the safekeepers' password) pass through this pipe only: nothing secret is in the agent's argv,
@@ -34,6 +35,7 @@ from shared.lsn import Lsn
 MAX_LINE_SIZE_BYTES: Final = 1024 * 1024
 MAX_LOG_CONTENT_SIZE_BYTES: Final = 128 * 1024
 NO_TERM: Final = 0
+BEATS_PER_TIMEOUT: Final = 6
 
 SAFEKEEPER_ROLE: Final = "keylake_safekeeper"
 """May only replicate. Its password is made anew for every boot and known to the safekeepers alone."""
@@ -104,7 +106,7 @@ class Boot(ApiModel):
     idle_poll_interval_s: float = Field(default=5.0, gt=0)
     """How often to look for how long Postgres has been idle."""
     liveness_timeout_s: float = Field(default=30.0, gt=0)
-    """A Postgres that has not answered for as long is killed."""
+    """A Postgres, a volume's server or an agent that has not answered for as long is killed."""
     tunnel: Address | None = None
     tunnel_advertised_host: str | None = None
 
@@ -139,6 +141,8 @@ class Stop(ApiModel):
 
     op: Literal["stop"] = "stop"
     timeout_s: float = Field(gt=0)
+    unused_for_s: float | None = Field(default=None, ge=0)
+    """Set: only if nobody has used it for as long. That was so when it was last told, which may be a while ago."""
 
 
 class ReadLog(ApiModel):
@@ -163,6 +167,12 @@ class Running(ApiModel):
     stages: list[StageTiming]
 
 
+class Alive(ApiModel):
+    """The agent itself does not hang. Sent BEATS_PER_TIMEOUT times in each `liveness_timeout_s` once it is Running."""
+
+    op: Literal["alive"] = "alive"
+
+
 class Idle(ApiModel):
     """For how long nobody has used Postgres: no statement, no open transaction, no autovacuum. See idle.py."""
 
@@ -182,9 +192,17 @@ class Replayed(ApiModel):
     """Why no WAL comes."""
 
 
+class InUse(ApiModel):
+    """It does not stop: somebody uses it, or it cannot be seen whether anybody does."""
+
+    op: Literal["in_use"] = "in_use"
+
+
 class LogContent(ApiModel):
     op: Literal["log_content"] = "log_content"
     text: str = Field(repr=False)
+    problem: str = ""
+    """Why there is none: what lies on the disk is not what was written."""
 
 
 class Ended(ApiModel):
@@ -202,7 +220,9 @@ class Ended(ApiModel):
 
 
 ToAgent = Annotated[Boot | Tokens | Start | Stop | ReadLog, Field(discriminator="op")]
-FromAgent = Annotated[Prepared | Running | Idle | Replayed | LogContent | Ended, Field(discriminator="op")]
+FromAgent = Annotated[
+    Prepared | Running | Alive | Idle | Replayed | InUse | LogContent | Ended, Field(discriminator="op")
+]
 _TO_AGENT: TypeAdapter[ToAgent] = TypeAdapter(ToAgent)
 _FROM_AGENT: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)
 

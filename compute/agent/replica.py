@@ -117,7 +117,8 @@ class Replica:
         return True
 
     async def look(self, timeout_s: float) -> float | None:
-        """`idle.Look`"""
+        """`idle.Look`. The session is an old one, which Postgres goes on with also when nobody gets a new one."""
+        await idle.knock(self._socket_dir, timeout_s)
         return await idle.ask(self._session, timeout_s)
 
     async def report(self, send: Callable[[Replayed], Awaitable[None]]) -> None:

@@ -1,24 +1,35 @@
 /*
  * guard.c: what a commit means cannot be talked away. Loaded by shared_preload_libraries into a compute's stock
- * (unpatched) PostgreSQL 16, which has no other way to say these two things.
+ * (unpatched) PostgreSQL 16, which has no other way to say these things.
  *
  *   - synchronous_commit is `on` for everybody but the agent. Postgres lets every user ask for less, and `local` would
  *     mean the compute's memory here: a client would be told of commits that no quorum holds. Whoever asks for another
  *     value gets `on`, and SHOW says so. (remote_apply as well: safekeepers apply nothing.)
- *   - The WARNING of a cancelled wait for the quorum (SyncRepWaitForLSN in syncrep.c) always reaches the client, whatever
- *     client_min_messages is. Postgres reports success behind it; the proxy ends the session there instead
- *     (compute/proxy/backend_stream.py).
+ *   - A wait for the quorum (SyncRepWaitForLSN in syncrep.c) that is cancelled, or whose session is terminated, goes on.
+ *     Postgres would end it and make the commit visible: others would read, and be told of, what is gone when the
+ *     compute is lost before a quorum holds it.
+ *   - The WARNING that says so always reaches the client, whatever client_min_messages is, and before the wait goes on.
+ *     The proxy ends the client's session there (compute/proxy/backend_stream.py), so nobody has to wait.
+ *
+ * Postgres logs that WARNING before it leaves the queue of those who wait, and nothing of it can be seen before it has:
+ * so the hook of the log is the place to wait in.
  */
 #include "postgres.h"
+
+#include <unistd.h>
 
 #include "access/xact.h"
 #include "catalog/pg_authid_d.h"
 #include "fmgr.h"
 #include "libpq/libpq-be.h"
 #include "miscadmin.h"
+#include "replication/syncrep.h"
+#include "storage/latch.h"
+#include "storage/proc.h"
 #include "tcop/tcopprot.h"
 #include "utils/elog.h"
 #include "utils/guc_tables.h"
+#include "utils/wait_event.h"
 
 PG_MODULE_MAGIC;
 
@@ -27,12 +38,38 @@ PGDLLEXPORT void _PG_init(void);
 static emit_log_hook_type next_log_hook;
 static GucEnumCheckHook next_check;
 
+/* Until a quorum holds the commit. The rest of SyncRepWaitForLSN, without its ways out. */
 static void
-tell_client(ErrorData *edata)
+go_on_waiting(void)
 {
-	if (edata->elevel == WARNING && edata->funcname != NULL && strcmp(edata->funcname, "SyncRepWaitForLSN") == 0 &&
-		whereToSendOutput == DestRemote)
-		edata->output_to_client = true;
+	for (;;)
+	{
+		ResetLatch(MyLatch);
+		if (MyProc->syncRepState == SYNC_REP_WAIT_COMPLETE)
+			return;
+		if (WaitLatch(MyLatch, WL_LATCH_SET | WL_POSTMASTER_DEATH, -1, WAIT_EVENT_SYNC_REP) & WL_POSTMASTER_DEATH)
+			_exit(2); /* as on SIGQUIT: whoever is still there shall not see it */
+	}
+}
+
+static void
+guard_wait(ErrorData *edata)
+{
+	static bool telling = false;
+
+	if (telling)
+		edata->output_to_client = (whereToSendOutput == DestRemote);
+	else if (edata->elevel == WARNING && edata->funcname != NULL && strcmp(edata->funcname, "SyncRepWaitForLSN") == 0)
+	{
+		/* Once more, as the one at hand goes out behind this hook only. */
+		telling = true;
+		ereport(WARNING,
+				(errcode(edata->sqlerrcode), errmsg_internal("%s", edata->message),
+				 errdetail_internal("It goes on on the server: the transaction takes effect when a quorum holds it.")));
+		telling = false;
+		go_on_waiting();
+		edata->output_to_client = edata->output_to_server = false;
+	}
 	if (next_log_hook != NULL)
 		next_log_hook(edata);
 }
@@ -68,5 +105,5 @@ _PG_init(void)
 	next_check = setting->check_hook;
 	setting->check_hook = check_synchronous_commit;
 	next_log_hook = emit_log_hook;
-	emit_log_hook = tell_client;
+	emit_log_hook = guard_wait;
 }

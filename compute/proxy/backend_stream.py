@@ -8,10 +8,10 @@ beginning of one that is not complete is held back. Messages above HOLD_LIMIT_BY
 bound the memory; a session that ends in the middle of one of these ends without a word.
 
 **Cancelled commits.** When the wait for the quorum is cancelled (a cancel request, statement_timeout,
-pg_terminate_backend), stock Postgres sends a WARNING and then reports success, although the commit may exist on the
-compute only (SyncRepWaitForLSN in syncrep.c). A client would take that for durable. So from that WARNING on nothing
-is passed on. It is recognised by the field R, which holds the C function's name and is not translated, or by its text
-(lc_messages is C there).
+pg_terminate_backend), Postgres sends a WARNING. Stock Postgres then reports success, although the commit may exist on
+the compute only (SyncRepWaitForLSN in syncrep.c); a compute's goes on waiting (compute/guard), and the client, which
+does not want to, is told that nobody knows yet. So from that WARNING on nothing is passed on. It is recognised by its
+text (lc_messages is C there), or by the field R, which holds the C function's name.
 """
 
 from __future__ import annotations

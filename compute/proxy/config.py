@@ -45,6 +45,12 @@ class ProxySettings(ServiceSettings):
     max_handshakes: int = Field(
         default=500, ge=1, description="connections that have not said yet whom they want; more wait for their turn"
     )
+    max_address_handshakes: int | None = Field(
+        default=None,
+        ge=1,
+        description="of these, how many may come from one address (of IPv6: from one /64), behind a load balancer from "
+        "one that it names; more are refused (SQLSTATE 53000). Unset: all of them",
+    )
     startup_timeout_s: float = Field(default=10.0, gt=0, description="from connect to a complete start-up packet")
     wake_timeout_s: float = Field(default=120.0, gt=0, description="how long a client waits for its compute to start")
     auth_timeout_s: float = Field(default=30.0, gt=0, description="from the start-up packet's passing on to logged in")

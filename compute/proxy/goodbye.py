@@ -81,9 +81,10 @@ def commit_in_doubt() -> bytes:
     return _fatal(
         "08007",
         "transaction resolution unknown: the wait for a quorum of safekeepers was cancelled",
-        detail="The transaction has committed on the compute, but it is not known to be durable: "
-        "it may be there, or be gone, after the compute's next start.",
-        hint="Reconnect and look whether it took effect before you repeat it.",
+        detail="The transaction takes effect, and can be seen, when a quorum holds it; "
+        "it does not if the compute is lost before.",
+        hint="Reconnect and look before you repeat it. While commits wait, one that cannot be seen may still take "
+        "effect; it keeps its locks until then.",
     )
 
 

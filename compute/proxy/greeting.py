@@ -26,6 +26,7 @@ from typing import Final
 
 from compute.proxy import goodbye, proxy_protocol
 from compute.proxy.cancel import CancelKeys
+from compute.proxy.crowd import Crowd
 from compute.proxy.proxy_protocol import Peer
 from compute.proxy.session import ClientSide
 from shared.errors import UnauthenticatedError
@@ -77,12 +78,14 @@ class Manners:
     proxy_protocol_from: tuple[IPv4Network | IPv6Network, ...] = ()
 
 
-async def greet(connection: socket.socket, tls: FrontTls, cancel_keys: CancelKeys, manners: Manners) -> Greeting | None:
+async def greet(
+    connection: socket.socket, tls: FrontTls, cancel_keys: CancelKeys, manners: Manners, crowd: Crowd
+) -> Greeting | None:
     """None when the client went away or was refused. Takes the socket over.
 
-    Raises ProtocolViolationError, OSError; the caller bounds the time, and closes the socket if this raises.
+    Raises ProtocolViolationError, OSError, OverloadedError; the caller bounds the time, and closes the socket if this
+    raises.
     """
-    loop = asyncio.get_running_loop()
     peer = _peer(connection)
     plain_is_good = manners.allow_plaintext_loopback and _is_loopback(peer)
     if peer is not None and any(peer.address in network for network in manners.proxy_protocol_from):
@@ -90,6 +93,14 @@ async def greet(connection: socket.socket, tls: FrontTls, cancel_keys: CancelKey
         # Whoever comes through a load balancer on this machine is not on this machine, and cannot say so.
         plain_is_good = plain_is_good and (named is None or _is_loopback(named))
         peer = named or peer
+    with crowd.place_for(peer):
+        return await _shake_hands(connection, tls, cancel_keys, peer, plain_is_good=plain_is_good)
+
+
+async def _shake_hands(
+    connection: socket.socket, tls: FrontTls, cancel_keys: CancelKeys, peer: Peer | None, *, plain_is_good: bool
+) -> Greeting | None:
+    loop = asyncio.get_running_loop()
     if await _peek(connection) == _TLS_HANDSHAKE:
         return await _over_tls(connection, tls, cancel_keys, peer, direct=True)
     gss_refused = False

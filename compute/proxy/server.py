@@ -6,21 +6,22 @@ import asyncio
 import collections
 import contextlib
 import socket
-from typing import Final
+from typing import Final, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from compute.proxy import goodbye
 from compute.proxy.cancel import CancelKeys
 from compute.proxy.config import ProxySettings
+from compute.proxy.crowd import Crowd
 from compute.proxy.directory import Directory, open_compute
 from compute.proxy.greeting import FrontTls, Greeting, Manners, greet
 from compute.proxy.projects import Projects
 from compute.proxy.routing import Route, route
 from compute.proxy.session import ClientSide, ServerSide, as_stream
 from shared.api.compute import ConnectTarget
-from shared.errors import KeyAccessError, KeylakeError, UnavailableError
-from shared.ids import EndpointId
+from shared.errors import KeyAccessError, KeylakeError, OverloadedError, UnavailableError
+from shared.ids import EndpointId, InstanceId
 from shared.lease import Lease
 from shared.telemetry import get_logger
 from shared.tracing import Kind, span
@@ -28,6 +29,7 @@ from shared.wire.buffer import ProtocolViolationError
 from shared.wire.pgstartup import CancelRequest, StartupMessage
 
 _log = get_logger(__name__)
+_Key = TypeVar("_Key")
 
 _BACKLOG: Final = 4096
 """Connections that the kernel completes and keeps until they are taken; its own limit is net.core.somaxconn."""
@@ -64,8 +66,11 @@ class ProxyServer:
         self._clients: dict[ClientSide, EndpointId] = {}
         """All that have said whom they want, also those that wait for it."""
         self._per_endpoint: collections.Counter[EndpointId] = collections.Counter()
+        self._per_compute: collections.Counter[InstanceId] = collections.Counter()
+        """Those that do not wait for it any more."""
         self._draining = False
         self._all_gone = asyncio.Event()
+        self._crowd = Crowd(settings.max_address_handshakes)
         self._manners = Manners(settings.allow_plaintext_loopback, settings.proxy_protocol_from)
         self._opened = Counter("keylake_proxy_sessions", "Sessions that reached a compute", registry=registry)
         self._refused = Counter("keylake_proxy_refused", "Sessions refused", ["sqlstate"], registry=registry)
@@ -169,8 +174,10 @@ class ProxyServer:
                     self._tls,
                     self._cancel_keys,
                     self._manners,
+                    self._crowd,
                 )
-        except ProtocolViolationError as error:
+        except (ProtocolViolationError, OverloadedError) as error:
+            self._refused.labels(error.sqlstate).inc()
             # A short word into an empty buffer: it fits, or the client is gone.
             with contextlib.suppress(OSError):
                 connection.send(goodbye.of_error(error))
@@ -222,9 +229,7 @@ class ProxyServer:
 
     def _gone(self, client: ClientSide) -> None:
         endpoint_id = self._clients.pop(client)
-        self._per_endpoint[endpoint_id] -= 1
-        if not self._per_endpoint[endpoint_id]:
-            del self._per_endpoint[endpoint_id]
+        _take_one(self._per_endpoint, endpoint_id)
         self._all_gone.set()
 
     async def _serve_route(self, client: ClientSide, wanted: Route) -> None:
@@ -247,18 +252,31 @@ class ProxyServer:
         for _ in range(_ATTEMPTS):
             with span("connect", Kind.SERVER, None):
                 target = await self._find(wanted)
-            lease = await self._enter(client, target)
+            if target.max_sessions is not None and self._per_compute[target.instance_id] >= target.max_sessions:
+                self._refuse(client, "53300", goodbye.too_many_connections_of_endpoint())
+                return
+            self._per_compute[target.instance_id] += 1
             try:
-                server, first_words = await self._open(client, target, wanted.startup)
-                if server is not None:
-                    self._opened.inc()
-                    await self._until_over(client, server, first_words, target, lease)
+                if await self._relay_to(client, target, wanted.startup):
                     return
             finally:
-                self._projects.leave(target.project_id, client)
+                _take_one(self._per_compute, target.instance_id)
             self._directory.forget(target)
         self._refused.labels("57P03").inc()
         client.end(goodbye.unreachable())
+
+    async def _relay_to(self, client: ClientSide, target: ConnectTarget, startup: StartupMessage) -> bool:
+        """Until the session is over. False: there is nobody."""
+        lease = await self._enter(client, target)
+        try:
+            server, first_words = await self._open(client, target, startup)
+            if server is None:
+                return False
+            self._opened.inc()
+            await self._until_over(client, server, first_words, target, lease)
+            return True
+        finally:
+            self._projects.leave(target.project_id, client)
 
     async def _find(self, wanted: Route) -> ConnectTarget:
         try:
@@ -339,6 +357,12 @@ class ProxyServer:
                 _log.info("a cancel request was not delivered", project_id=str(target.project_id))
             finally:
                 waiting.abort()
+
+
+def _take_one(counter: collections.Counter[_Key], key: _Key) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 class _UntilClosed(asyncio.Protocol):

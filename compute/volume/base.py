@@ -91,6 +91,15 @@ class Volume(Protocol):
         """A newer one for the pageserver."""
         ...
 
+    async def watch(self, timeout_s: float) -> None:
+        """Until cancelled. `failed` is done when who serves the volume has not answered for `timeout_s`."""
+        ...
+
+    @property
+    def free_bytes(self) -> int | None:
+        """None: who serves it would have to say so, and may hang; it says by itself when it is full (`failed`)."""
+        ...
+
     async def pages_fetched(self) -> int | None:
         """How many pages have come from the pageserver one by one. None: that is not how it works."""
         ...

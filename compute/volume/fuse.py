@@ -36,6 +36,8 @@ from shared.telemetry import get_logger
 
 _log = get_logger(__name__)
 _ANSWER_TIMEOUT_S: Final = 10.0
+_MISSES: Final = 3
+"""So many questions in a row must stay without an answer: one may, after the whole machine has slept."""
 
 
 class FuseVolume:
@@ -126,15 +128,40 @@ class FuseVolume:
         if self._opened:
             self._send(Token(token=token))
 
+    async def watch(self, timeout_s: float) -> None:
+        """By asking for its counts: its event loop answers that, and the kernel."""
+        misses = 0
+        while not self.failed.done():
+            await asyncio.sleep(timeout_s / _MISSES)
+            try:
+                await self._ask_counts(timeout_s / _MISSES)
+            except TimeoutError:
+                misses += 1
+            except KeylakeError:
+                return  # it is gone, and `failed` says why
+            else:
+                misses = 0
+            if misses >= _MISSES and not self.failed.done():
+                self.failed.set_result(UnavailableError(f"its server has not answered for {timeout_s:g} s"))
+
+    @property
+    def free_bytes(self) -> int | None:
+        return None
+
     async def pages_fetched(self) -> int | None:
         """Raises UnavailableError."""
-        self._counts = asyncio.get_running_loop().create_future()
-        self._send(ReadCounts())
         try:
-            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                return (await self._counts).pages_fetched
+            return (await self._ask_counts(_ANSWER_TIMEOUT_S)).pages_fetched
         except TimeoutError:
             raise UnavailableError("the volume's server did not answer") from None
+
+    async def _ask_counts(self, timeout_s: float) -> Counts:
+        """Raises TimeoutError, and why the server is gone. One answer is one for all who ask at the time."""
+        if self._counts is None or self._counts.done():
+            self._counts = asyncio.get_running_loop().create_future()
+            self._send(ReadCounts())
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.shield(self._counts)
 
     def wipe(self) -> None:
         mount.unmount(self.path)

@@ -4,12 +4,14 @@ One connection, made anew when it is lost; requests that had no answer are sent 
 ask for never changes. A request that stays without an answer for `timeout_s` fails.
 
 Pages that were fetched ahead wait here, in the clear, until they are asked for: MAX_AHEAD_PAGES at most, oldest out.
+They come and go in batches: one that has a page left holds them all. What could not be fetched ahead says nothing about
+what can be fetched now, so it is asked for again when it is wanted.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -25,7 +27,7 @@ _log = get_logger(__name__)
 
 BATCH_PAGES: Final = 32
 MAX_AHEAD_PAGES: Final = 2048
-"""16 MiB."""
+"""16 MiB, of batches that are not used up."""
 _MAX_AHEAD_REQUESTS: Final = 32
 _MAX_REQUESTS: Final = 96
 """In flight. The pageserver takes 128 of one connection, then it stops reading."""
@@ -38,11 +40,15 @@ Connect = Callable[[], Awaitable[FramedConnection]]
 class _Batch:
     """One request of consecutive blocks."""
 
-    __slots__ = ("first", "task")
+    __slots__ = ("blocks", "is_ahead", "left", "rel", "task")
 
-    def __init__(self, first: int, task: asyncio.Task[list[bytes]]) -> None:
-        self.first = first
+    def __init__(self, rel: RelTag, blocks: range, task: asyncio.Task[list[bytes]], *, is_ahead: bool) -> None:
+        self.rel = rel
+        self.blocks = blocks
         self.task = task
+        self.is_ahead = is_ahead
+        self.left = len(blocks)
+        """That nobody has asked for."""
 
 
 class PageClient:
@@ -55,7 +61,11 @@ class PageClient:
         self._connection: _Pipeline | None = None
         self._connecting = asyncio.Lock()
         self._slots = asyncio.Semaphore(_MAX_REQUESTS)
-        self._ahead: OrderedDict[tuple[RelTag, int], _Batch] = OrderedDict()
+        self._ahead: dict[tuple[RelTag, int], _Batch] = {}
+        """By block that nobody has asked for yet."""
+        self._batches: dict[_Batch, None] = {}
+        """Those of `_ahead`, oldest first."""
+        self._batches_pages = 0
         self._ahead_requests = 0
         self.pages_fetched = 0
 
@@ -64,7 +74,7 @@ class PageClient:
         runs: list[tuple[_Batch, int, int]] = []  # (batch, from, to) in blocks
         block, end = first_block, first_block + count
         while block < end:
-            batch = self._ahead.pop((rel, block), None)
+            batch = self._take_ahead(rel, block)
             if batch is not None and runs and runs[-1][0] is batch:
                 runs[-1] = (batch, runs[-1][1], block + 1)
                 block += 1
@@ -75,34 +85,59 @@ class PageClient:
                 stop = block + 1
                 while stop < end and stop - block < BATCH_PAGES and (rel, stop) not in self._ahead:
                     stop += 1
-                runs.append((_Batch(block, self._fetch(rel, block, stop - block)), block, stop))
+                runs.append((self._batch(rel, range(block, stop)), block, stop))
                 block = stop
         # All of them, even when one fails: a task whose error nobody takes would be one more in the log.
         results = await asyncio.gather(*(batch.task for batch, _, _ in runs), return_exceptions=True)
         found: list[bytes] = []
         for (batch, start, stop), result in zip(runs, results, strict=True):
-            if isinstance(result, BaseException):
+            if isinstance(result, KeylakeError) and batch.is_ahead:
+                found += await self._fetch(rel, start, stop - start)
+            elif isinstance(result, BaseException):
                 raise result
-            found += result[start - batch.first : stop - batch.first]
+            else:
+                found += result[start - batch.blocks.start : stop - batch.blocks.start]
         return found
 
     def prefetch(self, rel: RelTag, first_block: int, count: int) -> None:
         for start in range(first_block, first_block + count, BATCH_PAGES):
             if self._ahead_requests >= _MAX_AHEAD_REQUESTS:
                 return
-            blocks = range(start, min(start + BATCH_PAGES, first_block + count))
+            batch = self._batch(rel, range(start, min(start + BATCH_PAGES, first_block + count)), is_ahead=True)
             self._ahead_requests += 1
-            batch = _Batch(start, self._fetch(rel, start, len(blocks)))
-            batch.task.add_done_callback(self._arrived_ahead)
-            for block in blocks:
+            batch.task.add_done_callback(functools.partial(self._arrived_ahead, batch))
+            for block in batch.blocks:
+                self._take_ahead(rel, block)
                 self._ahead[rel, block] = batch
-        while len(self._ahead) > MAX_AHEAD_PAGES:
-            self._ahead.popitem(last=False)
+            self._batches[batch] = None
+            self._batches_pages += len(batch.blocks)
+            while self._batches_pages > MAX_AHEAD_PAGES:
+                self._forget(next(iter(self._batches)))
 
-    def _arrived_ahead(self, task: asyncio.Task[list[bytes]]) -> None:
+    def _take_ahead(self, rel: RelTag, block: int) -> _Batch | None:
+        """It is handed over once: the kernel keeps it."""
+        batch = self._ahead.pop((rel, block), None)
+        if batch is not None:
+            batch.left -= 1
+            if not batch.left:
+                self._forget(batch)
+        return batch
+
+    def _forget(self, batch: _Batch) -> None:
+        if batch in self._batches:
+            del self._batches[batch]
+            self._batches_pages -= len(batch.blocks)
+            for block in batch.blocks:
+                if self._ahead.get((batch.rel, block)) is batch:
+                    del self._ahead[batch.rel, block]
+
+    def _arrived_ahead(self, batch: _Batch, task: asyncio.Task[list[bytes]]) -> None:
         self._ahead_requests -= 1
-        if not task.cancelled():
-            task.exception()  # retrieved: perhaps nobody asks for these pages
+        if task.cancelled() or task.exception() is not None:  # retrieved: perhaps nobody asks for these pages
+            self._forget(batch)
+
+    def _batch(self, rel: RelTag, blocks: range, *, is_ahead: bool = False) -> _Batch:
+        return _Batch(rel, blocks, self._fetch(rel, blocks.start, len(blocks)), is_ahead=is_ahead)
 
     def _fetch(self, rel: RelTag, first_block: int, count: int) -> asyncio.Task[list[bytes]]:
         return asyncio.create_task(self._fetched(rel, first_block, count))
@@ -137,9 +172,9 @@ class PageClient:
             return self._connection
 
     async def close(self) -> None:
-        for batch in self._ahead.values():
+        for batch in list(self._batches):
             batch.task.cancel()
-        self._ahead.clear()
+            self._forget(batch)
         if self._connection is not None:
             await self._connection.close()
 

@@ -79,6 +79,17 @@ class TmpfsVolume:
     def token(self, token: str) -> None:
         """Nothing is fetched any more."""
 
+    async def watch(self, timeout_s: float) -> None:
+        await asyncio.get_running_loop().create_future()  # the kernel serves it
+
+    @property
+    def free_bytes(self) -> int | None:
+        try:
+            room = os.statvfs(self.path)
+        except OSError:
+            return None
+        return room.f_bavail * room.f_frsize
+
     async def pages_fetched(self) -> int | None:
         return None
 

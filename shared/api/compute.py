@@ -164,6 +164,8 @@ class ConnectTarget(ApiModel):
     project_id: ProjectId
     instance_id: InstanceId
     compute: ComputeAddress
+    max_sessions: int | None = Field(default=None, ge=1)
+    """How many its Postgres takes, by the compute's size; None: nobody knows."""
 
 
 class ReplaceSafekeeper(ApiModel):

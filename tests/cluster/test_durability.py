@@ -252,10 +252,12 @@ async def test_without_a_quorum_commits_wait_and_are_not_lost(place: Place) -> N
 
 @pytest.mark.parametrize("warnings", ["warning", "error"])
 async def test_a_commit_that_is_cancelled_while_it_waits_is_no_success(place: Place, warnings: str) -> None:
-    """Postgres itself would say COMMIT. With client_min_messages = error it would not even warn."""
+    """Postgres itself would say COMMIT, and show it to everybody. With client_min_messages = error it would not even
+    warn."""
     paused = [place.cluster.service(name).pid for name in SAFEKEEPERS[:2]]
     connection, admin = await place.connect(), await place.connect()
     await connection.execute(f"SET client_min_messages = {warnings}")
+    there = "SELECT to_regclass('in_doubt') IS NOT NULL"
     try:
         for pid in paused:
             os.kill(pid, signal.SIGSTOP)
@@ -272,9 +274,16 @@ async def test_a_commit_that_is_cancelled_while_it_waits_is_no_success(place: Pl
             await committing
         # What the client was sent: not CREATE TABLE, but that nobody knows.
         await wait_until(connection.is_closed)
+        # And what would be gone if the compute were lost now, nobody sees.
+        assert not await admin.fetchval(there)
     finally:
         for pid in paused:
             os.kill(pid, signal.SIGCONT)
+
+    async def takes_effect() -> bool:
+        return bool(await admin.fetchval(there))
+
+    await wait_until(takes_effect)
     await admin.execute("DROP TABLE in_doubt")
     await admin.close()
     await place.check()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import asyncpg
 import pytest
 
 from compute.crashes import Crashes
+from compute.follower import Follower
 from keylake.ports import free_port
 from shared.api.compute import (
     ChangeEndpoint,
@@ -96,6 +98,12 @@ async def log_in(target: ConnectTarget, endpoint: CreatedEndpoint, **options: An
     )
 
 
+def be_impatient(cluster: ComputeCluster) -> None:
+    """From the next start on, who hangs is given up soon."""
+    settings = cluster.settings.model_copy(update={"liveness_timeout_s": 3.0, "idle_poll_interval_s": 0.1})
+    cluster.manager._services = replace(cluster.services, settings=settings)
+
+
 async def query_until_it_fails(connection: Any, timeout_s: float) -> None:
     async with asyncio.timeout(timeout_s):
         while True:
@@ -125,8 +133,19 @@ async def test_commits_are_quorum_durable_and_survive_the_loss_of_one_safekeeper
     waiting = asyncio.create_task(connection.execute("INSERT INTO t VALUES (1002)"))
     done, _ = await asyncio.wait({waiting}, timeout=1.0)
     assert not done
+    # Not even a cancel: until a quorum holds it, nobody sees it.
+    notices: list[str] = []
+    connection.add_log_listener(lambda _, message: notices.append(message.message))
+    other = await log_in(target, endpoint)
+    await other.execute("SELECT pg_cancel_backend($1)", connection.get_server_pid())
+    await wait_until(lambda: notices)
+    assert "canceling wait for synchronous replication" in notices[0]
+    assert await other.fetchval("SELECT count(*) FROM t WHERE a = 1002") == 0
+    assert not waiting.done()
     await cluster.safekeepers[1].start()
     await asyncio.wait_for(waiting, 20)
+    assert await other.fetchval("SELECT count(*) FROM t WHERE a = 1002") == 1
+    await other.close()
     await connection.close()
 
     # The one that was away longest is brought up again, too.
@@ -171,6 +190,8 @@ async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, clie
     assert "1536 MiB" in changed.volume
     connection = await log_in(target, endpoint)
     assert await connection.fetchval("SHOW shared_buffers") == "64MB"
+    reserved = int(await connection.fetchval("SHOW superuser_reserved_connections"))
+    assert target.max_sessions == int(await connection.fetchval("SHOW max_connections")) - reserved == 97
     assert await connection.fetchval("SHOW work_mem") == "5MB"
     assert await connection.fetchval("SHOW max_parallel_workers") == "0"
     await connection.execute("CREATE TABLE t (a int)")
@@ -211,7 +232,9 @@ async def test_revocation_kills_the_compute_and_refuses_starts_until_it_is_lifte
     assert not list(cluster.settings.runtime_dir.iterdir())
 
 
-async def test_who_starts_waits_for_a_turn_and_may_give_up(cluster: ComputeCluster, client: ServiceClient) -> None:
+async def test_who_starts_waits_for_a_turn_and_may_give_up(
+    cluster: ComputeCluster, client: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     endpoint = await make_endpoint(client, ProjectId.new())
     turns = cluster.manager._turns
     for _ in range(cluster.settings.max_starting):
@@ -232,25 +255,46 @@ async def test_who_starts_waits_for_a_turn_and_may_give_up(cluster: ComputeClust
     await again
     assert not turns.locked(), "who runs has given it back"
 
+    # Nor does one that waits for a quorum hold up the others.
+    async def never(follower: Follower) -> None:
+        await asyncio.get_running_loop().create_future()
 
-async def test_a_dead_agent_ends_the_run(cluster: ComputeCluster, client: ServiceClient) -> None:
+    monkeypatch.setattr(Follower, "run", never)
+    lost = await make_endpoint(client, ProjectId.new())
+    waiting = asyncio.create_task(reach(client, lost))
+    await wait_until(
+        lambda: any(run.plan is not None for run in cluster.manager._runs.values() if not run.ready.done())
+    )
+    assert not turns.locked()
+    await client.call(Endpoint, "POST", f"/v1/endpoints/{lost.endpoint_id}:kill")
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert turns._value == 1
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "has not said anything")])
+async def test_an_agent_that_is_dead_or_hangs_ends_the_run(
+    cluster: ComputeCluster, client: ServiceClient, number: signal.Signals, reason: str
+) -> None:
     """And too many in a row are not followed by another one at once."""
+    be_impatient(cluster)
     endpoint = await make_endpoint(client, ProjectId.new())
     cluster.manager._crashes[endpoint.endpoint_id] = Crashes(7)
     await reach(client, endpoint)
     [run] = cluster.manager._runs.values()
     assert run._agent is not None
-    os.kill(run._agent.pid, 9)
+    pid = run._agent.inner_pid
+    assert pid is not None
+    os.kill(pid, number)
 
     async def stopped() -> bool:
         return (await state_of(client, endpoint)).state is EndpointState.STOPPED
 
     await wait_until(stopped)
     dead = await state_of(client, endpoint)
-    assert "died" in dead.reason
+    assert reason in dead.reason
     assert dead.crashes == 8
     assert dead.next_start_at is not None
-    with pytest.raises(UnavailableError, match=r"crashed 8 times in a row \(.* died\)"):
+    with pytest.raises(UnavailableError, match=rf"crashed 8 times in a row \(.*{reason}"):
         await reach(client, endpoint)
     # Somebody who knows better does not have to wait. (Whether there is a basebackup depends on what was streamed.)
     with contextlib.suppress(ConflictError, UnavailableError):
@@ -412,6 +456,9 @@ async def test_the_process_and_what_its_death_takes_along(cluster: ComputeCluste
         leftovers = [cluster.settings.runtime_dir / "2" / "in-1", cluster.settings.log_dir / "2" / "in-1.log"]
         leftovers[0].mkdir(exist_ok=True)  # as of an agent that could not clean up
         leftovers[1].touch()
+        volumes = (cluster.settings.log_dir / "2" / "volumes").readlink()
+        leftovers.append(volumes / "keylake-1" / "pgdata")  # where there are no namespaces
+        leftovers[2].mkdir(parents=True)
         with log.open("wb") as output:
             process = await asyncio.to_thread(subprocess.Popen, argv, stderr=output)
         await wait_until(lambda: "compute manager is up" in log.read_text() or process.poll() is not None)
@@ -448,6 +495,13 @@ async def test_an_unused_compute_is_suspended(metadata_dsn: str) -> None:
             await connection.execute("INSERT INTO t VALUES (1)")
             await suspend_after(0.3)
             await asyncio.sleep(1)  # three times as long: nothing may happen
+            # Nor when the transaction was begun after the compute had last said that nobody uses it.
+            [run] = cluster.manager._runs.values()
+            resumed = run.resumed
+            run._unused.set_result(None)
+            await asyncio.wait_for(resumed, 20)
+            target = await reach(client, endpoint)
+            assert target.instance_id == run.instance_id
             await connection.execute("SELECT pg_sleep(1)")
             await suspend_after(0)
             await transaction.commit()

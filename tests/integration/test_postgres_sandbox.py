@@ -19,7 +19,7 @@ import pytest
 from shared import sandbox as sandbox_module
 from shared.errors import InvalidInputError, UnavailableError
 from shared.postgres import find_postgres, postgres_command, postgres_environment, unprivileged
-from shared.sandbox import Isolation, Sandbox, detect_isolation
+from shared.sandbox import Isolation, Sandbox, detect_isolation, sandboxes_dir
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 needs_namespaces = pytest.mark.skipif(detect_isolation() is Isolation.NONE, reason="this machine allows no namespaces")
@@ -209,6 +209,45 @@ def test_ends_with_the_process_that_started_it(isolation: Isolation) -> None:
     starter.stdout.close()
     os.close(read_end)
     directory.rmdir()  # nobody was left to call wipe; other sandboxes' directories are not ours to touch
+
+
+LEAVES_IT = """
+import os, signal, sys
+from pathlib import Path
+from shared.sandbox import Isolation, Sandbox, sandboxes_dir
+with sandboxes_dir(Path(sys.argv[1])) as parent:
+    sandbox = Sandbox.create(size_bytes=1 << 20, parent_dir=parent, isolation=Isolation.NONE)
+    (sandbox.directory / "pgdata").mkdir(mode=0o500)
+    (sandbox.directory / "file").write_text("secret")
+    print(sandbox.directory, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_installation_left_in_memory_is_removed_by_its_next_start(tmp_path: Path) -> None:
+    link, others = tmp_path / "volumes", tmp_path / "others"
+    with sandboxes_dir(others) as neighbour:
+        kept = Sandbox.create(size_bytes=SIZE, parent_dir=neighbour, isolation=Isolation.NONE)
+        killed = subprocess.run(
+            [sys.executable, "-c", LEAVES_IT, str(link)], stdout=subprocess.PIPE, text=True, check=False
+        )
+        left = Path(killed.stdout.strip())
+        assert (left / "file").read_text() == "secret"
+        with sandboxes_dir(link) as parent:
+            assert not left.parent.exists()
+            assert list(parent.iterdir()) == []
+        assert not parent.exists()
+        assert kept.directory.is_dir()
+    assert list(tmp_path.iterdir()) == []
+    # After the machine was started anew there is nothing. And what is no such directory is left alone.
+    (tmp_path / "documents").mkdir()
+    for target in ("nothing", "documents"):
+        link.symlink_to(tmp_path / target)
+        with sandboxes_dir(link):
+            pass
+    assert (tmp_path / "documents").is_dir()
+    with pytest.raises(UnavailableError, match="nowhere"):
+        Sandbox.create(size_bytes=SIZE, parent_dir=tmp_path, isolation=Isolation.NONE)
 
 
 NOT_ROOT = """

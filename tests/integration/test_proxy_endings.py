@@ -295,10 +295,21 @@ async def test_a_shutdown_does_not_wait_for_ever(backend: Backend) -> None:
 
 @pytest.fixture(scope="module")
 def waiting_backend() -> Iterator[Backend]:
-    """A primary whose synchronous standby does not exist, guarded as a compute is."""
+    """A primary, guarded as a compute is."""
     guard = f"shared_preload_libraries={asyncio.run(prepare_guard())}"
-    with running_backend("synchronous_standby_names=ANY 1 (nobody)", "wal_level=replica", guard) as running:
+    with running_backend("wal_level=replica", guard) as running:
         yield running
+
+
+async def _need(admin: Any, standbys: str) -> None:
+    """Whose acknowledgements commits wait for: nobody's, or those of one that does not exist."""
+    await admin.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{standbys}'")
+    await admin.execute("SELECT pg_reload_conf()")
+
+    async def known() -> bool:
+        return bool(await admin.fetchval("SHOW synchronous_standby_names") == standbys)
+
+    await wait_until(known)
 
 
 async def _waiting_pid(admin: Any) -> int:
@@ -318,6 +329,7 @@ async def test_a_cancelled_wait_for_the_quorum_never_looks_like_a_commit(waiting
         await admin.execute("SET synchronous_commit = local")
         await admin.execute("DROP TABLE IF EXISTS t")
         await admin.execute("CREATE TABLE t (a int)")
+        await _need(admin, "ANY 1 (nobody)")
         if how == "extended":
             connection = await bench.connect()
             statement = await connection.prepare("INSERT INTO t VALUES ($1)")
@@ -341,10 +353,20 @@ async def test_a_cancelled_wait_for_the_quorum_never_looks_like_a_commit(waiting
             assert [kind for kind, _ in messages if kind in (b"C", b"Z")] == []
             error = fields(messages[-1][1])
             assert (error["S"], error["C"]) == ("FATAL", "08007")
-            assert "not known to be durable" in error["D"]
+            assert "when a quorum holds it" in error["D"]
             assert messages[-2][0] == b"N"  # Postgres's own warning comes before it
-        # It *is* committed locally: that is the whole problem.
-        assert await admin.fetchval("SELECT count(*) FROM t") == 1
+        # Its record is in the local log: that is the whole problem. What would be gone with the compute, nobody sees.
+        await _waiting_pid(admin)
+        reader = await bench.connect()
+        for session in (reader, admin):
+            assert await session.fetchval("SELECT count(*) FROM t") == 0
+        await _need(admin, "")
+
+        async def seen() -> bool:
+            return bool(await reader.fetchval("SELECT count(*) FROM t") == 1)
+
+        await wait_until(seen)
+        await reader.close()
         await admin.close()
 
 
@@ -426,6 +448,28 @@ async def test_garbage_and_half_sentences(bench: ProxyBench) -> None:
     connection = await bench.connect()
     assert await connection.fetchval("SELECT 1") == 1
     await connection.close()
+
+
+async def test_one_address_does_not_take_all_places(backend: Backend) -> None:
+    async with proxy_bench(backend, max_handshakes=3, max_address_handshakes=2) as bench:
+        silent = [await asyncio.open_connection("127.0.0.1", bench.port) for _ in range(2)]
+        assert b"53000" in await _say(bench, b"")
+        # Another one has the last place, and the first has its own when they are given back.
+        reader, writer = await asyncio.open_connection("127.0.0.1", bench.port, local_addr=("127.0.0.2", 0))
+        writer.write(SSL_REQUEST)
+        async with asyncio.timeout(5):
+            assert await reader.readexactly(1) == b"S"
+        for each in (writer, *(writer for _, writer in silent)):
+            each.close()
+
+        async def served() -> bool:
+            try:
+                await (await bench.connect()).close()
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                return False
+            return True
+
+        await wait_until(served)
 
 
 async def test_the_slow_are_dropped(backend: Backend) -> None:

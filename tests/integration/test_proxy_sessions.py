@@ -17,7 +17,7 @@ import pytest
 from compute.proxy.proxy_protocol import SIGNATURE
 from keylake.ports import free_port
 from shared.errors import NotFoundError
-from shared.ids import EndpointId
+from shared.ids import EndpointId, InstanceId
 from shared.postgres import find_postgres
 from tests.fixtures.proxy import DOMAIN, Backend, ProxyBench, proxy_bench, running_backend
 from tests.fixtures.waiting import wait_until
@@ -325,6 +325,23 @@ async def test_too_many_connections_to_one_endpoint(backend: Backend) -> None:
         refused = [each for each in results if isinstance(each, asyncpg.TooManyConnectionsError)]
         assert len(refused) == 1
         connections += [each for each in results if each is not refused[0]]
+        # A compute has as many as its size allows, also when all of them have waited for it.
+        small = EndpointId.new()
+        bench.manager.targets[small] = bench.manager.targets[bench.endpoint_id].model_copy(
+            update={"endpoint_id": small, "instance_id": InstanceId.new(), "max_sessions": 1}
+        )
+        options = {"server_settings": {"options": f"endpoint={small}"}}
+        waiting = [asyncio.create_task(bench.connect(**options)) for _ in range(2)]
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert sum(isinstance(each, asyncpg.TooManyConnectionsError) for each in results) == 1
+        [served] = [each for each in results if not isinstance(each, BaseException)]
+        await served.close()
+
+        async def there_is_a_place() -> Any:
+            with contextlib.suppress(asyncpg.TooManyConnectionsError):
+                return await bench.connect(**options)
+
+        connections.append(await wait_until(there_is_a_place))
         for each in connections:
             await each.close()
 

@@ -9,7 +9,7 @@ import asyncio
 import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +31,10 @@ from shared.api.compute import (
     Timeline,
 )
 from shared.api.pageserver import ADMIN_ROLE
-from shared.errors import UnavailableError
+from shared.errors import ConflictError, UnavailableError
 from shared.http import ServiceClient
 from shared.ids import ProjectId
+from shared.lease import Lease
 from shared.sandbox import Isolation, detect_isolation
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
 from tests.fixtures.keymanager import metadata_server
@@ -306,6 +307,41 @@ async def test_a_branch_that_nobody_has_written_to_has_nothing_to_follow(place: 
     with pytest.raises(UnavailableError, match="no compute has written to this branch yet"):
         await reach(place.client, replica)
     assert (await state_of(place.client, replica)).crashes == 0
+
+
+async def test_no_compute_starts_on_a_branch_that_is_deleted_meanwhile(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project_id, manager = place.primary.project_id, place.cluster.manager
+    body = CreateTimeline(name="short-lived", branch_from=BranchFrom(timeline_id=place.primary.timeline_id))
+    branch = await place.client.call(Timeline, "POST", f"/v1/projects/{project_id}/timelines", body=body)
+    endpoint = await manager.create_endpoint(project_id, branch.timeline_id, "of the short-lived")
+    looked, go, ended, finish = (asyncio.Event() for _ in range(4))
+    hold_all, delete = manager._hold_all, manager._pageserver.delete_timeline
+
+    async def hold_up(project_ids: Sequence[ProjectId]) -> list[Lease]:
+        monkeypatch.setattr(manager, "_hold_all", hold_all)  # the start only
+        looked.set()
+        await go.wait()
+        return await hold_all(project_ids)
+
+    async def slowly(*timeline: Any) -> None:
+        ended.set()
+        await finish.wait()
+        await delete(*timeline)
+
+    monkeypatch.setattr(manager, "_hold_all", hold_up)
+    monkeypatch.setattr(manager._pageserver, "delete_timeline", slowly)
+    starting = asyncio.create_task(manager.connect(endpoint.endpoint_id))
+    await looked.wait()
+    deleting = asyncio.create_task(manager.delete_timeline(project_id, branch.timeline_id))
+    await ended.wait()  # what ran has been stopped
+    go.set()
+    with pytest.raises(ConflictError, match="is being deleted"):
+        await starting
+    finish.set()
+    await deleting
+    assert endpoint.endpoint_id not in manager._runs
 
 
 # --- who gets in ---

@@ -41,6 +41,7 @@ LEGAL = {
     (EndpointState.STARTING, Event.FAILED): EndpointState.STOPPED,
     (EndpointState.RUNNING, Event.STOP): EndpointState.STOPPING,
     (EndpointState.RUNNING, Event.FAILED): EndpointState.STOPPED,
+    (EndpointState.STOPPING, Event.RESUMED): EndpointState.RUNNING,
     (EndpointState.STOPPING, Event.STOPPED): EndpointState.STOPPED,
     (EndpointState.STOPPING, Event.FAILED): EndpointState.STOPPED,
 }

@@ -113,6 +113,38 @@ async def test_what_waits_to_be_asked_for_is_bounded(bench: Bench) -> None:
     assert len(bench.client._ahead) <= MAX_AHEAD_PAGES
 
 
+async def test_one_page_that_is_left_does_not_hold_more_than_is_allowed(bench: Bench) -> None:
+    batches = MAX_AHEAD_PAGES // BATCH_PAGES + 5
+    for start in range(0, batches * BATCH_PAGES, BATCH_PAGES):
+        bench.client.prefetch(REL, start, BATCH_PAGES)
+        while not bench.wires or len(bench.wires[0].asked) * BATCH_PAGES <= start:  # noqa: ASYNC110 - a few turns of the loop are missing
+            await asyncio.sleep(0)
+        bench.wires[0].answer(bench.wires[0].asked[-1])
+        assert len(await bench.client.pages(REL, start, BATCH_PAGES - 1)) == BATCH_PAGES - 1
+    held = set(bench.client._ahead.values())
+    assert sum(len(batch.task.result()) for batch in held) == MAX_AHEAD_PAGES
+    # The oldest are forgotten, the newest are there.
+    asked = len(bench.wires[0].asked)
+    last = batches * BATCH_PAGES - 1
+    assert await bench.client.pages(REL, last, 1) == expected(last, 1)
+    assert len(bench.wires[0].asked) == asked
+
+
+async def test_what_could_not_be_fetched_ahead_is_asked_for_when_it_is_wanted(bench: Bench) -> None:
+    for before in (True, False):  # it failed before it was wanted, and after
+        bench.client.prefetch(REL, 10, 4)
+        [ahead] = (await bench.asked(1 if before else 3))[-1:]
+        reading = None if before else asyncio.create_task(bench.client.pages(REL, 11, 2))
+        await asyncio.sleep(0)
+        bench.wires[0].say(ErrorFrame.of(ahead.request_id, NotFoundError("an outage")).pack())
+        await wait_until(lambda: not bench.client._ahead)
+        reading = reading or asyncio.create_task(bench.client.pages(REL, 11, 2))
+        [again] = (await bench.asked(2 if before else 4))[-1:]
+        assert (again.block, again.count) == (11, 2)
+        bench.wires[0].answer(again)
+        assert await reading == expected(11, 2)
+
+
 async def test_a_lost_connection_is_made_anew_and_asked_again(bench: Bench) -> None:
     reading = asyncio.create_task(bench.client.pages(REL, 0, 2))
     await bench.asked(1)

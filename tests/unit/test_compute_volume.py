@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
 
 from compute.volume import mount
-from compute.volume.base import VolumeKind
+from compute.volume.base import Source, VolumeKind
 from compute.volume.fill import TreeSink, add_relation
-from compute.volume.fuse import make_volume
+from compute.volume.fuse import FuseVolume, make_volume
 from compute.volume.sealed_blocks import (
     BLOCK_SIZE_BYTES,
     SLOT_SIZE_BYTES,
@@ -21,10 +22,15 @@ from compute.volume.sealed_blocks import (
     VolumeFullError,
     make_block_file,
 )
+from shared.config import Address
 from shared.crypto.secret import KeyWipedError
 from shared.errors import CorruptedError, IntegrityError, LeaseExpiredError, UnavailableError
+from shared.ids import InstanceId, ProjectId, TimelineId
 from shared.keyspace import Fork, RelTag
+from shared.lsn import Lsn
 from shared.sandbox import Isolation, Sandbox
+from shared.tls import CertificateAuthority
+from shared.wire.pagestream import StartAs
 from tests.fixtures.fuse_kernel import ROOT, FuseKernel, page, runs
 
 A, B = b"a" * BLOCK_SIZE_BYTES, b"b" * BLOCK_SIZE_BYTES
@@ -274,6 +280,21 @@ async def test_a_listing_is_exact_while_what_it_has_shown_is_removed(kernel: Fus
     assert set(shown) == wanted
 
 
+async def test_a_kernel_without_what_the_volume_relies_on_is_refused(kernel: FuseKernel) -> None:
+    """FUSE_INIT; FUSE_WRITEBACK_CACHE, FUSE_NO_OPEN_SUPPORT and FUSE_NO_OPENDIR_SUPPORT of linux/fuse.h."""
+    writeback_cache, no_open, no_opendir = needed = (1 << 16, 1 << 17, 1 << 24)
+    everything = (1 << 32) - 1
+    taken = await kernel.init(everything)
+    for flag in needed:
+        assert taken & flag
+        assert await kernel.init(everything & ~flag) == -errno.EPROTO
+    # Nothing that this kernel has not, and nothing that was not thought of: splice, POSIX locks, atomic truncation.
+    assert await kernel.init(writeback_cache | no_open | no_opendir) == writeback_cache | no_open | no_opendir
+    assert not taken & (0b111 << 7 | 1 << 1 | 1 << 3)
+    for version in ((7, 30), (6, 38), (8, 0)):
+        assert await kernel.init(everything, version=version) == -errno.EPROTO
+
+
 # --- filling ---
 
 
@@ -296,6 +317,41 @@ def test_relations_become_files_of_one_gib_and_init_forks_main_forks_too(kernel:
         add_relation(tree, RelTag(1664, 0, 300, Fork.MAIN), 0, 0)
     with pytest.raises(CorruptedError):  # of a database that the basebackup does not have
         add_relation(tree, RelTag(1663, 6, 1, Fork.MAIN), 0, 0)
+
+
+# --- its server ---
+
+
+async def test_a_server_that_hangs_is_noticed(tmp_path: Path) -> None:
+    """While it waits for a pageserver that says nothing, which is no reason to give it up."""
+    silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1")
+    volume = await FuseVolume.start(Sandbox(Isolation.NONE, tmp_path, 1 << 20), tmp_path, 1 << 20)
+    certificate = CertificateAuthority().issue_files(tmp_path, "ca", ["localhost"]).certificate
+    source = Source(
+        instance_id=InstanceId.new(),
+        project_id=ProjectId.new(),
+        timeline_id=TimelineId.new(),
+        start_lsn=Lsn(1 << 24),
+        start_as=StartAs.PRIMARY,
+        pages=Address(port=silent.sockets[0].getsockname()[1]),
+        ca_certificate=certificate,
+        token="",
+    )
+    filling = asyncio.create_task(volume.fill(source, 0.0))
+    await asyncio.sleep(0)  # that is said first
+    try:
+        assert await volume.pages_fetched() == 0
+        watching = asyncio.create_task(volume.watch(0.9))
+        assert await volume.pages_fetched() == 0
+        assert not volume.failed.done()
+        os.kill(volume._server.pid, signal.SIGSTOP)
+        assert "has not answered" in str(await asyncio.wait_for(asyncio.shield(volume.failed), 20))
+        await watching
+    finally:
+        volume._server.kill()
+        await asyncio.gather(filling, return_exceptions=True)
+        await volume._server.wait()
+        silent.close()
 
 
 # --- where there is no FUSE ---
