@@ -276,8 +276,6 @@ STEPS: list[tuple[type[Job], str]] = [
     (RotateKek, "kek-stored:1"),  # and nobody was told
     (RewrapCmk, "kek-rewrapped:2"),
     (ReplaceCmk, "stage-wrapped:2"),
-    (RetireKek, "retirement-written:1"),  # but not committed
-    (ReplaceCmk, "switch-written:1"),  # but not committed
     (RetireKek, "retirement-stored:1"),
     (ReplaceCmk, "switch-stored:1"),
     (AbortReplacement, "abort-halted:1"),
@@ -296,6 +294,8 @@ MORE_STEPS: list[tuple[type[Job], str]] = [
     (AbortReplacement, "abort-stored:1"),
     (ReplaceCmk, "stage-stored:2"),
     (MoveProjects, "move-stored:2"),
+    (RetireKek, "retirement-written:1"),  # but not committed
+    (ReplaceCmk, "switch-written:1"),  # but not committed
 ]
 
 
