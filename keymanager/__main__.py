@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import sys
 
@@ -16,6 +17,7 @@ from shared.clock import SystemClock
 from shared.config import Address, settings_from_arguments
 from shared.entry import run, wait_for_shutdown_signal
 from shared.errors import KeylakeError
+from shared.failpoints import arm, refuse_failpoints
 from shared.hardening import harden_process
 from shared.service import HttpServer
 from shared.telemetry import configure_logging, get_logger
@@ -55,6 +57,8 @@ def main() -> None:
     settings = settings_from_arguments(
         KeymanagerSettings, "keymanager", "Keylake's key manager: KEKs, leases, revocation, audit."
     )
+    arm(os.environ)
+    refuse_failpoints(settings.listen.host)
     hardening, open_files = harden_process(), allow_many_sessions()
     configure_logging(Service.KEYMANAGER.value, settings.node_id, settings.log_level)
     configure_tracing(Service.KEYMANAGER.value, settings.node_id, settings.otlp_endpoint)

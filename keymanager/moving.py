@@ -32,6 +32,7 @@ from shared.api.keymanager import KeyState
 from shared.audit_chain import AuditEntry
 from shared.crypto.secret import KeyWipedError
 from shared.errors import ConflictError, KeylakeError, UnavailableError
+from shared.failpoints import failpoint
 from shared.ids import KeyConfigurationId, ProjectId
 from shared.lease import key_access_error
 
@@ -102,6 +103,7 @@ class Mover:
         providers = self._cmks.of(source), self._cmks.of(target)
         moved = [await self._wrap(entry, kek, providers, target, actor) for kek in keks]
         self._check(source, target)
+        failpoint("move-wrapped")
         details = {
             "old_key_configuration_id": str(source),
             "key_configuration_id": str(target),
@@ -116,6 +118,7 @@ class Mover:
                 )
             await transaction.move_project(entry.project_id, target, keks, moved)
             await transaction.audit([AuditEntry(actor, "project.move_key", "ok", entry.project_id, details)])
+        failpoint("move-stored")
         # No await until everything in memory says the same: whoever looks next finds the new CMK and its wraps.
         entry.key_configuration_id = target
         for staged in moved:

@@ -36,6 +36,7 @@ from shared.audit_chain import AuditEntry
 from shared.clock import Clock
 from shared.crypto.secret import KeyWipedError
 from shared.errors import ConflictError, KeylakeError, NotFoundError, UnavailableError
+from shared.failpoints import failpoint
 from shared.ids import KeyConfigurationId, ProjectId
 from shared.lease import key_access_error
 from shared.telemetry import get_logger
@@ -132,9 +133,11 @@ class Replacer:
                 await self._audit_log.record(AuditEntry(actor, "cmk.replace", "dry_run", None, details))
                 await provider.aclose()
                 return self._model(stored, dry_run=True)
+            failpoint("replacement-tried")
             async with self._repository.transaction() as transaction:
                 await transaction.insert_replacement(stored)
                 await transaction.audit([AuditEntry(actor, "cmk.replace", "ok", None, details)])
+            failpoint("replacement-begun")
         except BaseException:
             await provider.aclose()
             raise
@@ -155,9 +158,11 @@ class Replacer:
             raise NotFoundError("the key was replaced meanwhile")
         self._staged.pop(key_configuration_id, None)
         details = self._details(stored) | {"step": "abort"}
+        failpoint("abort-halted")
         async with self._repository.transaction() as transaction:
             await transaction.delete_replacement(key_configuration_id)
             await transaction.audit([AuditEntry(actor, "cmk.replace", "aborted", None, details)])
+        failpoint("abort-stored")
 
     def forget(self, project_id: ProjectId) -> None:
         """Of a project that is shredded no wrap waits for the switch any more, not even here."""
@@ -226,6 +231,8 @@ class Replacer:
             if not await transaction.switch_key(stored):
                 return False  # a KEK came into being meanwhile: stage it, and again
             await transaction.audit([AuditEntry(stored.actor, "cmk.replace", "ok", None, details)])
+            failpoint("switch-written")
+        failpoint("switch-stored")
         # No await from here to the end: whoever looks next finds the new provider with what it wrapped.
         old = self._hooks.configuration(key_configuration_id)
         former = self._cmks.replace(key_configuration_id, stored.key, provider)
@@ -260,6 +267,7 @@ class Replacer:
                     secret = held.add(await self._cmks.of(key_configuration_id).unwrap(kek.wrapped, context))
                 except KmsError as error:
                     raise _refusal(error, self._cmks.explain(key_configuration_id, error)) from None
+            failpoint("stage-unwrapped")
             with calls_made() as wraps:
                 try:
                     wrapped = await provider.wrap(secret, context)
@@ -267,12 +275,14 @@ class Replacer:
                     raise _refusal(error, explain(error, stored.key)) from None
                 except KeyWipedError:
                     raise key_access_error(entry.state, entry.reason or "its keys were stopped meanwhile") from None
+        failpoint("stage-wrapped")
         made = StagedKek(entry.project_id, kek.kek_version, wrapped.wrapped, wrapped.key_version)
         of_old = {f"old_{name}": value for name, value in call_details(unwraps).items()}
         details = {"kek_version": str(kek.kek_version), **of_old, **call_details(wraps)}
         async with self._repository.transaction() as transaction:
             await transaction.insert_staged(key_configuration_id, made)
             await transaction.audit([AuditEntry(stored.actor, "kek.stage", "ok", entry.project_id, details)])
+        failpoint("stage-stored")
         self._staged[key_configuration_id][entry.project_id, kek.kek_version] = made
 
     def _keks(self, key_configuration_id: KeyConfigurationId) -> list[tuple[ProjectEntry, StoredKek]]:

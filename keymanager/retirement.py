@@ -26,6 +26,7 @@ from shared.audit_chain import AuditEntry
 from shared.clock import Clock
 from shared.crypto.limits import MAX_WRAPS_PER_KEK
 from shared.errors import ConflictError
+from shared.failpoints import failpoint
 from shared.ids import ProjectId
 
 
@@ -98,6 +99,8 @@ class Retirement:
                 )
                 for version in versions
             )
+            failpoint("retirement-written")
+        failpoint("retirement-stored")
         for version in versions:
             entry.keks[version] = replace(entry.keks[version], wrapped=None, destroyed_at=now)
             self._keyring.drop_version(entry.project_id, version)

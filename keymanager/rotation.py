@@ -33,7 +33,9 @@ from keymanager.repository import Repository
 from shared.api.keymanager import KeyState, KeyWork, KeyWorkKind, Rewrap
 from shared.audit_chain import AuditEntry
 from shared.clock import Clock
+from shared.crypto.secret import KeyWipedError
 from shared.errors import ConflictError, KeyAccessError, KeylakeError, UnavailableError
+from shared.failpoints import failpoint
 from shared.ids import KekId, KeyConfigurationId, ProjectId
 from shared.lease import key_access_error
 from shared.telemetry import get_logger
@@ -157,6 +159,7 @@ class Rotator:
                 )
             except KmsError as error:
                 await self._failed(entry, "kek.rotate", actor, error, call_details(calls))
+        failpoint("kek-made")
         now = self._clock.now()
         kek = StoredKek(entry.project_id, kek_id, kek_version, made.wrapped, made.key_version, 0, now)
         details = {"kek_id": str(kek_id), "kek_version": str(kek_version), **call_details(calls)}
@@ -164,7 +167,8 @@ class Rotator:
             made.plaintext.wipe()
             await self._audit_log.record(AuditEntry(actor, "kek.rotate", "dry_run", entry.project_id, details))
             return
-        try:
+        with self._keyring.working(entry.project_id, keks=True) as held:
+            held.add(made.plaintext)
             entry.check(epoch)
             async with self._repository.transaction() as transaction:
                 await transaction.require_key_generation(entry.key_configuration_id, generation)
@@ -175,15 +179,11 @@ class Rotator:
                     floor = {"dek_floor": str(kek_version)}
                     entries.append(AuditEntry(actor, "project.rekey", "ok", entry.project_id, floor))
                 await transaction.audit(entries)
-        except BaseException:
-            made.plaintext.wipe()
-            raise
-        # Stored, so it is the current version, whatever has happened meanwhile. Its plaintext stays only if it may.
-        entry.keks[kek_version] = kek
-        if entry.issuing and entry.epoch == epoch:
-            self._keyring.add(kek, made.plaintext)
-        else:
-            made.plaintext.wipe()
+            failpoint("kek-stored")
+            # Stored, so it is the current version, whatever has happened meanwhile. Its plaintext stays only if it may.
+            entry.keks[kek_version] = kek
+            if entry.issuing and entry.epoch == epoch and not made.plaintext.wiped:
+                self._keyring.add(kek, held.release(made.plaintext))
 
     async def _failed(
         self, entry: ProjectEntry, action: str, actor: str, error: KmsError, details: dict[str, str]
@@ -261,16 +261,20 @@ class Rotator:
         if kek.wrapped is None:
             return False
         context = kek_context(entry.scope, kek.kek_id, kek.kek_version)
-        with calls_made() as calls:
+        with self._keyring.working(entry.project_id, keks=True) as held, calls_made() as calls:
             try:
-                wrapped = await self._cmks.of(entry.key_configuration_id).rewrap(kek.wrapped, context)
+                wrapped = await self._cmks.of(entry.key_configuration_id).rewrap(kek.wrapped, context, held.add)
             except KmsError as error:
                 await self._failed(entry, "kek.rewrap", actor, error, call_details(calls))
+            except KeyWipedError:
+                raise key_access_error(entry.state, entry.reason or "its keys were stopped meanwhile") from None
+        failpoint("kek-rewrapped")
         details = {"kek_version": str(kek.kek_version), **call_details(calls), "cmk_key_version": wrapped.key_version}
         async with self._repository.transaction() as transaction:
             if not await transaction.replace_wrapped_kek(kek, wrapped.wrapped, wrapped.key_version):
                 return False
             await transaction.audit([AuditEntry(actor, "kek.rewrap", "ok", entry.project_id, details)])
+        failpoint("kek-rewrap-stored")
         # The rest of the row may have changed: wraps are counted while we wait.
         entry.keks[kek.kek_version] = replace(
             entry.keks[kek.kek_version], wrapped=wrapped.wrapped, cmk_key_version=wrapped.key_version
@@ -286,10 +290,12 @@ class Rotator:
                 wrapped = await self._cmks.of(key_configuration_id).rewrap(configuration.canary_wrapped, context)
             except KmsError as error:
                 raise self._refusal(key_configuration_id, error) from None
+        failpoint("canary-rewrapped")
         details = {"key_configuration_id": str(key_configuration_id), **call_details(calls)}
         async with self._repository.transaction() as transaction:
             await transaction.set_canary(key_configuration_id, wrapped.wrapped, wrapped.key_version)
             await transaction.audit([AuditEntry(actor, "canary.rewrap", "ok", None, details)])
+        failpoint("canary-rewrap-stored")
         # The rest of the row may have changed: its settings, for one.
         now = self._configuration_of(key_configuration_id)
         self._canary_stored(replace(now, canary_wrapped=wrapped.wrapped, canary_cmk_key_version=wrapped.key_version))

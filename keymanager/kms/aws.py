@@ -25,6 +25,7 @@ from keymanager.kms.base import (
     Classification,
     Destruction,
     GeneratedKek,
+    Hold,
     KeyDescription,
     KeyState,
     KmsCallObserver,
@@ -106,7 +107,7 @@ class AwsKms:
     async def unwrap(self, wrapped: bytes, context: EncryptionContext) -> SecretKey:
         return (await self._decrypt(wrapped, context)).value
 
-    async def rewrap(self, wrapped: bytes, context: EncryptionContext) -> WrappedKek:
+    async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
         """One ReEncrypt: the plaintext does not leave the KMS. Needs kms:ReEncryptFrom and kms:ReEncryptTo."""
         _refuse_impossible_blob("ReEncrypt", wrapped)
 

@@ -13,6 +13,10 @@ from keymanager.kms.base import Classification, DenialReason, Verdict
 
 ASSUME_ROLE: Final = "AssumeRole"
 _MISSING: Final = re.compile(r"is not authorized to perform: (kms:[A-Za-z]{1,64})\b")
+_BLAMED_POLICY: Final = re.compile(r" (?:because no|in an?|in the) ([\w -]{1,40}? (?:policy|boundary))\b")
+"""As in "because no session policy allows …" and "with an explicit deny in a session policy"."""
+_CUSTOMERS_POLICIES: Final = frozenset({"resource-based policy", "role trust policy", "resource control policy"})
+"""Of the role, or of its account's organization."""
 
 _DENIED: Final = {
     "DisabledException": DenialReason.DISABLED,
@@ -85,8 +89,11 @@ def missing_permission(message: str) -> str | None:
 def _classify_assume_role(code: str, message: str) -> Classification:
     """Withdrawing trust from the role is a way to revoke. That *our* identity may not assume roles is not.
 
-    Across accounts AWS gives a reason only for the caller's own side: "identity-based policy".
+    AWS names the kind of policy that refuses when it is the caller's own (its identity's or session's, its permissions
+    boundary, its organization's), and often says nothing across accounts. Kinds that we do not know are not the
+    customer's word either.
     """
-    if code in ("AccessDenied", "AccessDeniedException") and "identity-based policy" not in message:
+    blamed = _BLAMED_POLICY.search(message)
+    if code in ("AccessDenied", "AccessDeniedException") and (blamed is None or blamed[1] in _CUSTOMERS_POLICIES):
         return Classification(Verdict.DENIED, DenialReason.PRINCIPAL_DENIED)
     return Classification(Verdict.AMBIGUOUS)

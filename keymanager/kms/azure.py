@@ -39,6 +39,7 @@ from keymanager.kms.base import (
     DenialReason,
     Destruction,
     GeneratedKek,
+    Hold,
     KeyDescription,
     KeyState,
     KmsCallObserver,
@@ -47,7 +48,7 @@ from keymanager.kms.base import (
     WrappedKek,
     destruction_by_absence,
 )
-from keymanager.kms.calls import Answer, KmsCalls
+from keymanager.kms.calls import Answer, KmsCalls, held
 from keymanager.kms.sessions import Open, Sessions
 from shared.clock import Clock
 from shared.crypto.context import EncryptionContext
@@ -162,9 +163,9 @@ class AzureKms:
         except IntegrityError:
             raise _corrupt(UNWRAP_KEY, "SealedKekDoesNotOpen") from None
 
-    async def rewrap(self, wrapped: bytes, context: EncryptionContext) -> WrappedKek:
+    async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
         """Under the current version. The KEK is open here meanwhile: Key Vault has no call for it."""
-        kek = await self.unwrap(wrapped, context)
+        kek = held(await self.unwrap(wrapped, context), hold)
         try:
             return await self.wrap(kek, context)
         finally:

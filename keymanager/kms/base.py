@@ -163,8 +163,14 @@ KmsCallObserver = Callable[[KmsCall], None]
 """Called on the event loop after every request; must not block and must not raise."""
 
 
+Hold = Callable[[SecretKey], SecretKey]
+"""Takes a plaintext KEK before it is awaited with, and gives it back: so whoever asked for work with it can wipe it in
+the middle, and using it then raises KeyWipedError."""
+
+
 class KmsProvider(Protocol):
-    """One CMK, used as one principal. All calls raise KmsError and nothing else, and end within a deadline.
+    """One CMK, used as one principal. All calls end within a deadline and raise KmsError and nothing else, but for
+    KeyWipedError when the KEK that they work with was wiped.
 
     The same context must be given to unwrap as to wrap; it stands in the customer's audit log in the clear.
     """
@@ -181,8 +187,9 @@ class KmsProvider(Protocol):
         """The KEK in `wrapped`. Succeeds only while the CMK allows it, whatever version wrapped it."""
         ...
 
-    async def rewrap(self, wrapped: bytes, context: EncryptionContext) -> WrappedKek:
-        """The same KEK under the CMK's current version."""
+    async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
+        """The same KEK under the CMK's current version. Where the KMS has no call for that, the KEK is open here
+        meanwhile, in the hands of `hold`."""
         ...
 
     async def describe(self) -> KeyDescription:
@@ -224,7 +231,7 @@ class NoProvider:
     async def unwrap(self, wrapped: bytes, context: EncryptionContext) -> SecretKey:
         raise _no_credentials("Unwrap")
 
-    async def rewrap(self, wrapped: bytes, context: EncryptionContext) -> WrappedKek:
+    async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
         raise _no_credentials("Rewrap")
 
     async def describe(self) -> KeyDescription:

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from keymanager.kms.base import Classification, KmsCall, KmsCallObserver, KmsError, Verdict
+from keymanager.kms.base import Classification, Hold, KmsCall, KmsCallObserver, KmsError, Verdict
 from shared.clock import Clock, SystemClock
 from shared.crypto.secret import SecretKey
 
@@ -119,6 +119,11 @@ class KmsCalls:
     ) -> None:
         if self._observer is not None:
             self._observer(KmsCall(operation, request_id, self.clock.monotonic_s() - started_s, version, error))
+
+
+def held(secret: SecretKey, hold: Hold | None) -> SecretKey:
+    """A KEK that a rewrap has opened, in the hands of whoever may stop it."""
+    return secret if hold is None else hold(secret)
 
 
 def require_read_back(operation: str, opened: SecretKey, wrapped: SecretKey) -> None:

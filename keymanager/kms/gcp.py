@@ -34,6 +34,7 @@ from keymanager.kms.base import (
     Classification,
     Destruction,
     GeneratedKek,
+    Hold,
     KeyDescription,
     KeyState,
     KmsCallObserver,
@@ -41,7 +42,7 @@ from keymanager.kms.base import (
     Verdict,
     WrappedKek,
 )
-from keymanager.kms.calls import Answer, KmsCalls
+from keymanager.kms.calls import Answer, KmsCalls, held
 from keymanager.kms.gcp_clients import (
     REQUEST_REASON,
     AccessToken,
@@ -116,11 +117,11 @@ class GoogleKms:
     async def unwrap(self, wrapped: bytes, context: EncryptionContext) -> SecretKey:
         return await self._in_time("Decrypt", lambda: self._decrypt(wrapped, context))
 
-    async def rewrap(self, wrapped: bytes, context: EncryptionContext) -> WrappedKek:
+    async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
         """Two calls, and the KEK is in our memory between them: Cloud KMS has no re-encryption of its own."""
 
         async def work() -> WrappedKek:
-            secret = await self._decrypt(wrapped, context)
+            secret = held(await self._decrypt(wrapped, context), hold)
             try:
                 return await self._encrypt(secret, context)
             finally:

@@ -50,6 +50,7 @@ from keymanager.kms.base import (
     DenialReason,
     Destruction,
     GeneratedKek,
+    Hold,
     KeyDescription,
     KeyState,
     KmsCallObserver,
@@ -58,7 +59,7 @@ from keymanager.kms.base import (
     WrappedKek,
     destruction_by_absence,
 )
-from keymanager.kms.calls import Answer, KmsCalls, require_read_back
+from keymanager.kms.calls import Answer, KmsCalls, held, require_read_back
 from keymanager.kms.sessions import Sessions
 from shared.clock import Clock
 from shared.crypto.context import EncryptionContext
@@ -300,8 +301,8 @@ class OpenBaoKms:
             raise KmsError(Classification(Verdict.CORRUPT), operation="Decrypt", provider_code="ImpossibleBlob")
         return await self._decrypt(blob, _associated_data(context))
 
-    async def rewrap(self, wrapped: bytes, context: EncryptionContext) -> WrappedKek:
-        secret = await self.unwrap(wrapped, context)
+    async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
+        secret = held(await self.unwrap(wrapped, context), hold)
         try:
             return await self.wrap(secret, context)
         finally:

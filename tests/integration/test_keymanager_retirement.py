@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -14,7 +16,7 @@ from shared.ids import ProjectId
 from shared.migrate import load_migrations, migrate
 from tests.fixtures.key_source_contract import Losses, named
 from tests.fixtures.waiting import wait_until
-from tests.integration.test_keymanager_rotation import Sealed, rotate
+from tests.integration.test_keymanager_rotation import Sealed, rewrap, rotate
 
 if TYPE_CHECKING:
     from tests.fixtures.keymanager import Keymanager
@@ -37,11 +39,12 @@ def use(kek_version: int, dek_version: int = 1) -> KeyUse:
     return KeyUse(kek_version=kek_version, dek_version=dek_version, objects=3, size_bytes=1000)
 
 
-async def wrapped(keymanager: Keymanager) -> dict[int, bool]:
+async def wrapped(keymanager: Keymanager, project_id: ProjectId) -> dict[int, bool]:
     """Version → is its wrapped KEK still in the database?"""
     connection = await asyncpg.connect(keymanager.dsn)
     try:
-        rows = await connection.fetch("SELECT kek_version, wrapped FROM keymanager.kek")
+        query = "SELECT kek_version, wrapped FROM keymanager.kek WHERE project_id = $1"
+        rows = await connection.fetch(query, str(project_id))
         return {row["kek_version"]: row["wrapped"] is not None for row in rows}
     finally:
         await connection.close()
@@ -77,11 +80,11 @@ async def test_a_kek_goes_when_the_last_node_has_let_go_of_it(keymanager: Keyman
         old = Sealed(kept.thing, kept.envelope, kept.data)
         await one.report(project_id, 2, [])
         assert (await retire(keymanager, project_id, dry_run=True)).retired == [1]
-        assert await wrapped(keymanager) == {1: True, 2: True}
+        assert await wrapped(keymanager, project_id) == {1: True, 2: True}
         await one.aclose()  # its word holds while it is away
         assert (await retire(keymanager, project_id)).retired == [1]
         assert (await retire(keymanager, project_id)).retired == []
-        assert await wrapped(keymanager) == {1: False, 2: True}
+        assert await wrapped(keymanager, project_id) == {1: False, 2: True}
         await moved.check(two, project_id)
         await kept.check(two, project_id)
         assert old.envelope.dek_version == 1
@@ -114,6 +117,60 @@ async def test_what_a_destroyed_kek_wrapped_does_not_open(keymanager: Keymanager
             await lost.check(keys, project_id)
         with pytest.raises(IntegrityError):
             await keys.rewrap(project_id, [(lost.thing, lost.envelope)])
+
+
+@contextlib.asynccontextmanager
+async def backup(dsn: str) -> AsyncIterator[str]:
+    """A copy of a database that nobody uses: Postgres waits for the backends of whoever was killed just now."""
+    server, _, name = dsn.rpartition("/")
+    copy = f"{name}_backup"
+    connection = await asyncpg.connect(f"{server}/postgres")
+    try:
+        await connection.execute(f"CREATE DATABASE {copy} TEMPLATE {name}")
+        yield f"{server}/{copy}"
+        await connection.execute(f"DROP DATABASE {copy} WITH (FORCE)")
+    finally:
+        await connection.close()
+
+
+async def test_what_an_older_metadata_database_opens(keymanager: Keymanager, cmk: str) -> None:
+    """What was wrapped by then, though it was destroyed since, by whichever version of the CMK; and nothing else."""
+    configuration, workspace = await keymanager.bind(cmk)
+    project_id = (await keymanager.create_project(workspace)).project_id
+    async with keymanager.key_client() as keys:
+        await keys.acquire(project_id, Losses())
+        then = await Sealed.make(keys, project_id)
+    keymanager.kill()
+    async with backup(keymanager.dsn) as older:
+        await keymanager.start()
+        await asyncio.to_thread(keymanager.tenant.customer.rotate, cmk)
+        assert (await rewrap(keymanager, configuration.key_configuration_id)).rewrapped == 1
+        await rotate(keymanager, project_id)
+        async with keymanager.key_client() as keys:
+            await keys.acquire(project_id, Losses())
+            [moved] = await keys.rewrap(project_id, [(then.thing, then.envelope)])
+            since = [Sealed(then.thing, moved, then.data), await Sealed.make(keys, project_id)]
+            await keys.report(project_id, 2, [use(2)])
+            assert (await retire(keymanager, project_id)).retired == [1]
+            await keys.release(project_id)
+            await keys.acquire(project_id, Losses())
+            with pytest.raises(IntegrityError, match="destroyed"):
+                await then.check(keys, project_id)
+        keymanager.kill()
+
+        keymanager.dsn = older
+        await keymanager.start()
+        async with keymanager.key_client() as keys:
+            await keys.acquire(project_id, Losses())
+            await then.check(keys, project_id)
+            for _ in range(2):
+                for thing in since:
+                    with pytest.raises(IntegrityError, match="a KEK that this project does not have"):
+                        await thing.check(keys, project_id)
+                # Another KEK of the same number is not taken for the lost one.
+                assert [kek.kek_version for kek in (await rotate(keymanager, project_id)).keks][:2] == [1, 2]
+        assert (await keymanager.verify_audit()).intact
+        keymanager.kill()
 
 
 async def test_a_node_that_looked_before_the_rotation_says_nothing_about_it(keymanager: Keymanager, cmk: str) -> None:
@@ -160,7 +217,7 @@ async def test_retirement_races_with_rotation_and_rewrap(keymanager: Keymanager,
         await upkeep()
         gone += (await retire(keymanager, project_id)).retired if len(gone) < 5 else []
         assert sorted(gone) == [1, 2, 3, 4, 5]
-        assert await wrapped(keymanager) == {version: version == 6 for version in range(1, 7)}
+        assert await wrapped(keymanager, project_id) == {version: version == 6 for version in range(1, 7)}
         await keys.release(project_id)
         await keys.acquire(project_id, Losses())
         for thing in things:

@@ -19,7 +19,7 @@ import pytest
 from customercloud.faults import Outage
 from keymanager.kms.base import DenialReason, KeyState, KmsCall, KmsError, KmsProvider, Verdict
 from shared.crypto.context import EncryptionContext
-from shared.crypto.secret import SecretKey
+from shared.crypto.secret import KeyWipedError, SecretKey
 from tests.fixtures.kms_adapter import failure
 from tests.fixtures.kms_clouds import CAN, CUSTOMERS, KmsClouds
 from tests.fixtures.kms_customers import KmsCustomer
@@ -132,6 +132,29 @@ async def test_a_kek_is_wrapped_anew(kms: KmsProvider) -> None:
     assert moved.wrapped != kek.wrapped
     for blob in (kek.wrapped, moved.wrapped):
         assert (await kms.unwrap(blob, CONTEXT)).matches(kek.plaintext)
+
+
+async def test_a_kek_that_is_open_while_it_is_wrapped_anew_can_be_wiped(
+    customer: KmsCustomer, kms: KmsProvider
+) -> None:
+    kek = await kms.generate_kek(CONTEXT)
+    opened: list[SecretKey] = []
+
+    def keep(secret: SecretKey) -> SecretKey:
+        opened.append(secret)
+        return secret
+
+    def wipe(secret: SecretKey) -> SecretKey:
+        assert secret.matches(kek.plaintext)
+        secret.wipe()
+        return secret
+
+    await kms.rewrap(kek.wrapped, CONTEXT, keep)
+    assert all(secret.wiped for secret in opened)
+    assert bool(opened) == (customer.name != "aws"), "whose KMS has a call for it"
+    if opened:
+        with pytest.raises(KeyWipedError):
+            await kms.rewrap(kek.wrapped, CONTEXT, wipe)
 
 
 async def test_an_empty_context_is_a_context(kms: KmsProvider) -> None:

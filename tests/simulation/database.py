@@ -206,6 +206,21 @@ class SimulatedTransaction(Transaction):
 
         self.changes.append(change)
 
+    async def require_key_generation(self, key_configuration_id: KeyConfigurationId, generation: int) -> None:
+        database = self._database
+
+        def change() -> None:
+            if database.key_configurations[key_configuration_id].key_generation != generation:
+                raise ConflictError("the key was replaced by another one meanwhile: try again")
+
+        self.changes.append(change)
+
+    async def insert_kek(self, kek: StoredKek) -> None:
+        def change() -> None:
+            self._database.keks[kek.project_id, kek.kek_version] = kek
+
+        self.changes.append(change)
+
     async def destroy_keks(self, project_id: ProjectId) -> None:
         """What `shred_store` does in SQL, of which nothing else is here: a shredding is asked of the revoker."""
         keks = self._database.keks

@@ -12,6 +12,7 @@ from keymanager.kms.base import (
     DenialReason,
     Destruction,
     GeneratedKek,
+    Hold,
     KeyDescription,
     KeyState,
     KmsCall,
@@ -151,7 +152,7 @@ class SimulatedProvider:
         await self._call("Decrypt", probe="keylake:canary-of" in context.pairs)
         return SecretKey(self._cmk.opened(wrapped))
 
-    async def rewrap(self, wrapped: bytes, context: EncryptionContext) -> WrappedKek:
+    async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
         await self._call("ReEncrypt")
         return WrappedKek(wrapped, "1")
 

@@ -20,7 +20,7 @@ import pytest
 
 from keymanager.cmk import Cmks, canary_digest
 from keymanager.config import KeymanagerSettings
-from keymanager.kms.base import GeneratedKek, KmsCallObserver
+from keymanager.kms.base import GeneratedKek, Hold, KmsCallObserver, WrappedKek
 from keymanager.kms_ledger import KmsLedger
 from keymanager.leadership import Seat, Term
 from keymanager.lease_table import Holder
@@ -74,7 +74,7 @@ SETTINGS = KeymanagerSettings(
 
 
 class Provider(SimulatedProvider):
-    """Remembers which plaintext it gave away."""
+    """Remembers which plaintext it gave away. It has no call to wrap a KEK anew, as most clouds' KMS have none."""
 
     def __init__(self, cmk: SimulatedCmk, observer: KmsCallObserver, given: asyncio.Queue[SecretKey]) -> None:
         super().__init__(cmk, observer)
@@ -86,7 +86,13 @@ class Provider(SimulatedProvider):
         return secret
 
     async def generate_kek(self, context: EncryptionContext) -> GeneratedKek:
-        raise AssertionError("nobody makes a KEK here")
+        made = await super().generate_kek(context)
+        self._given.put_nowait(made.plaintext)
+        return made
+
+    async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
+        assert hold is not None
+        return await self.wrap(hold(await self.unwrap(wrapped, context)), context)
 
 
 class Place:
@@ -442,8 +448,14 @@ async def stage(place: Place) -> None:
     await place.manager.replacer._stage(replacement, provider, place.entry, place.entry.keks[1])
 
 
-@pytest.mark.parametrize("work", [move, stage])
-def test_a_kek_that_is_on_its_way_to_another_cmk_is_wiped(work: Callable[[Place], Coroutine[Any, Any, None]]) -> None:
+async def rewrap(place: Place) -> None:
+    await place.manager.rotator._rewrap_kek(place.entry, place.entry.keks[1], "test")
+
+
+@pytest.mark.parametrize("work", [move, stage, rewrap])
+def test_a_kek_that_is_on_its_way_to_another_cmk_or_version_is_wiped(
+    work: Callable[[Place], Coroutine[Any, Any, None]],
+) -> None:
     async def story(place: Place) -> None:
         working = start(work(place))
         kek = await place.given.get()
@@ -455,6 +467,45 @@ def test_a_kek_that_is_on_its_way_to_another_cmk_is_wiped(work: Callable[[Place]
         with pytest.raises(RevokedError, match="an incident"):
             await working
         await revoking
+
+    play(story)
+
+
+def test_a_kek_that_waits_to_be_stored_is_wiped_with_the_others() -> None:
+    async def story(place: Place) -> None:
+        await place.manager.rotator.rotate_kek(PROJECT, "test")
+        assert not (await place.given.get()).wiped, "stored, and in use"
+        assert place.keyring.drop(PROJECT) == 1
+        with place.database_away():
+            rotating = start(place.manager.rotator.rotate_kek(PROJECT, "test"))
+            kek = await place.given.get()
+            await asyncio.sleep(1)
+            assert not kek.wiped
+            assert place.keyring.plaintext_keks == [PROJECT]
+            revoking = start(place.revoke())
+            await asyncio.sleep(0)
+            assert kek.wiped
+            assert place.keyring.plaintext_keks == []
+        await asyncio.wait({rotating, revoking})
+        assert (rotating.exception(), revoking.exception()) == (None, None)
+        assert place.database.keks[PROJECT, 3] == place.entry.keks[3], (
+            "what was stored is the current one, stopped or not"
+        )
+        assert place.keyring.plaintext_keks == []
+
+    play(story)
+
+
+def test_a_kek_that_is_stored_when_the_keymanager_has_stopped_does_not_enter_memory() -> None:
+    async def story(place: Place) -> None:
+        with place.database_away():
+            rotating = start(place.manager.rotator.rotate_kek(PROJECT, "test"))
+            kek = await place.given.get()
+            await asyncio.sleep(1)
+            place.keyring.close()
+            assert kek.wiped
+        await rotating
+        assert place.keyring.plaintext_keks == []
 
     play(story)
 

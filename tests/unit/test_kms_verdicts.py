@@ -75,11 +75,27 @@ def test_429_is_throttling_whatever_the_code() -> None:
 
 def test_assuming_the_role_denied_by_the_customer_and_by_ourselves() -> None:
     prefix = "User: arn:aws:iam::444455556666:user/keylake is not authorized to perform: sts:AssumeRole on resource: r"
-    for message in (prefix, f"{prefix} with an explicit deny in a resource-based policy", ""):
+    for message in (
+        prefix,
+        f"{prefix} with an explicit deny in a resource-based policy",
+        f"{prefix} because no resource-based policy allows the sts:AssumeRole action",
+        f"{prefix} because no role trust policy allows the sts:AssumeRole action",
+        f"{prefix} with an explicit deny in a resource control policy",
+        f"{prefix}-in-a-session-policy",  # the role's name
+        "",
+    ):
         assert classify(ASSUME_ROLE, "AccessDenied", 403, message) == Classification(V.DENIED, R.PRINCIPAL_DENIED)
     for message in (
         f"{prefix} because no identity-based policy allows the sts:AssumeRole action",
         f"{prefix} with an explicit deny in an identity-based policy",
+        f"{prefix} because no session policy allows the sts:AssumeRole action",
+        f"{prefix} with an explicit deny in a session policy: arn:aws:iam::444455556666:policy/p",
+        f"{prefix} because no permissions boundary allows the sts:AssumeRole action",
+        f"{prefix} with an explicit deny in a permissions boundary",
+        f"{prefix} because no service control policy allows the sts:AssumeRole action",
+        f"{prefix} with an explicit deny in a service control policy",
+        f"{prefix} because no VPC endpoint policy allows the sts:AssumeRole action",
+        f"{prefix} with an explicit deny in a new kind of policy",
     ):
         assert classify(ASSUME_ROLE, "AccessDenied", 403, message).verdict is V.AMBIGUOUS
 

@@ -15,7 +15,7 @@ from pageserver.key_upkeep import TimelineKeys
 from pageserver.timeline import Timeline
 from shared.api.keymanager import KeyUse
 from shared.crypto.envelope import Envelope
-from shared.errors import KeylakeError, UnavailableError
+from shared.errors import IntegrityError, KeylakeError, UnavailableError
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import KeyUpkeep, Pace, UpkeepTuning, merged
 from shared.lease import Lease
@@ -138,6 +138,30 @@ async def test_after_a_rekey_no_byte_is_under_an_old_dek(tmp_path: Path) -> None
         assert await pages(timeline) == want
         async with engine(tmp_path / "b", like=one) as two:
             assert await pages(await two.open()) == want
+
+
+async def test_a_backup_of_the_object_store_opens_until_its_kek_is_destroyed(tmp_path: Path) -> None:
+    async with engine(tmp_path / "a") as one:
+        timeline = await filled(one)
+        then, backup = await pages(timeline), MemoryObjectStore()
+        for name in await names(one.store):
+            await backup.put(name, await one.store.get(name))
+        await put(timeline, (REL.block_key(0), WAL, record(200, b"later")))
+        await timeline.checkpoint()
+        now = await pages(timeline)
+        one.keys.rotate(one.project_id, rekey=True)
+        await keep(project_keys(one, timeline), rekey=True)
+        assert not {await backup.get(name) for name in await names(backup)} & {
+            await one.store.get(name) for name in await names(one.store)
+        }
+        async with engine(tmp_path / "b", like=one, store=backup) as restored:
+            assert await pages(await restored.open()) == then != now
+        one.keys.destroy(one.project_id, 1)
+        async with engine(tmp_path / "c", like=one, store=backup) as restored:
+            with pytest.raises(IntegrityError):
+                await restored.open()
+        async with engine(tmp_path / "d", like=one) as two:
+            assert await pages(await two.open()) == now
 
 
 async def test_an_orphan_under_an_old_kek_goes_with_the_next_index(tmp_path: Path) -> None:
