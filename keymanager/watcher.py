@@ -1,7 +1,8 @@
 """Asks every customer's KMS, again and again, whether we may still use the key: a real unwrap of a canary.
 
-One probe at a time per key configuration; who asks meanwhile because of a failed unwrap on the data path gets that
-one's answer, who says `:revalidate` that of the next one. What the answers mean is `watch.py`.
+One probe at a time per key configuration. Whoever has a reason to ask sooner shares one that is sent after they said
+so: a failed unwrap on the data path, an event of the customer's cloud (`hint`), a person (`:revalidate`). What the
+answers mean is `watch.py`.
 """
 
 from __future__ import annotations
