@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, g
 
 from customercloud.admin import ADMIN_PREFIX, admin_guard, faults_router
 from customercloud.aws.admin import aws_router
+from customercloud.aws.event_bridge import EventBridge
 from customercloud.aws.identity import SessionTokens
 from customercloud.aws.service import AwsEndpoint, Peer
 from customercloud.aws.sigv4 import HttpRequest
@@ -56,6 +57,7 @@ AZURE_TENANT_PATH: Final = "/{tenant:uuid}/{rest:path}"
 class AwsParts:
     state: AwsState
     trail: Trail
+    events: EventBridge
     endpoint: AwsEndpoint
 
 
@@ -64,8 +66,9 @@ def open_aws(directory: Path, region: str, host_key: bytes, faults: FaultInjecto
     directory.mkdir(mode=0o700, exist_ok=True)
     state = AwsState(SealedFile(directory / "state.sealed", host_key, SEAL_PURPOSE), region)
     trail = Trail(directory / "cloudtrail.jsonl")
-    endpoint = AwsEndpoint(state, SessionTokens(host_key), trail, faults, clock)
-    return AwsParts(state, trail, endpoint)
+    events = EventBridge()
+    endpoint = AwsEndpoint(state, SessionTokens(host_key), trail, events, faults, clock)
+    return AwsParts(state, trail, events, endpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,7 @@ def create_app(settings: CustomerCloudSettings, clock: Clock | None = None) -> F
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await aws.events.close()
         await aws.trail.close()
         await google.entries.close()
         await azure.trail.close()
@@ -135,7 +139,7 @@ def create_app(settings: CustomerCloudSettings, clock: Clock | None = None) -> F
     answers = Counter("customercloud_answers_total", "Answers to SDK calls", ["provider", "status"], registry=registry)
     admin = APIRouter(prefix=ADMIN_PREFIX, dependencies=[Depends(admin_guard(admin_token(settings)))])
     admin.include_router(faults_router(faults))
-    admin.include_router(aws_router(aws.state, aws.trail, aws.endpoint, clock))
+    admin.include_router(aws_router(aws.state, aws.trail, aws.events, aws.endpoint, clock))
     admin.include_router(
         google_router(
             google.state,

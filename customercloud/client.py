@@ -20,6 +20,7 @@ import httpx
 from botocore.config import Config
 
 from customercloud.aws.admin import BootstrapAnswer, BootstrapRequest, Credentials, RoleAnswer, RoleRequest, UserRequest
+from customercloud.aws.event_bridge import EventTarget
 from customercloud.faults import Faults
 from shared.errors import UnavailableError
 from shared.http import error_from_response
@@ -221,6 +222,13 @@ class CloudAdmin:
 
     def delete_role(self, account_id: str, name: str) -> None:
         self._call("DELETE", f"aws/accounts/{account_id}/roles/{name}")
+
+    def put_event_target(self, account_id: str, target: EventTarget) -> None:
+        """Have changes to the account's keys posted there, as EventBridge does it; until the cloud is restarted."""
+        self._call("PUT", f"aws/accounts/{account_id}/event-target", target.model_dump_json())
+
+    def delete_event_target(self, account_id: str) -> None:
+        self._call("DELETE", f"aws/accounts/{account_id}/event-target")
 
     def complete_deletion(self, key: str) -> None:
         """End the waiting period of a key that is pending deletion: it is destroyed now."""

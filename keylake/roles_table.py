@@ -102,7 +102,7 @@ keylake token revoke tok-…                                  # every service re
 - **account-admin** owns key configurations and workspaces. **security-admin** rotates, revokes, restores, and has no
   way to data: no endpoint, no connection, no password, no page, no WAL. **workspace-admin** runs projects and
   endpoints, and cannot choose their key. **data-user** finds and starts endpoints, and has no way to keys. **auditor**
-  only reads.
+  only reads. **kms-notifier** is for a customer's cloud: it says that a key may have changed, and nobody believes it.
 - A token that is bound to a workspace or a project sees and touches nothing of another. In the table: *its place*, what
   the path names must be in it; *its part*, a list shows what is in it and nothing else; *no*, such a token is refused.
 - Who runs projects does not choose their key: creating a project under a key configuration of its own, and moving one

@@ -6,8 +6,10 @@ Every route names the scopes that may call it. A call with a good token that lac
 from typing import Annotated, Final
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response, WebSocket
+from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 
+from keymanager import kms_events
 from keymanager.manager import KeyManager
 from keymanager.receipts import ReceiptKind
 from keymanager.session import SESSION_SCOPE, serve_session
@@ -23,6 +25,7 @@ from shared.api.keymanager import (
     KeyConfiguration,
     KeymanagerStatus,
     KeyStatus,
+    KmsEventsTaken,
     MoveProject,
     Project,
     RegisterToken,
@@ -135,6 +138,7 @@ def create_app(
     key_viewer = Depends(guard(*key_admins, locate=of_key_configuration))
     revocation_lister = Annotated[Principal, Depends(guard(Scope.SECURITY_ADMIN, Scope.AUDIT_READ, reach=Reach.LIST))]
     issuer = Annotated[Principal, Depends(guard(Scope.TOKENS_ISSUE))]
+    notifier = Annotated[Principal, Depends(guard(Scope.KMS_NOTIFY))]
     token_revoker = Annotated[Principal, Depends(guard(Scope.TOKENS_ISSUE, Scope.SECURITY_ADMIN, locate=of_token))]
     token_lister = Annotated[
         Principal, Depends(guard(Scope.TOKENS_ISSUE, Scope.SECURITY_ADMIN, Scope.AUDIT_READ, reach=Reach.LIST))
@@ -300,6 +304,16 @@ def create_app(
     async def abort_replacement(caller: account_admin, key_configuration_id: _Configuration) -> None:
         """Keep the old CMK."""
         await manager.replacer.abort(key_configuration_id, caller.actor)
+
+    @app.post("/v1/kms-events", status_code=202, response_model=KmsEventsTaken)
+    async def take_kms_events(request: Request, caller: notifier) -> KmsEventsTaken | Response:
+        """An event of the customer's cloud, as that sent it: AWS EventBridge, Azure Event Grid (its handshake is
+        answered, with 200) or Monitor, a Google Pub/Sub push. Nobody believes it: the KMS of each key that it names is
+        asked, once a second at most. About an unknown key: `probed` is 0."""
+        events = kms_events.parse(await request.body())
+        if isinstance(events, kms_events.Handshake):
+            return JSONResponse({"validationResponse": events.validation_code})
+        return KmsEventsTaken(probed=await manager.take_kms_events(events, caller.actor))
 
     @app.post("/v1/projects/{project_id}/shred", status_code=201)
     async def ask_shred(caller: security_admin, project_id: _Project, body: AskShred) -> Shred:

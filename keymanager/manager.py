@@ -20,6 +20,7 @@ from keymanager.eraser import Eraser
 from keymanager.key_users import KeyUsers
 from keymanager.keyring import Keyring, KeyringLimits
 from keymanager.kms.base import KmsError, Verdict
+from keymanager.kms_events import KmsEvent, names_of
 from keymanager.kms_ledger import KmsLedger
 from keymanager.leadership import Term
 from keymanager.lease_table import LeaseTable
@@ -654,6 +655,25 @@ class KeyManager:
         of_projects = {entry.key_configuration_id for entry in self.projects.of_workspace(workspace_id)}
         await asyncio.gather(*map(self.watcher.ask_now, of_projects | {workspace.key_configuration_id}))
         return self.projects_of(workspace_id)
+
+    async def take_kms_events(self, events: Sequence[KmsEvent], actor: str) -> int:
+        """Have the KMS of every key that they name asked. Returns how many key configurations that are.
+
+        Probes come first, then the audit records: of each probe that an event has begun, not of each event, so that
+        whoever may send them cannot fill the chain with what Keylake knows nothing of.
+        """
+        by_name = {name: event for event in events for name in event.names}
+        found = {
+            key_configuration_id: by_name[name]
+            for key_configuration_id, stored in self._configurations.items()
+            for name in names_of(stored.key)
+            if name in by_name
+        }
+        begun = [each for each in found if self.watcher.hint(each)]
+        if begun:
+            details = ({"key_configuration_id": str(each), "event": found[each].kind} for each in begun)
+            await self.audit_log.record(*(AuditEntry(actor, "kms.event", "probe", None, each) for each in details))
+        return len(found)
 
     async def revoke_project(self, project_id: ProjectId, reason: str, actor: str) -> Project:
         """An operator's own hold. Returns when it is in force and its Revokes are on their way, not when it is sealed.

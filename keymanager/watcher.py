@@ -1,7 +1,8 @@
 """Asks every customer's KMS, again and again, whether we may still use the key: a real unwrap of a canary.
 
-One probe at a time per key configuration; who asks meanwhile because of a failed unwrap on the data path gets that
-one's answer, who says `:revalidate` that of the next one. What the answers mean is `watch.py`.
+One probe at a time per key configuration. Whoever has a reason to ask sooner shares one that is sent after they said
+so: a failed unwrap on the data path, an event of the customer's cloud (`hint`), a person (`:revalidate`). What the
+answers mean is `watch.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from shared.telemetry import get_logger
 _log = get_logger(__name__)
 _NOTE_EVERY_S: Final = 5.0
 """The time of the last probe is stored this often while nothing changes."""
+HINT_SPACING_S: Final = 1.0
+"""However many hints come, they have a KMS asked so seldom: who can send them cannot use up its quota."""
 
 OnKmsEvent = Callable[[KeyConfigurationId, KeyEvent, KmsAccess, Mapping[str, str]], Awaitable[None]]
 
@@ -46,6 +49,9 @@ class _Watched:
     heard: asyncio.Event = field(default_factory=asyncio.Event)
     checking: asyncio.Task[Judgement] | None = None
     periodic: asyncio.Task[None] | None = None
+    hinted_s: float = float("-inf")
+    hint: asyncio.TimerHandle | None = None
+    """The wake that a hint waits for."""
 
 
 class Watcher:
@@ -97,6 +103,8 @@ class Watcher:
         for task in (watched.periodic, watched.checking):
             if task is not None:
                 task.cancel()
+        if watched.hint is not None:
+            watched.hint.cancel()
         watched.heard.set()
 
     def replace(self, stored: StoredKeyConfiguration) -> None:
@@ -134,6 +142,25 @@ class Watcher:
         if watched is not None:
             watched.wake.set()
 
+    def hint(self, key_configuration_id: KeyConfigurationId) -> bool:
+        """Somebody, who may be wrong, says that something happened to this key. Look at once, or HINT_SPACING_S after
+        the last time that it was for a hint; with a probe that is sent after this call. False: one that waits to be
+        sent does for this hint, too.
+
+        No more than that: unlike a person's word it lifts no hold.
+        """
+        watched = self._watched.get(key_configuration_id)
+        if watched is None or watched.hint is not None:
+            return False
+
+        def wake() -> None:
+            watched.hint, watched.hinted_s = None, self._clock.monotonic_s()
+            watched.wake.set()
+
+        wait_s = max(0.0, watched.hinted_s + HINT_SPACING_S - self._clock.monotonic_s())
+        watched.hint = asyncio.get_running_loop().call_later(wait_s, wake)
+        return True
+
     async def check(self, key_configuration_id: KeyConfigurationId) -> Judgement:
         """Probe now, and again at once as far as a verdict needs confirmation. Returns when its consequences (state
         stored, Revokes pushed) have begun."""
@@ -147,15 +174,21 @@ class Watcher:
         """As `check`, for a person, with a probe that is sent after this call: one that is under way may have been
         answered before whatever they want to see. All who ask meanwhile share it. No hold-down is waited for."""
         watched = self._watched[key_configuration_id]
-        if watched.checking is not None:
-            await asyncio.wait({watched.checking})
+        await self._no_probe_under_way(watched)
         watched.watch.lift_hold()
         return await self.check(key_configuration_id)
+
+    async def _no_probe_under_way(self, watched: _Watched) -> None:
+        if watched.checking is not None:
+            await asyncio.wait({watched.checking})
 
     async def _watch(self, watched: _Watched) -> None:
         key_configuration_id = watched.configuration.key_configuration_id
         while True:
-            watched.wake.clear()
+            if watched.wake.is_set():
+                # Whoever set it may know of something that is newer than the probe that is under way.
+                await self._no_probe_under_way(watched)
+                watched.wake.clear()
             judgement = await self.check(key_configuration_id)
             pause_s = judgement.probe_again_after_s * self._rng.uniform(1 - PROBE_JITTER, 1 + PROBE_JITTER)
             try:

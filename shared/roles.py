@@ -30,6 +30,7 @@ class Scope(enum.StrEnum):
     WORKSPACE_ADMIN = "workspace:admin"  # projects, timelines, endpoints
     DATA_USE = "data:use"  # find and start endpoints; no way to keys
     AUDIT_READ = "audit:read"
+    KMS_NOTIFY = "kms:notify"  # say that something may have happened to a key: it is looked at, and nobody is believed
     TOKENS_ISSUE = "tokens:issue"  # tokens for people: the owner's key, and no role
     KEYS_SESSION = "keys:session"  # hold leases
     KEYS_USE = "keys:use"  # generate and unwrap DEKs: safekeepers and pageservers, nobody else
@@ -53,6 +54,8 @@ class PersonRole(enum.StrEnum):
     WORKSPACE_ADMIN = "workspace-admin"
     DATA_USER = "data-user"
     AUDITOR = "auditor"
+    KMS_NOTIFIER = "kms-notifier"
+    """A customer's cloud, or what passes its events on."""
 
     @property
     def scopes(self) -> frozenset[Scope]:
@@ -65,6 +68,7 @@ PERSON_SCOPES: Final[Mapping[PersonRole, frozenset[Scope]]] = {
     PersonRole.WORKSPACE_ADMIN: frozenset({Scope.WORKSPACE_ADMIN, Scope.STORAGE_HISTORY}),
     PersonRole.DATA_USER: frozenset({Scope.DATA_USE}),
     PersonRole.AUDITOR: frozenset({Scope.AUDIT_READ, Scope.STATUS_READ, Scope.STORAGE_INSPECT}),
+    PersonRole.KMS_NOTIFIER: frozenset({Scope.KMS_NOTIFY}),
 }
 
 OWNER_SCOPES: Final = frozenset(

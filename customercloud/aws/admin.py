@@ -1,4 +1,4 @@
-"""Administration of the simulated AWS: accounts, users, roles, waiting periods, the whole audit log.
+"""Administration of the simulated AWS: accounts, users, roles, waiting periods, the whole audit log, events.
 
 What in the real cloud somebody clicks together in IAM's console. Changes and deletions are in force after the
 propagation delay (`Faults.propagation_delay_s`), as IAM is eventually consistent; what is new, at once.
@@ -18,6 +18,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from customercloud.aws import arn as arns
+from customercloud.aws.event_bridge import EventBridge, EventTarget
 from customercloud.aws.identity import (
     EXTERNAL_ID_PATTERN,
     MAX_EXTERNAL_ID_SIZE,
@@ -230,7 +231,9 @@ def _check_identity_policies(policies: dict[str, str]) -> None:
             raise InvalidInputError(f"policy {name}: {error}") from None
 
 
-def aws_router(state: AwsState, trail: Trail, endpoint: AwsEndpoint, clock: Clock) -> APIRouter:
+def aws_router(
+    state: AwsState, trail: Trail, event_bridge: EventBridge, endpoint: AwsEndpoint, clock: Clock
+) -> APIRouter:
     router = APIRouter(prefix="/aws", tags=["aws"])
     admin = AwsAdmin(state, clock, endpoint.delay)
 
@@ -256,6 +259,15 @@ def aws_router(state: AwsState, trail: Trail, endpoint: AwsEndpoint, clock: Cloc
     async def delete_role(account_id: AccountPath, name: NamePath) -> None:
         """Its sessions stop working, after the propagation delay; a role made again under this name is another one."""
         admin.delete_role(admin.role(account_id, name))
+
+    @router.put("/accounts/{account_id}/event-target", status_code=204)
+    async def put_event_target(account_id: AccountPath, target: EventTarget) -> None:
+        """From now on, changes to the account's keys are posted there, as EventBridge does it."""
+        event_bridge.set_target(account_id, target)
+
+    @router.delete("/accounts/{account_id}/event-target", status_code=204)
+    async def delete_event_target(account_id: AccountPath) -> None:
+        event_bridge.remove_target(account_id)
 
     @router.post("/keys/{key_id}/complete-deletion", status_code=204)
     async def complete_deletion(key_id: str) -> None:

@@ -27,6 +27,7 @@ from customercloud.aws.cloudtrail import (
     service_record,
 )
 from customercloud.aws.errors import AwsError, server_error, throttled
+from customercloud.aws.event_bridge import EventBridge
 from customercloud.aws.identity import Session, SessionTokens, UserSession
 from customercloud.aws.kms import KmsCrypto, Operation
 from customercloud.aws.kms_admin import KmsAdmin
@@ -98,9 +99,16 @@ class AwsEndpoint:
     """All services of one region behind one URL, as SDKs reach them with `endpoint_url`."""
 
     def __init__(
-        self, state: AwsState, tokens: SessionTokens, trail: Trail, faults: FaultInjector, clock: Clock
+        self,
+        state: AwsState,
+        tokens: SessionTokens,
+        trail: Trail,
+        events: EventBridge,
+        faults: FaultInjector,
+        clock: Clock,
     ) -> None:
         self._state = state
+        self._events = events
         self._tokens = tokens
         self._trail = trail
         self._faults = faults
@@ -276,19 +284,19 @@ class AwsEndpoint:
         refusal = None if error is None else (error.code, error.message)
         accounts = recipients(call, refusal and refusal[0])
         shared_id = str(uuid.uuid4()) if len(accounts) > 1 else None
-        await self._trail.append(
-            [
-                api_call_record(
-                    call,
-                    region=self._state.region,
-                    recipient=account,
-                    error=refusal,
-                    event_id=str(uuid.uuid4()),
-                    shared_id=shared_id,
-                )
-                for account in accounts
-            ]
-        )
+        records = [
+            api_call_record(
+                call,
+                region=self._state.region,
+                recipient=account,
+                error=refusal,
+                event_id=str(uuid.uuid4()),
+                shared_id=shared_id,
+            )
+            for account in accounts
+        ]
+        await self._trail.append(records)
+        self._events.publish(records)
 
     async def housekeeping(self) -> None:
         """What KMS does by itself when its time has come: destroy keys, rotate keys. Cheap when nothing is due."""
@@ -336,6 +344,7 @@ class AwsEndpoint:
             details=details,
         )
         await self._trail.append([record])
+        self._events.publish([record])
 
 
 @cache

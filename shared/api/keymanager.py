@@ -660,6 +660,13 @@ class Replacement(ApiModel):
     """The new CMK was tried, and nothing was begun."""
 
 
+class KmsEventsTaken(ApiModel):
+    """What came of a cloud's events."""
+
+    probed: int
+    """Key configurations whose KMS is asked because of them, now or within a second."""
+
+
 class KeyHolder(ApiModel):
     """A node that was given keys of a project, and what it said last that it keeps."""
 

@@ -89,6 +89,7 @@ ROUTES: dict[tuple[str, str], set[Scope]] = {
     ("DELETE", f"/v1/projects/{PRJ}/shred"): {Scope.SECURITY_ADMIN},
     ("POST", f"/v1/projects/{PRJ}:verify-erasure"): {Scope.SECURITY_ADMIN},
     ("GET", f"/v1/projects/{PRJ}/receipt"): {Scope.SECURITY_ADMIN, Scope.AUDIT_READ},
+    ("POST", "/v1/kms-events"): {Scope.KMS_NOTIFY},
     ("GET", "/v1/revocations"): {Scope.SECURITY_ADMIN, Scope.AUDIT_READ},
     ("GET", "/v1/audit"): {Scope.AUDIT_READ},
     ("GET", "/v1/audit:verify"): {Scope.AUDIT_READ},

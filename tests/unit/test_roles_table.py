@@ -66,6 +66,7 @@ def test_a_security_admin_has_no_way_to_data_and_a_data_user_none_to_keys() -> N
     assert {service for service, _, _ in changes[PersonRole.DATA_USER]} == {Service.COMPUTE}
     verbs = {path.rpartition(":")[2] for _, method, path in changes[PersonRole.AUDITOR] if method != "GET"}
     assert verbs == {"scrub", "inspect"}, "which read, for long, and say what there is"
+    assert {path for _, _, path in changes[PersonRole.KMS_NOTIFIER]} == {"/v1/kms-events"}
     of_keys = {path for service, _, path in changes[PersonRole.WORKSPACE_ADMIN] if service is Service.KEYMANAGER}
     assert of_keys == {"/v1/workspaces/{workspace_id}/projects"}, "and under no key of their choice: see the cluster's"
     for connection in CONNECTIONS:
