@@ -21,7 +21,7 @@ from compute.volume.sealed_blocks import (
     VolumeFullError,
     make_block_file,
 )
-from shared.crypto.secret import KeyWipedError
+from shared.crypto.secret import KeyWipedError, SecretKey
 from shared.errors import CorruptedError, IntegrityError, LeaseExpiredError, UnavailableError
 from shared.keyspace import Fork, RelTag
 from shared.sandbox import Isolation, Sandbox
@@ -37,7 +37,7 @@ def descriptor(tmp_path: Path) -> int:
 
 @pytest.fixture
 def blocks(descriptor: int) -> Iterator[SealedBlocks]:
-    blocks = SealedBlocks(descriptor, b"context", limit_blocks=8, blocks_per_key=3)
+    blocks = SealedBlocks(descriptor, SecretKey.generate(), b"context", limit_blocks=8, blocks_per_key=3)
     yield blocks
     blocks.close()
 
@@ -116,7 +116,7 @@ def test_the_null_cipher_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monke
     """The control of every search for plaintext in this file."""
     monkeypatch.setenv("KEYLAKE_UNSAFE_NULL_CIPHER", "1")
     descriptor = make_block_file(tmp_path)
-    blocks = SealedBlocks(descriptor, b"context", limit_blocks=1)
+    blocks = SealedBlocks(descriptor, SecretKey.generate(), b"context", limit_blocks=1)
     blocks.write([blocks.take()], 9, 0, A)
     assert A in os.pread(descriptor, SLOT_SIZE_BYTES, 0)
     blocks.close()
