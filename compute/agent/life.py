@@ -82,6 +82,9 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 _POSTGRES_START_TIMEOUT_S: Final = 60.0
+_VOLUME_WIPE_TIMEOUT_S: Final = 0.5
+"""It takes milliseconds. Nothing leaves meanwhile: who could use the volume is stopped. The manager's patience with
+us is not longer than a second."""
 _LEASE_NEWS_INTERVAL_S: Final = 0.5
 """How often a lazy volume's server hears until when it may let data out. A lease is renewed with most of it left."""
 
@@ -420,7 +423,7 @@ class Agent:
         # But nobody may live to be told of an I/O error (processes.py).
         assert self._volume.server_pid is not None  # noqa: S101 - there is no such step then
         stop_descendants(self._volume.server_pid)
-        return None if self._volume.wipe_server() else "volume_server_did_not_answer"
+        return None if self._volume.wipe_server(_VOLUME_WIPE_TIMEOUT_S) else "volume_server_did_not_answer"
 
     def _kill(self) -> None:
         self._cut_off()

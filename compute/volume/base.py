@@ -104,9 +104,9 @@ class Volume(Protocol):
         """The child of ours that serves it, and has keys and pages in memory; None: no other process has any."""
         ...
 
-    def wipe_server(self) -> bool:
+    def wipe_server(self, timeout_s: float) -> bool:
         """The server gives up its keys and pages, and whoever uses the volume gets errors. Is nothing left in it, by
-        its own word? Waits for that a second at most; False when it says nothing. Kill it next."""
+        its own word? Blocks until it says so; False when it does not in time, or has ended without. Kill it next."""
         ...
 
     def wipe(self) -> None:

@@ -39,8 +39,6 @@ from shared.telemetry import get_logger
 
 _log = get_logger(__name__)
 _ANSWER_TIMEOUT_S: Final = 10.0
-_WIPE_TIMEOUT_S: Final = 1.0
-"""It takes milliseconds. Nothing leaves meanwhile: whoever could use the volume is stopped."""
 
 
 class FuseVolume:
@@ -159,8 +157,8 @@ class FuseVolume:
     def server_pid(self) -> int:
         return self._server.pid
 
-    def wipe_server(self) -> bool:
-        return self._key_channel.take_back(_WIPE_TIMEOUT_S)
+    def wipe_server(self, timeout_s: float) -> bool:
+        return self._key_channel.take_back(timeout_s)
 
     def wipe(self) -> None:
         self._key_channel.close()

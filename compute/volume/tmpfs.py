@@ -87,7 +87,7 @@ class TmpfsVolume:
     def server_pid(self) -> int | None:
         return None
 
-    def wipe_server(self) -> bool:
+    def wipe_server(self, timeout_s: float) -> bool:
         return True
 
     def wipe(self) -> None:
