@@ -60,7 +60,7 @@ from shared.wire.scram import SALT_LENGTH_BYTES, ScramVerifier
 
 _log = get_logger(__name__)
 
-_PATIENCE_S: Final = 0.5
+_PATIENCE_S: Final = 1.0
 OWNER: Final = "app"
 DATABASE: Final = "app"
 

@@ -1,4 +1,4 @@
-"""Postgres's log, sealed under the boot key: readable while the compute lives, noise afterwards.
+"""Postgres's log, sealed under a key of the boot key: readable while the compute lives, noise afterwards.
 
 Error messages quote SQL and rows, so the log is user data. It is kept in two files of bounded size, `<path>.0` and
 `<path>.1`, used in turn: a full one makes the other start anew. Each file, integers big-endian::
@@ -25,6 +25,8 @@ from shared.crypto.aead import AeadKey, counter_nonce
 from shared.errors import CorruptedError
 from shared.ids import InstanceId
 
+KEY_LABEL: Final = b"keylake/v1/compute-log"
+"""The log's key is that of its compute's boot key (shared/crypto/derive.py)."""
 MAGIC: Final = b"KLLOG\x00\x00\x01"
 _HEADER: Final = struct.Struct(">IQ")
 MAX_BATCH_SIZE_BYTES: Final = 64 * 1024

@@ -4,8 +4,8 @@
 
 A read replica has the log's roles, and WAL to replay, instead (replica.py).
 
-It ends for one of these reasons, and every one of them ends the same way (`_clean_up`): all processes killed, boot key
-wiped, volume gone, socket gone.
+It ends for one of these reasons, and every one of them ends the same way (`_clean_up`): the keys of a lazy volume wiped
+by its server, all processes killed, boot key wiped, volume gone, socket gone.
 
     keys lost     revoked, suspended, shredded, lease ran out, or a newer instance took our name
     stop          graceful first: a shutdown checkpoint, streamed to the safekeepers
@@ -40,7 +40,7 @@ from compute.agent.postgres_conf import (
     postgres_settings,
     render_conf,
 )
-from compute.agent.processes import kill_descendants
+from compute.agent.processes import kill_descendants, stop_descendants
 from compute.agent.protocol import (
     BEATS_PER_TIMEOUT,
     MAX_LOG_CONTENT_SIZE_BYTES,
@@ -61,12 +61,13 @@ from compute.agent.protocol import (
 from compute.agent.roles import bootstrap_sql, ensure_database
 from compute.agent.steps import Steps
 from compute.agent.tunnel import Tunnel
-from compute.sealed_log import SealedLog
+from compute.sealed_log import KEY_LABEL, SealedLog
 from compute.volume.base import Source, Volume
 from shared.api.compute import StageTiming
 from shared.api.keymanager import KeyState, Role
 from shared.api.safekeeper import ComputeAddress
 from shared.crypto.aead import AeadKey, default_suite
+from shared.crypto.derive import derive_key
 from shared.crypto.secret import SecretKey
 from shared.errors import IntegrityError, KeyAccessError, KeylakeError
 from shared.ids import ProjectId
@@ -84,6 +85,9 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 _POSTGRES_START_TIMEOUT_S: Final = 60.0
+_VOLUME_WIPE_TIMEOUT_S: Final = 0.5
+"""It takes milliseconds. Nothing leaves meanwhile: who could use the volume is stopped. The manager's patience with
+us is not longer than a second."""
 _LEASE_NEWS_INTERVAL_S: Final = 0.5
 """How often a lazy volume's server hears until when it may let data out. A lease is renewed with most of it left."""
 
@@ -102,8 +106,9 @@ class Agent:
         self._pipe = pipe
         self._volume = volume
         self._no_network = no_network
-        self._boot_key = AeadKey(SecretKey.generate(), default_suite())
-        self._sealed_log = SealedLog(boot.sealed_log, self._boot_key, boot.instance_id, boot.log_size_bytes)
+        self._boot_key = SecretKey.generate()
+        self._log_key = AeadKey(derive_key(self._boot_key, KEY_LABEL), default_suite())
+        self._sealed_log = SealedLog(boot.sealed_log, self._log_key, boot.instance_id, boot.log_size_bytes)
         self._admin_password = secrets.token_urlsafe(32)
         self._postgres: ComputePostgres | None = None
         self._replica: Replica | None = None
@@ -116,8 +121,9 @@ class Agent:
         self._replay_news: asyncio.Task[None] | None = None
         self._stages: list[StageTiming] = []
         self._steps = Steps(
+            **({} if volume.server_pid is None else {"wipe_volume_keys": self._wipe_volume_server}),
             kill_postgres=self._kill,
-            wipe_boot_key=self._boot_key.wipe,
+            wipe_boot_key=self._wipe_boot_key,
             remove_volume=volume.wipe,
             remove_log_and_socket=self._remove_files,
         )
@@ -348,7 +354,7 @@ class Agent:
             ca_certificate=boot.ca_certificate,
             token=self._tokens.pageserver,
         )
-        self._stages += await self._volume.fill(source, _lease_until_s(leases))
+        self._stages += await self._volume.fill(source, self._boot_key, _lease_until_s(leases))
         control = check_control_file(self._volume.path, boot.system_identifier, start.start_lsn, start_as)
         _log.info("volume filled", lsn=str(start.start_lsn), term=start.term)
         return control
@@ -439,12 +445,27 @@ class Agent:
                 task.cancel()
         return self._steps.run()
 
-    def _kill(self) -> None:
+    def _cut_off(self) -> None:
         if self._tunnel is not None:
             self._tunnel.close()
         if self._replica is not None:
             self._replica.close()
+
+    def _wipe_volume_server(self) -> str | None:
+        self._cut_off()
+        # Postgres goes afterwards: who waits for a page that does not come cannot be killed before the mount is dead.
+        # But nobody may live to be told of an I/O error (processes.py).
+        assert self._volume.server_pid is not None  # noqa: S101 - there is no such step then
+        stop_descendants(self._volume.server_pid)
+        return None if self._volume.wipe_server(_VOLUME_WIPE_TIMEOUT_S) else "volume_server_did_not_answer"
+
+    def _kill(self) -> None:
+        self._cut_off()
         kill_descendants()
+
+    def _wipe_boot_key(self) -> None:
+        self._log_key.wipe()
+        self._boot_key.wipe()
 
     def _remove_files(self) -> None:
         self._sealed_log.close()

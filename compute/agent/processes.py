@@ -61,6 +61,17 @@ def _runs(pid: int) -> bool:
     return stat.rpartition(b") ")[2][:1] not in b"ZX"
 
 
+def stop_descendants(spared: int) -> None:
+    """SIGSTOP every descendant but our child `spared`, and what they fork meanwhile: to be killed soon."""
+    stopped: set[int] = set()
+    while family := [
+        pid for pid in _with_descendants([pid for pid in children() if pid != spared]) if pid not in stopped
+    ]:
+        for pid in family:
+            _signal(pid, signal.SIGSTOP)
+        stopped.update(family)
+
+
 def kill_descendants(timeout_s: float = 5.0) -> int:
     """SIGKILL every descendant; returns how many processes were signalled, once none runs any more.
 

@@ -6,7 +6,9 @@ because the agent itself uses the files: who serves them must never wait for the
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import gc
 import os
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from compute.volume import mount
 from compute.volume.file_system import FileSystem
 from compute.volume.files import Tree
 from compute.volume.fill import fill
+from compute.volume.key_channel import KeyTaker
 from compute.volume.page_client import PageClient
 from compute.volume.protocol import (
     MAX_LINE_SIZE_BYTES,
@@ -36,6 +39,7 @@ from shared.api.common import ApiModel
 from shared.api.compute import StageTiming
 from shared.auth import Service
 from shared.clock import SystemClock
+from shared.crypto.secret import SecretKey
 from shared.entry import run
 from shared.errors import InvalidInputError, KeylakeError, LeaseExpiredError, UnavailableError
 from shared.framed_tcp import FramedConnection, connect
@@ -48,10 +52,12 @@ _log = get_logger(__name__)
 
 
 class VolumeServer:
-    """From `Open` to the end of the mount."""
+    """From `Open` to the end of the mount. `wipe` it in any case."""
 
-    def __init__(self, opened: Open) -> None:
+    def __init__(self, opened: Open, key: SecretKey) -> None:
+        """`key`: the volume's; ours from now on."""
         self._opened = opened
+        self._key = key
         self._token = opened.token
         self._lease_until_s = opened.lease_until_s
         self._clock = SystemClock()
@@ -99,7 +105,7 @@ class VolumeServer:
         except OSError as error:
             raise UnavailableError(f"the volume's file cannot be made: {error.strerror}") from None
         context = f"{opened.project_id} {opened.timeline_id} {opened.instance_id}".encode()
-        self._blocks = SealedBlocks(descriptor, context, opened.limit_bytes // BLOCK_SIZE_BYTES)
+        self._blocks = SealedBlocks(descriptor, self._key, context, opened.limit_bytes // BLOCK_SIZE_BYTES)
         uid, gid = opened.owner or (os.geteuid(), os.getegid())
         tree = Tree(uid, gid, 0)
         files = FileSystem(tree, self._blocks, self._pages, self._check_lease, self._break)
@@ -132,12 +138,16 @@ class VolumeServer:
         assert self._loop is not None  # noqa: S101 - mounted first
         await asyncio.shield(self._loop.ended)
 
-    async def close(self) -> None:
+    async def wipe(self) -> None:
+        """The mount is dead, and no key, no cipher and no page is left in this process when it returns. Nothing else of
+        this server may run any more."""
         if self._loop is not None:
-            self._loop.stop()
-        await self._pages.close()
+            await self._loop.wipe()
         if self._blocks is not None:
             self._blocks.close()
+        self._key.wipe()
+        await self._pages.close()
+        gc.collect()  # what tasks and connections held in cycles; what is freed is overwritten (shared/hardening.py)
 
 
 class _Pipe:
@@ -163,28 +173,53 @@ class _Pipe:
         os.write(sys.stdout.fileno(), pack_line(message))
 
 
-async def main() -> None:
+async def main(key_channel: KeyTaker) -> None:
     harden_process()
     pipe = _Pipe()
     await pipe.open()
     opened = await pipe.receive()
     if not isinstance(opened, Open):
         return
-    server = VolumeServer(opened)
-    listening = asyncio.create_task(_listen(pipe, server))
     try:
-        pipe.send(await server.mount())
-        unmounted = asyncio.create_task(server.unmounted())
-        ends: set[asyncio.Future[Any]] = {listening, unmounted, server.broken}
+        server = VolumeServer(opened, key_channel.take())
+    except UnavailableError as error:
+        pipe.send(Failed(code=error.code, message=str(error)))
+        return
+    given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    key_channel.on_give_up(lambda: given_up.set_result(None))
+    try:
+        await _serve_until(given_up, pipe, server)
+    finally:
+        await server.wipe()
+    key_channel.confirm()
+    if given_up.done():
+        key_channel.wait_closed()
+
+
+async def _serve_until(given_up: asyncio.Future[None], pipe: _Pipe, server: VolumeServer) -> None:
+    """Or until the server ends by itself, or its agent does."""
+    tasks = [asyncio.create_task(_listen(pipe, server)), asyncio.create_task(_serve(pipe, server))]
+    ends: set[asyncio.Future[Any]] = {*tasks, server.broken, given_up}
+    try:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        unmounted.cancel()
         if server.broken.done():
             pipe.send(Failed(code=server.broken.result().code, message=str(server.broken.result())))
+        for task in tasks:
+            if task.done():
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _serve(pipe: _Pipe, server: VolumeServer) -> None:
+    """Until it is unmounted, or cannot be mounted."""
+    try:
+        pipe.send(await server.mount())
+        await server.unmounted()
     except KeylakeError as error:
         pipe.send(Failed(code=error.code, message=str(error)))
-    finally:
-        listening.cancel()
-        await server.close()
 
 
 async def _listen(pipe: _Pipe, server: VolumeServer) -> None:
@@ -196,4 +231,7 @@ async def _listen(pipe: _Pipe, server: VolumeServer) -> None:
 
 if __name__ == "__main__":
     configure_logging("compute-volume", Path("/proc/self").resolve().name, "info")
-    run(main)
+    parser = argparse.ArgumentParser(prog="python -m compute.volume", description=__doc__)
+    parser.add_argument("--key-channel", type=int, required=True, help="descriptor of a socket that the key comes over")
+    descriptor = parser.parse_args().key_channel
+    run(lambda: main(KeyTaker(descriptor)))

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from shared.api.compute import StageTiming
 from shared.config import Address
+from shared.crypto.secret import SecretKey
 from shared.errors import KeylakeError
 from shared.ids import InstanceId, ProjectId, TimelineId
 from shared.lsn import Lsn
@@ -79,8 +80,11 @@ class Volume(Protocol):
         """Make an empty PGDATA that Postgres accepts (mode 0700). Raises UnavailableError."""
         ...
 
-    async def fill(self, source: Source, lease_until_s: float) -> list[StageTiming]:
-        """Make it a PGDATA that starts at the source's LSN; how long its stages took. Raises KeylakeError."""
+    async def fill(self, source: Source, boot_key: SecretKey, lease_until_s: float) -> list[StageTiming]:
+        """Make it a PGDATA that starts at the source's LSN; how long its stages took. Raises KeylakeError.
+
+        `boot_key`: what is written to a disk is sealed under keys that it yields. It stays the caller's.
+        """
         ...
 
     def lease_until(self, at_s: float) -> None:
@@ -102,6 +106,16 @@ class Volume(Protocol):
 
     async def pages_fetched(self) -> int | None:
         """How many pages have come from the pageserver one by one. None: that is not how it works."""
+        ...
+
+    @property
+    def server_pid(self) -> int | None:
+        """The child of ours that serves it, and has keys and pages in memory; None: no other process has any."""
+        ...
+
+    def wipe_server(self, timeout_s: float) -> bool:
+        """The server gives up its keys and pages, and whoever uses the volume gets errors. Is nothing left in it, by
+        its own word? Blocks until it says so; False when it does not in time, or has ended without. Kill it next."""
         ...
 
     def wipe(self) -> None:

@@ -1,6 +1,7 @@
 """The lazy volume, as its agent sees it: a FUSE mount that a child process serves (`python -m compute.volume`).
 
-The child is a descendant like Postgres, so it is killed with it, and its key is gone; its end is the end of the mount.
+The child is a descendant like Postgres. At the end it gives up its keys and pages, says so, and is killed then; if it
+says nothing in time, it is killed all the same. Its end is the end of the mount.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Final, Self
 
 from compute.volume import mount
 from compute.volume.base import Source, VolumeKind
+from compute.volume.key_channel import KeyGiver
 from compute.volume.protocol import (
     MAX_LINE_SIZE_BYTES,
     Counts,
@@ -29,6 +31,7 @@ from compute.volume.protocol import (
 from compute.volume.tmpfs import TmpfsVolume
 from shared.api.common import ApiModel
 from shared.api.compute import StageTiming
+from shared.crypto.secret import SecretKey
 from shared.errors import ERRORS_BY_CODE, InvalidInputError, KeylakeError, UnavailableError
 from shared.postgres import unprivileged
 from shared.sandbox import Isolation, Sandbox
@@ -45,13 +48,19 @@ class FuseVolume:
     mounting."""
 
     def __init__(
-        self, sandbox: Sandbox, blocks_dir: Path, limit_bytes: int, server: asyncio.subprocess.Process
+        self,
+        sandbox: Sandbox,
+        blocks_dir: Path,
+        limit_bytes: int,
+        server: asyncio.subprocess.Process,
+        key_channel: KeyGiver,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._sandbox = sandbox
         self._blocks_dir = blocks_dir
         self._limit_bytes = limit_bytes
         self._server = server
+        self._key_channel = key_channel
         self._memory = TmpfsVolume(sandbox)  # what the mount point lies on
         self._mounted: asyncio.Future[Mounted] = loop.create_future()
         self._counts: asyncio.Future[Counts] | None = None
@@ -63,13 +72,20 @@ class FuseVolume:
     @classmethod
     async def start(cls, sandbox: Sandbox, blocks_dir: Path, limit_bytes: int) -> Self:
         """With a server that knows nothing yet. Raises OSError."""
-        server = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "compute.volume",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=MAX_LINE_SIZE_BYTES,
-        )  # fmt: skip
-        return cls(sandbox, blocks_dir, limit_bytes, server)
+        key_channel, theirs = KeyGiver.pair()
+        try:
+            with theirs:
+                server = await asyncio.create_subprocess_exec(
+                    sys.executable, "-P", "-m", "compute.volume", "--key-channel", str(theirs.fileno()),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    pass_fds=(theirs.fileno(),),
+                    limit=MAX_LINE_SIZE_BYTES,
+                )  # fmt: skip
+        except BaseException:
+            key_channel.close()
+            raise
+        return cls(sandbox, blocks_dir, limit_bytes, server, key_channel)
 
     @property
     def description(self) -> str:
@@ -93,9 +109,10 @@ class FuseVolume:
     async def prepare(self) -> None:
         await self._memory.prepare()
 
-    async def fill(self, source: Source, lease_until_s: float) -> list[StageTiming]:
+    async def fill(self, source: Source, boot_key: SecretKey, lease_until_s: float) -> list[StageTiming]:
         self._lease_until_s = lease_until_s
         self._opened = True
+        self._key_channel.give(boot_key)
         self._send(
             Open(
                 instance_id=source.instance_id,
@@ -163,7 +180,15 @@ class FuseVolume:
         async with asyncio.timeout(timeout_s):
             return await asyncio.shield(self._counts)
 
+    @property
+    def server_pid(self) -> int:
+        return self._server.pid
+
+    def wipe_server(self, timeout_s: float) -> bool:
+        return self._key_channel.take_back(timeout_s)
+
     def wipe(self) -> None:
+        self._key_channel.close()
         mount.unmount(self.path)
         self._memory.wipe()
 

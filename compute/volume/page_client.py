@@ -67,6 +67,7 @@ class PageClient:
         """Those of `_ahead`, oldest first."""
         self._batches_pages = 0
         self._ahead_requests = 0
+        self._fetching: set[asyncio.Task[list[bytes]]] = set()
         self.pages_fetched = 0
 
     async def pages(self, rel: RelTag, first_block: int, count: int) -> list[bytes]:
@@ -140,7 +141,10 @@ class PageClient:
         return _Batch(rel, blocks, self._fetch(rel, blocks.start, len(blocks)), is_ahead=is_ahead)
 
     def _fetch(self, rel: RelTag, first_block: int, count: int) -> asyncio.Task[list[bytes]]:
-        return asyncio.create_task(self._fetched(rel, first_block, count))
+        task = asyncio.create_task(self._fetched(rel, first_block, count))
+        self._fetching.add(task)
+        task.add_done_callback(self._fetching.discard)
+        return task
 
     async def _fetched(self, rel: RelTag, first_block: int, count: int) -> list[bytes]:
         try:
@@ -172,11 +176,16 @@ class PageClient:
             return self._connection
 
     async def close(self) -> None:
+        """Nothing is fetched any more, and no page that was is held here, nor in the connection."""
         for batch in list(self._batches):
-            batch.task.cancel()
             self._forget(batch)
-        if self._connection is not None:
-            await self._connection.close()
+        fetching = list(self._fetching)
+        for task in fetching:
+            task.cancel()
+        await asyncio.gather(*fetching, return_exceptions=True)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
 
 
 class _Pipeline:
@@ -244,5 +253,8 @@ class _Pipeline:
             answer.set_result(list(result))
 
     async def close(self) -> None:
-        self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        # The reader is not cancelled: the error of a cancelled task holds its frames, these hold the task, and pages.
+        # No garbage collector sees that circle (CPython 3.11).
+        self._stream.abort()
+        await self._reader
+        await self._stream.close()

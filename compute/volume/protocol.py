@@ -8,8 +8,8 @@
       │ ◄─────────────────── Counts ────  │
       │ ◄─────────────────── Failed ────  │  could not be mounted, or must not be used any more: it exits
 
-The key that the volume is sealed under is made in the server and never leaves it. There is no message to stop: it is
-killed. End of file on its stdin ends it, too.
+The key that the volume is sealed under comes another way, and so does the order to give it up (key_channel.py). There
+is no message to stop: when it has given up its key, it is killed. End of file on its stdin ends it, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Blocks on a disk that is not trusted, sealed under keys that die with the process.
+"""Blocks on a disk that is not trusted, sealed under keys that end with the compute.
 
 One local file of slots. A slot holds one block of 8192 bytes, sealed: ciphertext and tag, 8208 bytes, and nothing
 else; what stands where is known in memory only. AAD: the context of the whole file, the owner's id, the block's number
@@ -6,8 +6,9 @@ within it, and the write counter, big-endian u64 each. The nonce is the write co
 of a `SealedBlocks`. So a slot that was altered, swapped with another, or put back to what it held before does not
 open (`IntegrityError`).
 
-A key seals at most 2^23 blocks, 64 GiB (shared/crypto/limits.py); then the next one is made. All of them stay: a block
-that is never written again is opened with the key of its time.
+The volume's key seals nothing: block key n is what it yields for n, u32 big-endian (HKDF, shared/crypto/derive.py). A
+block key seals at most 2^23 blocks, 64 GiB (shared/crypto/limits.py); then the next one is made. All of them stay: a
+block that is never written again is opened with the key of its time.
 
     offset          | size | field
     ----------------+------+------------------------------------
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from shared.crypto.aead import TAG_SIZE_BYTES, AeadKey, counter_nonce, default_suite
+from shared.crypto.derive import derive_key
 from shared.crypto.limits import MAX_BYTES_PER_DEK
 from shared.crypto.secret import SecretKey
 from shared.errors import IntegrityError, UnavailableError
@@ -34,6 +36,12 @@ SLOT_SIZE_BYTES: Final = BLOCK_SIZE_BYTES + TAG_SIZE_BYTES
 BLOCKS_PER_KEY: Final = MAX_BYTES_PER_DEK // BLOCK_SIZE_BYTES
 _BINDING: Final = struct.Struct(">QQQ")
 _DOMAIN: Final = b"keylake compute volume 1\0"
+_KEY_LABEL: Final = b"keylake/v1/compute-volume-blocks"
+
+
+def block_key(volume_key: SecretKey, number: int) -> SecretKey:
+    """The key of the blocks that are written as [number * BLOCKS_PER_KEY, (number + 1) * BLOCKS_PER_KEY)."""
+    return derive_key(volume_key, _KEY_LABEL + number.to_bytes(4, "big"))
 
 
 class VolumeFullError(UnavailableError):
@@ -44,10 +52,17 @@ class SealedBlocks:
     """Not thread-safe. Reads and writes block: the file is a local one."""
 
     def __init__(
-        self, descriptor: int, context: bytes, limit_blocks: int, blocks_per_key: int = BLOCKS_PER_KEY
+        self,
+        descriptor: int,
+        key: SecretKey,
+        context: bytes,
+        limit_blocks: int,
+        blocks_per_key: int = BLOCKS_PER_KEY,
     ) -> None:
-        """`descriptor`: of an empty file, and from now on ours. `context`: whose blocks these are."""
+        """`descriptor`: of an empty file. `key`: of this volume and no other, ever. Both are ours from now on.
+        `context`: whose blocks these are."""
         self._descriptor = descriptor
+        self._key = key
         self._aad = _DOMAIN + context + b"\0"
         self._limit = limit_blocks
         self._blocks_per_key = blocks_per_key
@@ -132,11 +147,12 @@ class SealedBlocks:
     def _key_of(self, counter: int) -> AeadKey:
         number = counter // self._blocks_per_key
         while number >= len(self._keys):
-            self._keys.append(AeadKey(SecretKey.generate(), default_suite()))
+            self._keys.append(AeadKey(block_key(self._key, len(self._keys)), default_suite()))
         return self._keys[number]
 
     def wipe(self) -> None:
         """Nothing opens from now on. Idempotent."""
+        self._key.wipe()
         for key in self._keys:
             key.wipe()
         self._counter_of = array("Q", bytes(8 * len(self._counter_of)))

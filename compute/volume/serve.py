@@ -41,6 +41,15 @@ class FuseLoop:
             os.close(self._descriptor)
             self.ended.set_result(None)
 
+    async def wipe(self) -> None:
+        """`stop`, and nobody works on a request any more; what requests brought is overwritten."""
+        self.stop()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._buffer[:] = bytes(len(self._buffer))
+
     def _take(self) -> None:
         for _ in range(_REQUESTS_PER_TURN):
             if self.ended.done():

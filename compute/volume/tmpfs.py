@@ -14,6 +14,7 @@ from typing import Final
 from compute.agent.basebackup import fetch_basebackup
 from compute.volume.base import Source
 from shared.api.compute import StageTiming
+from shared.crypto.secret import SecretKey
 from shared.errors import KeylakeError, UnavailableError
 from shared.sandbox import Isolation, Sandbox
 from shared.tls import client_context
@@ -59,7 +60,7 @@ class TmpfsVolume:
         except OSError as error:
             raise UnavailableError(f"the volume cannot be prepared: {error.strerror}") from None
 
-    async def fill(self, source: Source, lease_until_s: float) -> list[StageTiming]:
+    async def fill(self, source: Source, boot_key: SecretKey, lease_until_s: float) -> list[StageTiming]:
         began = time.monotonic()
         await fetch_basebackup(
             source.pages,
@@ -92,6 +93,13 @@ class TmpfsVolume:
 
     async def pages_fetched(self) -> int | None:
         return None
+
+    @property
+    def server_pid(self) -> int | None:
+        return None
+
+    def wipe_server(self, timeout_s: float) -> bool:
+        return True
 
     def wipe(self) -> None:
         # Unmounting frees the whole tmpfs at once; where that is not ours to do, removing the files does.

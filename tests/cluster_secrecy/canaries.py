@@ -84,7 +84,10 @@ def search(roots: Iterable[Path], secrets_by_name: Mapping[str, bytes]) -> Searc
 
 def files_below(roots: Iterable[Path]) -> Iterator[Path]:
     for root in roots:
-        for path in [root] if root.is_file() else sorted(root.rglob("*")):
+        if root.is_file():
+            yield root  # also a link, in /proc for instance
+            continue
+        for path in sorted(root.rglob("*")):
             if path.is_file() and not path.is_symlink():
                 yield path
 
@@ -142,10 +145,12 @@ STORED = {
 }
 """Kinds that are part of the database and reach the object store. A hash index keeps no value, only its hash."""
 IN_WAL = STORED | {"message", "rolledback"}
+WRITTEN_AGAIN = {"updated", "toast", "message", "unlogged", "temporary", "sorted"}
+"""Kinds that are on the volume of a compute after `plant_again`, because it wrote them."""
 IN_LOG = {"error", "warning", "statement"}
 """Kinds that only Postgres's log has."""
 VOLATILE = {"unlogged", "temporary", "sorted"}
-"""Kinds that are on the compute's volume, which is memory, and nowhere else."""
+"""Kinds that are on the compute's volume, and nowhere else."""
 
 
 class Planted:
@@ -174,6 +179,28 @@ async def plant(canaries: Canaries, arguments: dict[str, Any]) -> Planted:
         "select application_name from pg_stat_activity where pid = pg_backend_pid()"
     )
     await connection.execute("analyze")
+    await _spill(canaries, connection)
+    return planted
+
+
+async def plant_again(canaries: Canaries, arguments: dict[str, Any]) -> Planted:
+    """What another compute of the same database writes to its volume, after `plant`; returns as that does."""
+    connection = await asyncpg.connect(**arguments, timeout=60, command_timeout=60)
+    word = canaries.word
+    await connection.execute(f"""
+        update rows set body = '{word("updated")}' || id;
+        insert into unlogged_rows select '{word("unlogged")}' || n from generate_series(1, 99) n;
+        insert into big select repeat('{word("toast")}', {TOAST_VALUE_CHARS // len(word("toast"))});
+    """)  # noqa: S608 - our own words
+    await _log(canaries, connection)
+    await connection.execute("select pg_logical_emit_message(true, $1, $2)", *[word("message")] * 2)
+    await connection.execute(f"create database {word('databasename', 'again')} strategy file_copy")  # a checkpoint
+    await _spill(canaries, connection)
+    return Planted(connection)
+
+
+async def _spill(canaries: Canaries, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    """A temporary table that does not fit into memory, and an open cursor over a sort that does not either."""
     # Last: a cursor that is open ends with its transaction.
     await connection.execute("set work_mem = '64kB'; set temp_buffers = '800kB'")
     numbers = "from generate_series(1, 40000) n"
@@ -183,7 +210,6 @@ async def plant(canaries: Canaries, arguments: dict[str, Any]) -> Planted:
         f"begin; declare sorting cursor for select '{word('sorted')}' || n {numbers} order by md5(n::text)"
     )
     await connection.fetch("fetch 10 from sorting")
-    return planted
 
 
 async def _tables(canaries: Canaries, connection: asyncpg.Connection[asyncpg.Record]) -> None:

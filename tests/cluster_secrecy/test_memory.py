@@ -18,14 +18,18 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
+from compute.sealed_log import KEY_LABEL as LOG_KEY_LABEL
 from compute.sealed_log import read_batches
+from compute.volume.key_channel import KEY_LABEL as VOLUME_KEY_LABEL
+from compute.volume.sealed_blocks import block_key
 from keylake.cluster import Cluster, RunningProject
 from shared.api.compute import EndpointState
-from shared.api.keymanager import KeyState
+from shared.api.keymanager import KeyState, Role
 from shared.crypto.aead import AeadKey, counter_nonce
+from shared.crypto.derive import derive_key
 from shared.crypto.secret import SecretKey
 from shared.errors import IntegrityError, KeyAccessError, KeylakeError, UnavailableError
-from tests.cluster_secrecy import disks, memory
+from tests.cluster_secrecy import disks, lazy, memory
 from tests.cluster_secrecy.keys import plaintext_keys
 from tests.cluster_secrecy.storage import Place
 from tests.fixtures.waiting import wait_until
@@ -46,6 +50,8 @@ OWNERS = {"KEK": "keymanager", "DEK of wal": "safekeeper", "DEK of projects": "p
 
 
 LEASE_TTL_S = 2.0
+AGENTS_KEYS = {("compute.agent", "boot key", "raw"), *(("compute.agent", "log key", f) for f in ("raw", "schedule"))}
+"""(process, key, form), on any volume. The boot key is no cipher's."""
 
 
 @dataclass(slots=True)
@@ -121,7 +127,7 @@ async def refused(asked: Awaitable[object]) -> bool:
 
 
 def opens_a_log(key: bytes, cluster: Cluster) -> bool:
-    """Is it the boot key of a compute whose sealed log lies here?"""
+    """Is it the key of a compute whose sealed log lies here?"""
     for path in (cluster.layout.data / "compute-logs").glob("*.log.*"):
         aad = b"keylake compute log 1\0" + path.name.partition(".")[0].encode()
         for counter, sealed in read_batches(path.read_bytes())[:1]:
@@ -129,6 +135,35 @@ def opens_a_log(key: bytes, cluster: Cluster) -> bool:
                 AeadKey(SecretKey(key)).open(counter_nonce(counter), sealed, aad)
                 return True
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class BootKeys:
+    """Of the one compute that runs, found as a thief with root would: every slot of the key arenas is tried."""
+
+    keys: dict[str, bytes]
+    """Name → 32 bytes. Two of the agent; on a lazy volume two more, of its server."""
+
+    @classmethod
+    def find(cls, cluster: Cluster) -> BootKeys:
+        pids = process_names(cluster)
+        agents = {key for pid, name in pids.items() if name == "compute.agent" for key in memory.key_slots(pid)}
+        pairs = {(key, derived(key, LOG_KEY_LABEL)) for key in agents}
+        [(boot_key, log_key)] = [pair for pair in pairs if pair[1] in agents and opens_a_log(pair[1], cluster)]
+        found = {"boot key": boot_key, "log key": log_key}
+        servers = {key for pid, name in pids.items() if name == "compute.volume" for key in memory.key_slots(pid)}
+        volume_key = derived(boot_key, VOLUME_KEY_LABEL)
+        if volume_key in servers:
+            found |= {"volume key": volume_key, "block key": block_key(SecretKey(volume_key), 0).copied()}
+        return cls(found)
+
+    @property
+    def patterns(self) -> dict[tuple[str, str], bytes]:
+        return {(name, form): data for name, key in self.keys.items() for form, data in memory.forms(key).items()}
+
+
+def derived(key: bytes, label: bytes) -> bytes:
+    return derive_key(SecretKey(key), label).copied()
 
 
 def some(keys: dict[str, bytes]) -> dict[str, bytes]:
@@ -219,15 +254,12 @@ async def test_nothing_is_left_when_the_last_lease_has_run_out(tenant: Tenant) -
 
 
 async def test_a_boot_key_is_in_its_agent_and_dies_with_it(tenant: Tenant) -> None:
-    """Every slot of the key arena is tried on the log that the boot key seals, as a thief with root would."""
     await tenant.work()
     connection = await asyncpg.connect(**tenant.project.connection.asyncpg_arguments(), timeout=60)
     await connection.execute("do $$ begin raise warning 'for the log'; end $$")
-    agents = {pid: name for pid, name in process_names(tenant.cluster).items() if name == "compute.agent"}
-    [boot_key] = {key for pid in agents for key in memory.key_slots(pid) if opens_a_log(key, tenant.cluster)}
-    patterns = {("boot key", form): data for form, data in forms("boot key", boot_key).items()}
+    patterns = BootKeys.find(tenant.cluster).patterns
     before = memory.search(process_names(tenant.cluster), patterns)
-    assert {(each.process, each.form) for each in before} == {("compute.agent", "raw"), ("compute.agent", "schedule")}
+    assert {(each.process, each.key, each.form) for each in before} == AGENTS_KEYS
     await tenant.cluster.client.kill_endpoint(tenant.project.endpoint.endpoint_id)
     await connection.close(timeout=5)
 
@@ -237,3 +269,46 @@ async def test_a_boot_key_is_in_its_agent_and_dies_with_it(tenant: Tenant) -> No
 
     await wait_until(stopped)
     assert memory.search(process_names(tenant.cluster), patterns) == []
+
+
+async def test_nothing_of_a_lazy_volume_is_left_after_a_revocation(tenant: Tenant) -> None:
+    """Its server has keys of its own, and pages that it fetched ahead. (What is left in a server that gave up its keys,
+    and was not killed yet: tests/integration/test_volume_wipe.py.)"""
+    if why := lazy.why_not():
+        pytest.skip(why)
+    await lazy.use_lazy_volume(tenant.cluster)
+    await wait_until(tenant.endpoint_starts, 30)
+    arguments = tenant.project.connection.asyncpg_arguments()
+    connection = await asyncpg.connect(**arguments, timeout=60)
+    await connection.execute("create table ahead (x text); alter table ahead alter x set storage plain")
+    await connection.execute("insert into ahead select repeat($1, 300) from generate_series(1, 400)", CANARY)
+    await connection.close()
+    await tenant.cluster.client.stop_endpoint(tenant.project.endpoint.endpoint_id)
+    await tenant.work()
+    connection = await asyncpg.connect(**arguments, timeout=60)
+    await connection.execute("begin; declare reading cursor for select x from ahead; fetch 20 from reading")
+    boot_keys = BootKeys.find(tenant.cluster)
+
+    def search() -> list[memory.Finding]:
+        return sorted([*memory.search(process_names(tenant.cluster), boot_keys.patterns), *tenant.search()])
+
+    before = {(each.process, each.key, each.form) for each in await asyncio.to_thread(search)}
+    assert {each for each in before if each[1] in boot_keys.keys} == AGENTS_KEYS | {
+        ("compute.volume", "volume key", "raw"),
+        ("compute.volume", "block key", "raw"),
+        ("compute.volume", "block key", "schedule"),
+    }
+    assert {process for process, key, _ in before if key == ROWS} >= {"compute.volume", "postgres"}
+    await tenant.cluster.customer.disable(tenant.key_arn)
+    try:
+        await tenant.project_is(KeyState.REVOKED)
+        await tenant.sealed()
+        assert await asyncio.to_thread(search) == []
+        revocations = await tenant.cluster.client.revocations(tenant.project.project.project_id)
+        newest = max(revocations, key=lambda each: each.detected_at)
+        [compute] = [each for each in newest.instances if each.role is Role.COMPUTE]
+        assert compute.steps_s.keys() >= {"wipe_volume_keys", "wipe_boot_key"}
+    finally:
+        connection.terminate()
+        await tenant.cluster.customer.enable(tenant.key_arn)
+        await tenant.project_is(KeyState.ACTIVE)

@@ -19,15 +19,17 @@ from keylake.cluster import Cluster, RunningProject
 from shared.api.compute import EndpointState
 from shared.errors import IntegrityError, KeylakeError
 from shared.ids import EndpointId
-from tests.cluster_secrecy import disks
+from tests.cluster_secrecy import disks, lazy
 from tests.cluster_secrecy.canaries import (
     IN_LOG,
     IN_WAL,
     STORED,
     VOLATILE,
+    WRITTEN_AGAIN,
     Canaries,
     Search,
     plant,
+    plant_again,
     search,
     spellings,
 )
@@ -36,6 +38,18 @@ from tests.cluster_secrecy.storage import Place
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+
+
+@dataclass(frozen=True, slots=True)
+class LazyVolume:
+    """The one volume that has files on a disk."""
+
+    files: set[str]
+    """Kinds of canaries in temporary files and WAL, as Postgres sees them."""
+    blocks: set[str]
+    """Kinds in plain text in the file without a name that all of it lies in."""
+    search: Search
+    """Of that file."""
 
 
 @dataclass(slots=True)
@@ -54,10 +68,13 @@ class Evidence:
     credentials: dict[str, bytes] = field(default_factory=dict)
     readable_by_others: list[str] = field(default_factory=list)
     runtime_dir: Path = Path()
+    lazy: LazyVolume | None = None
+    """None where there is no FUSE."""
 
 
 async def observe(home: Path, *, null_cipher: bool) -> Evidence:
-    """Start a cluster, plant everything, kill its compute, end it; look at all disks at each point."""
+    """Start a cluster, plant everything, kill its compute, start another one on the lazy volume, plant again, end all;
+    look at all disks at each point."""
     evidence = Evidence(home)
     canaries = evidence.canaries
     async with Cluster(home, null_cipher=null_cipher) as cluster:
@@ -76,8 +93,26 @@ async def observe(home: Path, *, null_cipher: bool) -> Evidence:
         await asyncio.to_thread(look, evidence, cluster, "after a compute was killed")
         evidence.keys = await plaintext_keys(cluster)
         evidence.readable_by_others = disks.readable_by_others([home, evidence.runtime_dir])
+        if not lazy.why_not():
+            await observe_lazy(evidence, cluster, project)
     evidence.searches["after the end"] = {"home directory": canaries.search([home])}
     return evidence
+
+
+async def observe_lazy(evidence: Evidence, cluster: Cluster, project: RunningProject) -> None:
+    await lazy.use_lazy_volume(cluster)
+    planted = await plant_again(evidence.canaries, project.connection.asyncpg_arguments())
+    running = disks.processes(cluster)
+    server, pgdata = lazy.server_of(running, cluster), await volume(running)
+    # Not Postgres, which has files open on a mount of its own: what it writes there is what the server writes.
+    evidence.processes += [each for each in running if b"compute.volume" in each.argv]
+    await asyncio.to_thread(lazy.flush, pgdata)
+    files = [pgdata / "base" / "pgsql_tmp", pgdata / "pg_wal"]
+    kinds = evidence.canaries.kinds_in
+    evidence.lazy = LazyVolume(kinds(files), kinds([server.blocks]), evidence.canaries.search([server.blocks]))
+    await asyncio.to_thread(look, evidence, cluster, "while a compute runs on a lazy volume")
+    await cluster.client.kill_endpoint(project.endpoint.endpoint_id)
+    await planted.close()
 
 
 async def flushed(cluster: Cluster, project: RunningProject) -> None:
@@ -149,8 +184,9 @@ async def test_without_encryption_the_same_search_finds_everything(unsealed: Evi
     assert unsealed.kinds["pageserver's cache"] >= STORED
     assert unsealed.kinds["safekeepers"] >= IN_WAL
     assert unsealed.kinds["compute logs"] >= IN_LOG
-    for name in ("object store", "safekeepers", "pageserver's cache", "compute logs"):
-        assert unsealed.searches["while a compute runs"][name].words == {"canary"}
+    for when in unsealed.searches.keys() - {"after a compute was killed", "after the end"}:
+        for name in ("object store", "safekeepers", "pageserver's cache", "compute logs"):
+            assert unsealed.searches[when][name].words == {"canary"}, when
 
 
 async def test_what_is_volatile_was_there_and_never_left_memory(sealed: Evidence, unsealed: Evidence) -> None:
@@ -160,6 +196,20 @@ async def test_what_is_volatile_was_there_and_never_left_memory(sealed: Evidence
         assert evidence.kinds["volume"] >= VOLATILE | STORED
         for where in evidence.kinds.keys() - {"volume"}:
             assert not evidence.kinds[where] & VOLATILE, where
+
+
+async def test_what_a_lazy_volume_writes_is_sealed_on_its_disk(sealed: Evidence, unsealed: Evidence) -> None:
+    """Temporary files, temporary and unlogged tables, WAL, pages: in the clear for Postgres, and in its volume's file
+    only without a cipher."""
+    if why := lazy.why_not():
+        pytest.skip(why)
+    assert sealed.lazy is not None
+    assert unsealed.lazy is not None
+    for evidence in (sealed.lazy, unsealed.lazy):
+        assert evidence.files >= {"sorted", "updated", "message"}
+        assert evidence.search.size_bytes > 5_000_000, "what was spilled, at least"
+    assert unsealed.lazy.blocks >= WRITTEN_AGAIN
+    assert not sealed.lazy.search.found, ", ".join(map(str, sealed.lazy.search.found))
 
 
 async def test_only_sealed_parts_of_the_null_cluster_hold_canaries(unsealed: Evidence) -> None:
@@ -237,6 +287,7 @@ async def test_argv_and_environ_hold_no_secret(sealed: Evidence) -> None:
     secrets_by_name = sealed.keys | sealed.credentials
     token = re.compile(rb"eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+\.")  # how every JWT begins: {"
     services = {b"keymanager", b"safekeeper", b"pageserver", b"compute", b"compute.proxy", b"compute.agent"}
+    services |= set() if sealed.lazy is None else {b"compute.volume"}
     seen: set[bytes] = set()
     for process in sealed.processes:
         seen |= services & set(process.argv.split(b"\0"))

@@ -18,6 +18,7 @@ import asyncpg
 import pytest
 
 from shared.api.compute import CreatedEndpoint, Endpoint, EndpointState
+from shared.api.keymanager import Role
 from shared.http import ServiceClient
 from shared.ids import ProjectId
 from shared.postgres import PG_BIN_VARIABLE, find_postgres
@@ -42,6 +43,7 @@ __all__ = ["metadata_dsn", "metadata_server"]  # fixtures
 pytestmark = pytest.mark.integration
 
 _BLOCK = 8192
+_STEPS = {"kill_postgres", "wipe_boot_key", "remove_volume", "remove_log_and_socket"}
 CANARY = b"canary-5c1f77e0"
 
 
@@ -223,10 +225,25 @@ async def test_postgres_does_all_that_it_does_to_files(
     await wait_until(lambda: _stopped(client, endpoint))
     await asyncio.gather(scan, return_exceptions=True)
     connection.terminate()
+    assert set(cluster.leases.acknowledged[Role.COMPUTE].steps_s) == {"wipe_volume_keys", *_STEPS}
     await cluster.leases.restore(endpoint.project_id)
     connection = await log_in(await reach(client, endpoint), endpoint)
     assert await connection.fetchval("SELECT sum(length(m)) FROM big") == 32 * 35000
-    await connection.close()
+
+    # A server that hangs wipes nothing, and nobody says that it did; it dies, and so does who waits for it.
+    [run] = cluster.manager._runs.values()
+    assert run._agent is not None
+    server = next(each for each in below(run._agent.pid) if Volume.is_server(each.pid))
+    os.kill(server.pid, signal.SIGSTOP)
+    waiting = asyncio.create_task(connection.execute("CREATE INDEX ON big (f)"))
+    cluster.leases.acknowledged.clear()
+    await cluster.leases.revoke(endpoint.project_id)
+    await wait_until(lambda: Role.COMPUTE in cluster.leases.acknowledged)
+    steps = cluster.leases.acknowledged[Role.COMPUTE].steps_s
+    assert set(steps) == {"volume_server_did_not_answer", *_STEPS}
+    assert not server.exists
+    with pytest.raises(CONNECTION_LOST):
+        await waiting
     if no_amcheck is not None:
         no_amcheck.give_up()  # the rest is done
 

@@ -34,6 +34,9 @@ class Wire:
         return await self._frames.get()
 
     def abort(self) -> None:
+        self.break_off()
+
+    async def close(self) -> None:
         """Nothing to do."""
 
     def say(self, frame: bytes) -> None:

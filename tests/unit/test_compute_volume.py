@@ -23,7 +23,7 @@ from compute.volume.sealed_blocks import (
     make_block_file,
 )
 from shared.config import Address
-from shared.crypto.secret import KeyWipedError
+from shared.crypto.secret import KeyWipedError, SecretKey
 from shared.errors import CorruptedError, IntegrityError, LeaseExpiredError, UnavailableError
 from shared.ids import InstanceId, ProjectId, TimelineId
 from shared.keyspace import Fork, RelTag
@@ -43,7 +43,7 @@ def descriptor(tmp_path: Path) -> int:
 
 @pytest.fixture
 def blocks(descriptor: int) -> Iterator[SealedBlocks]:
-    blocks = SealedBlocks(descriptor, b"context", limit_blocks=8, blocks_per_key=3)
+    blocks = SealedBlocks(descriptor, SecretKey.generate(), b"context", limit_blocks=8, blocks_per_key=3)
     yield blocks
     blocks.close()
 
@@ -122,7 +122,7 @@ def test_the_null_cipher_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monke
     """The control of every search for plaintext in this file."""
     monkeypatch.setenv("KEYLAKE_UNSAFE_NULL_CIPHER", "1")
     descriptor = make_block_file(tmp_path)
-    blocks = SealedBlocks(descriptor, b"context", limit_blocks=1)
+    blocks = SealedBlocks(descriptor, SecretKey.generate(), b"context", limit_blocks=1)
     blocks.write([blocks.take()], 9, 0, A)
     assert A in os.pread(descriptor, SLOT_SIZE_BYTES, 0)
     blocks.close()
@@ -337,7 +337,7 @@ async def test_a_server_that_hangs_is_noticed(tmp_path: Path) -> None:
         ca_certificate=certificate,
         token="",
     )
-    filling = asyncio.create_task(volume.fill(source, 0.0))
+    filling = asyncio.create_task(volume.fill(source, SecretKey.generate(), 0.0))
     await asyncio.sleep(0)  # that is said first
     try:
         assert await volume.pages_fetched() == 0
@@ -351,6 +351,7 @@ async def test_a_server_that_hangs_is_noticed(tmp_path: Path) -> None:
         volume._server.kill()
         await asyncio.gather(filling, return_exceptions=True)
         await volume._server.wait()
+        volume.wipe()
         silent.close()
 
 
