@@ -104,7 +104,9 @@ def at(
 def hold(
     branch: BranchName,
     lsn: Annotated[str, typer.Argument(metavar="LSN", show_default=False)],
-    ttl: Annotated[str, typer.Option("--for", help="How long: 90s, 30m, 8h.")] = "10m",
+    ttl: Annotated[
+        str, typer.Option("--for", help="How long: 90s, 5m; no longer than the pageserver's lsn_lease_s.")
+    ] = "10m",
     project: OfProject = None,
     home: Home = None,
     as_json: AsJson = False,
@@ -175,7 +177,7 @@ def register(branch: typer.Typer) -> None:
     branch.command(
         "hold",
         epilog=examples(
-            "keylake branch hold main 0/18915F8 --for 1h  # a backup reads that version; asking again renews"
+            "keylake branch hold main 0/18915F8 --for 10m  # a backup reads that version; asking again renews"
         ),
     )(hold)
     branch.command("checkpoint", epilog=examples("keylake branch checkpoint main --project shop"))(checkpoint)

@@ -105,8 +105,8 @@ def test_branches_of_a_project(keylake: KeylakeCommand) -> None:
     assert "twig" in keylake("branch", "show", "rescue", "--project", "trunk")
     assert keylake("branch", "at", "main", time, "--project", "trunk").split()[0] == listed["rescue"]["start_lsn"]
     of_main = ("main", "--project", "trunk")
-    held = keylake.json("branch", "hold", of_main[0], listed["rescue"]["start_lsn"], *of_main[1:], "--for", "1h")
-    assert held["ttl_s"] == pytest.approx(3600)
+    held = keylake.json("branch", "hold", of_main[0], listed["rescue"]["start_lsn"], *of_main[1:], "--for", "10m")
+    assert held["ttl_s"] == pytest.approx(600)
     kept = keylake.json("branch", "retain", *of_main, "--for", "8h", "--wal-mb", "7")
     assert kept["retention"] == {"age_s": 8 * 3600, "lsn_bytes": 7_000_000}
     sealed = keylake.json("branch", "checkpoint", *of_main)
