@@ -31,11 +31,11 @@ def why_not() -> str:
     return why
 
 
-async def use_lazy_volume(cluster: Cluster) -> None:
+async def use_volume(cluster: Cluster, kind: VolumeKind) -> None:
     """The compute manager starts anew; its computes end with it."""
     config = cluster.layout.config / "compute.json"
     await cluster.service("compute").stop()
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"volume": VolumeKind.FUSE.value}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"volume": kind.value}))
     await cluster.service("compute").start()
 
 

@@ -20,6 +20,7 @@ import pytest_asyncio
 
 from compute.sealed_log import KEY_LABEL as LOG_KEY_LABEL
 from compute.sealed_log import read_batches
+from compute.volume.base import VolumeKind
 from compute.volume.key_channel import KEY_LABEL as VOLUME_KEY_LABEL
 from compute.volume.sealed_blocks import block_key
 from keylake.cluster import Cluster, RunningProject
@@ -276,8 +277,16 @@ async def test_nothing_of_a_lazy_volume_is_left_after_a_revocation(tenant: Tenan
     and was not killed yet: tests/integration/test_volume_wipe.py.)"""
     if why := lazy.why_not():
         pytest.skip(why)
-    await lazy.use_lazy_volume(tenant.cluster)
-    await wait_until(tenant.endpoint_starts, 30)
+    await lazy.use_volume(tenant.cluster, VolumeKind.FUSE)
+    try:
+        await wait_until(tenant.endpoint_starts, 30)
+        await _search_around_a_revocation(tenant)
+    finally:
+        await lazy.use_volume(tenant.cluster, VolumeKind.TMPFS)
+        await wait_until(tenant.endpoint_starts, 30)
+
+
+async def _search_around_a_revocation(tenant: Tenant) -> None:
     arguments = tenant.project.connection.asyncpg_arguments()
     connection = await asyncpg.connect(**arguments, timeout=60)
     await connection.execute("create table ahead (x text); alter table ahead alter x set storage plain")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from compute.volume.base import VolumeKind
 from keylake.cluster import Cluster, RunningProject
 from shared.api.compute import EndpointState
 from shared.errors import IntegrityError, KeylakeError
@@ -100,7 +101,7 @@ async def observe(home: Path, *, null_cipher: bool) -> Evidence:
 
 
 async def observe_lazy(evidence: Evidence, cluster: Cluster, project: RunningProject) -> None:
-    await lazy.use_lazy_volume(cluster)
+    await lazy.use_volume(cluster, VolumeKind.FUSE)
     planted = await plant_again(evidence.canaries, project.connection.asyncpg_arguments())
     running = disks.processes(cluster)
     server, pgdata = lazy.server_of(running, cluster), await volume(running)
