@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -324,7 +325,7 @@ def test_relations_become_files_of_one_gib_and_init_forks_main_forks_too(kernel:
 
 async def test_a_server_that_hangs_is_noticed(tmp_path: Path) -> None:
     """While it waits for a pageserver that says nothing, which is no reason to give it up."""
-    silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1")
+    silent = socket.create_server(("127.0.0.1", 0))  # nobody ever accepts
     volume = await FuseVolume.start(Sandbox(Isolation.NONE, tmp_path, 1 << 20), tmp_path, 1 << 20)
     certificate = CertificateAuthority().issue_files(tmp_path, "ca", ["localhost"]).certificate
     source = Source(
@@ -333,7 +334,7 @@ async def test_a_server_that_hangs_is_noticed(tmp_path: Path) -> None:
         timeline_id=TimelineId.new(),
         start_lsn=Lsn(1 << 24),
         start_as=StartAs.PRIMARY,
-        pages=Address(port=silent.sockets[0].getsockname()[1]),
+        pages=Address(port=silent.getsockname()[1]),
         ca_certificate=certificate,
         token="",
     )

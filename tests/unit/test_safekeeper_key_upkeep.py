@@ -251,7 +251,7 @@ class Killer:
         self._dies_after = dies_after
         for owner, name in (
             (files, "write_new"),
-            (files, "fsync_directory"),
+            (files, "fsync"),
             (os, "replace"),
             (piece_file, "discard"),
         ):
