@@ -213,7 +213,7 @@ async def test_what_is_flushed_meanwhile_is_kept(tmp_path: Path) -> None:
 
         async def write() -> int:
             rounds = 0
-            while not stop.is_set():
+            while not stop.is_set() and rounds < 30:  # nobody compacts here, and ingest waits at 40 layers
                 for block in range(BLOCKS):
                     await put(timeline, (REL.block_key(block), WAL, record(200, b"y")))
                 await timeline.checkpoint()
