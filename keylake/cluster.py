@@ -105,6 +105,9 @@ class Customer:
 class Cluster:
     """Starts everything on `__aenter__`, ends it on `__aexit__`. `home` given: kept, and started again next time."""
 
+    service_process: type[ServiceProcess] = ServiceProcess
+    """How a service is run."""
+
     def __init__(
         self,
         home: Path | None = None,
@@ -230,7 +233,7 @@ class Cluster:
         await self._run(name, module, config, ready)
 
     async def _run(self, name: str, module: str, config: Path, ready: Callable[[], Awaitable[bool]]) -> None:
-        process = ServiceProcess(name, module, config, self.layout.logs / f"{name}.log", ready, self._environment)
+        process = self.service_process(name, module, config, self.layout.logs / f"{name}.log", ready, self._environment)
         self.services[name] = process
         self._exit.push_async_callback(process.stop)
         await process.start()

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Protocol
 
 from shared.crypto.aead import NULL_CIPHER_VARIABLE
 from shared.errors import UnavailableError
@@ -29,6 +29,21 @@ def _die_with_parent() -> list[str]:
     return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
 
 
+class Child(Protocol):
+    """What is needed of a child process; asyncio's have it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    async def wait(self) -> int: ...
+
+    def send_signal(self, number: int, /) -> None:
+        """May raise ProcessLookupError when it has ended."""
+
+
 class ServiceProcess:
     """`python -m <module> --config <file>`, its output in a log file. `is_ready` is asked until it answers True."""
 
@@ -43,12 +58,11 @@ class ServiceProcess:
     ) -> None:
         self.name = name
         self.log = log
-        # -P: no folder of the current directory may stand in for one of ours.
         self._module = module
-        self._arguments = [sys.executable, "-P", "-m", module, "--config", str(config)]
+        self._config = config
         self._is_ready = is_ready
         self._environment = dict(environment or {})
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Child | None = None
 
     @property
     def pid(self) -> int:
@@ -64,15 +78,7 @@ class ServiceProcess:
     async def start(self, timeout_s: float = 30.0) -> None:
         """Start it and wait until it is ready. Raises UnavailableError, with the end of its log, when it does not get
         there."""
-        with self._open_log() as output:
-            self._process = await asyncio.create_subprocess_exec(
-                *_die_with_parent(),
-                *self._arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=self._child_environment(),
-            )
+        self._process = await self._spawn()
         try:
             async with asyncio.timeout(timeout_s):
                 while not await self._is_ready():
@@ -84,6 +90,22 @@ class ServiceProcess:
         except TimeoutError:
             await self.kill()
             raise UnavailableError(f"{self.name} was not ready within {timeout_s:g} s: {self._tail()}") from None
+
+    async def _spawn(self) -> Child:
+        with self._open_log() as output:
+            return await asyncio.create_subprocess_exec(
+                *_die_with_parent(),
+                sys.executable,
+                "-P",  # no folder of the current directory may stand in for one of ours
+                "-m",
+                self._module,
+                "--config",
+                str(self._config),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self._child_environment(),
+            )
 
     def _child_environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
@@ -99,8 +121,7 @@ class ServiceProcess:
         """SIGTERM, and SIGKILL when that does not end it. Idempotent."""
         if self._process is None or self._process.returncode is not None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        self.send_signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._process.wait()

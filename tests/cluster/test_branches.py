@@ -27,6 +27,7 @@ from shared.point_in_time import PointInTime
 from tests.cluster.pages import PageClient, page_client
 from tests.cluster.primary import Session, call_pageserver, caught_up, connect, pageserver_timeline, tag_of
 from tests.cluster.processes import compute_of
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
@@ -74,7 +75,7 @@ class Place:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def place() -> AsyncIterator[Place]:
     # Small layers: some of what a branch reads lies in its ancestor's sealed files.
-    async with Cluster(
+    async with ForkedCluster(
         settings={
             "pageserver": {"checkpoint_distance_mb": 1, "lsn_lease_s": LSN_LEASE_S},
             "compute": {"poll_interval_s": 0.2},

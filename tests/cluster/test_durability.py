@@ -21,7 +21,6 @@ import pytest_asyncio
 from keylake.cluster import Cluster, RunningProject
 from keylake.demo.ledger import Ledger
 from keylake.ports import free_port
-from keylake.process import ServiceProcess
 from shared.api.compute import Endpoint, EndpointState
 from shared.api.safekeeper import TimelineStatus
 from shared.auth import Service, TokenIssuer
@@ -32,6 +31,7 @@ from shared.roles import OWNER_SCOPES
 from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.primary import Session, connect, safekeeper_timelines
 from tests.cluster.processes import compute_of, find_compute
+from tests.fixtures.forked_cluster import ForkedCluster, ForkedService
 from tests.fixtures.waiting import all_threads_stopped, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
@@ -72,7 +72,7 @@ class Place:
 async def place() -> AsyncIterator[Place]:
     # Leases that outlast the start of a keymanager on a busy machine: who loses a lease rightly loses its compute.
     settings: dict[str, dict[str, float]] = {"compute": {"poll_interval_s": 0.2}, "keymanager": {"lease_ttl_s": 15}}
-    async with Cluster(settings=settings) as cluster:
+    async with ForkedCluster(settings=settings) as cluster:
         place = Place(cluster, await cluster.create_project("bank"))
         await open_bank(place.connect)
         yield place
@@ -308,7 +308,7 @@ async def second_manager(place: Place) -> AsyncIterator[ServiceClient]:
     base_url = f"https://127.0.0.1:{values['listen']['port']}"
     ready = cluster._readiness(base_url, "/readyz", Service.COMPUTE)
     log = cluster.layout.logs / "compute-2.log"
-    process = cluster.services["compute-2"] = ServiceProcess("compute-2", "compute", config, log, ready)
+    process = cluster.services["compute-2"] = ForkedService("compute-2", "compute", config, log, ready)
     issuer = TokenIssuer.load(cluster.layout.admin_key)
     address = Address(port=values["listen"]["port"])
     ca = cluster.layout.ca_certificate

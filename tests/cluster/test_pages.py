@@ -27,6 +27,7 @@ from shared.wal.rmgr import RmgrId
 from tests.cluster.pages import PageClient, page_client
 from tests.cluster.primary import PAGE, Primary, Session, call_pageserver, caught_up, connect, shut_down, tag_of
 from tests.cluster.processes import compute_of
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.redo_history import INSERT, SCHEMA
 from tests.fixtures.waiting import wait_until
 
@@ -76,7 +77,7 @@ async def place() -> AsyncIterator[Place]:
         "pageserver": {"checkpoint_distance_mb": 4, "compaction_l0_layers": 3, "lsn_lease_s": LSN_LEASE_S},
         "compute": {"poll_interval_s": 0.2},
     }
-    async with Cluster(settings=settings) as cluster:
+    async with ForkedCluster(settings=settings) as cluster:
         project = await cluster.create_project("pages")
         redo = await RedoWorker.start(await prepare())
         try:

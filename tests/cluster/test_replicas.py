@@ -20,6 +20,7 @@ from shared.config import Address
 from shared.errors import NotLeaderError
 from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.primary import Session, connect
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="module")]
@@ -62,7 +63,7 @@ class Place:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def place() -> AsyncIterator[Place]:
     """With the ttls that everybody has by default."""
-    async with Cluster(keymanagers=2) as cluster:
+    async with ForkedCluster(keymanagers=2) as cluster:
         place = Place(cluster, await cluster.create_project("bank"), Ledger())
         await open_bank(place.connect)
         yield place

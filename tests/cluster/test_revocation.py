@@ -26,6 +26,7 @@ from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.pages import PageClient, page_client
 from tests.cluster.primary import Session, caught_up, connect, safekeeper_timelines, stopped, tag_of
 from tests.cluster.processes import ComputeProcesses, compute_of
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
@@ -114,7 +115,7 @@ class Tenant:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster() -> AsyncIterator[Cluster]:
     settings = {"keymanager": {"lease_ttl_s": LEASE_TTL_S}, "compute": {"poll_interval_s": 0.2}}
-    async with Cluster(settings=settings) as cluster:
+    async with ForkedCluster(settings=settings) as cluster:
         yield cluster
 
 

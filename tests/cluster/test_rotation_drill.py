@@ -21,6 +21,7 @@ from shared.api.keymanager import AwsKey, KeyState
 from shared.api.pageserver import Compact, TimelineInfo
 from shared.errors import ConflictError
 from tests.cluster.primary import call_pageserver
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -104,7 +105,7 @@ async def restart(cluster: Cluster, name: str) -> None:
 
 async def test_every_rotation_under_load(tmp_path: Path) -> None:
     settings = {"pageserver": {"checkpoint_distance_mb": 2}, "keymanager": {"lease_ttl_s": 3}}
-    async with Cluster(settings=settings) as cluster:
+    async with ForkedCluster(settings=settings) as cluster:
         customer, client = cluster.customer, cluster.client
         cmk = await customer.create_key()
         workspace = await cluster.create_workspace(cmk)

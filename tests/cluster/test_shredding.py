@@ -25,6 +25,7 @@ from shared.auth import BearerToken, PersonRole, SignatureVerifier, TrustBundle
 from shared.errors import ConflictError, KeyAccessError, RevokedError, ShreddedError
 from shared.receipt import ErasureReceipt, ShredReceipt, SignedReceipt
 from tests.cluster.processes import below
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -145,7 +146,7 @@ async def destroy(cluster: Cluster, cmk: str) -> None:
 
 async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path) -> None:
     home, backup = tmp_path / "home", tmp_path / "backup"
-    async with Cluster(home, settings=SETTINGS) as cluster, AsyncExitStack() as stack:
+    async with ForkedCluster(home, settings=SETTINGS) as cluster, AsyncExitStack() as stack:
         cmk, other_cmk, earlier = [await cluster.customer.create_key(name) for name in ("doomed", "kept", "earlier")]
         workspace = await cluster.create_workspace(earlier, "earlier")
         kept_workspace = await cluster.create_workspace(other_cmk, "kept")
@@ -198,7 +199,7 @@ async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path
 
     # The backup, as long as the customer's key is alive: everything is back.
     copy_cloud(home, backup)
-    async with Cluster(backup, settings=SETTINGS) as cluster, AsyncExitStack() as stack:
+    async with ForkedCluster(backup, settings=SETTINGS) as cluster, AsyncExitStack() as stack:
         assert (await cluster.client.project(project.project_id)).state is KeyState.ACTIVE
         assert await rows(cluster, running.connection) == [SECRET]
         # Now the customer destroys it.

@@ -24,6 +24,7 @@ from tests.cluster import workloads
 from tests.cluster.pages import page_client
 from tests.cluster.primary import PAGE, Primary, connect, shut_down
 from tests.cluster.test_pages import has_bits, sequence_values
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.replay import RMGR_OF, equal_masked
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
@@ -47,7 +48,7 @@ async def place() -> AsyncIterator[Place]:
         "pageserver": {"checkpoint_distance_mb": 8},
         "compute": {"poll_interval_s": 0.2, "superuser_owners": True},
     }
-    async with Cluster(settings=settings) as cluster:
+    async with ForkedCluster(settings=settings) as cluster:
         project = await cluster.create_project("workloads")
         redo = await RedoWorker.start(await prepare())
         try:

@@ -20,6 +20,7 @@ from shared.config import Address
 from shared.http import ServiceClient
 from shared.ids import ProjectId
 from tests.cluster.primary import caught_up, connect, safekeeper_timelines
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 CANARY = f"canary-{secrets.token_hex(8)}"
@@ -81,7 +82,7 @@ class Place:
 
 @asynccontextmanager
 async def place_under_attack() -> AsyncIterator[Place]:
-    async with Cluster(settings=SETTINGS) as cluster:
+    async with ForkedCluster(settings=SETTINGS) as cluster:
         idle = await cluster.create_project("idle")
         busy = await cluster.create_project("busy", idle.project.workspace_id)
         keys = {path.stem: path for path in cluster.layout.keys.glob("*.json") if path.stem != "trust"}

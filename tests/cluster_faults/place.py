@@ -47,6 +47,7 @@ from tests.cluster.primary import Session, caught_up, tag_of
 from tests.cluster.processes import ComputeProcesses, compute_of
 from tests.cluster_faults.history import History
 from tests.cluster_faults.schedule import Condition, Event, Part, Round
+from tests.fixtures.forked_cluster import ForkedCluster, ForkedService
 from tests.fixtures.waiting import wait_until
 
 LEASE_TTL_S: Final = 10.0
@@ -105,7 +106,7 @@ class Place:
 @asynccontextmanager
 async def open_place() -> AsyncIterator[Place]:
     async with AsyncExitStack() as stack:
-        cluster = await stack.enter_async_context(Cluster(settings=SETTINGS, keymanagers=2, links=True))
+        cluster = await stack.enter_async_context(ForkedCluster(settings=SETTINGS, keymanagers=2, links=True))
         # The vendor may assume any role that trusts it: each workspace here has one of its own.
         policy = {"Effect": "Allow", "Action": "sts:AssumeRole", "Resource": "*"}
         document = json.dumps({"Version": "2012-10-17", "Statement": [policy]})
@@ -155,7 +156,7 @@ def clone(cluster: Cluster, name: str, as_name: str, node_id: str) -> tuple[Serv
             return False
 
     config = layout.write_config(as_name, values)
-    return ServiceProcess(as_name, module, config, layout.logs / f"{as_name}.log", ready), data_port
+    return ForkedService(as_name, module, config, layout.logs / f"{as_name}.log", ready), data_port
 
 
 # --- workspaces ---

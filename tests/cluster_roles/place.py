@@ -19,6 +19,7 @@ from shared.config import Address
 from shared.ids import EndpointId, KeyConfigurationId, ProjectId, TimelineId, TokenId, WorkspaceId
 from shared.roles import PERSON_SCOPES, SERVICE_SCOPES, Scope
 from shared.tls import client_context, service_host_name
+from tests.fixtures.forked_cluster import ForkedCluster
 
 IDS: Final = {
     "project_id": ProjectId,
@@ -97,7 +98,7 @@ def refusal(response: httpx.Response) -> str:
 
 @asynccontextmanager
 async def place_with_everybody() -> AsyncIterator[Place]:
-    async with Cluster() as cluster, AsyncExitStack() as stack:
+    async with ForkedCluster() as cluster, AsyncExitStack() as stack:
         mine = await cluster.create_project("mine")
         other = await cluster.create_project("other")
         ports, ca = cluster.ports, cluster.layout.ca_certificate

@@ -42,6 +42,7 @@ from tests.cluster_secrecy.tampering import (
     remove,
     swapped,
 )
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
@@ -106,7 +107,7 @@ class Scene:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def scene() -> AsyncIterator[Scene]:
-    async with Cluster(settings={"compute": {"poll_interval_s": 0.2}}) as cluster:
+    async with ForkedCluster(settings={"compute": {"poll_interval_s": 0.2}}) as cluster:
         first = await cluster.create_project("first")
         second = await cluster.create_project("second", first.project.workspace_id)
         timeline = await cluster.client.create_timeline(first.project.project_id, "other")

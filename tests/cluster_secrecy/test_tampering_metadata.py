@@ -27,6 +27,7 @@ from shared.lease import KeyLoss
 from shared.wire.scram import SALT_LENGTH_BYTES, ScramVerifier
 from tests.cluster_secrecy.keys import metadata
 from tests.cluster_secrecy.storage import stop_and_settle, without_keys
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
@@ -36,7 +37,7 @@ ROWS = "select count(*), min(body), max(body) from t"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster() -> AsyncIterator[Cluster]:
-    async with Cluster(settings={"compute": {"poll_interval_s": 0.2}}) as cluster:
+    async with ForkedCluster(settings={"compute": {"poll_interval_s": 0.2}}) as cluster:
         yield cluster
 
 

@@ -29,6 +29,7 @@ from shared.errors import IntegrityError, KeylakeError, NotFoundError, Unavailab
 from shared.lsn import Lsn
 from tests.cluster_secrecy.storage import Place, all_stream, stop_and_settle
 from tests.cluster_secrecy.tampering import Change, become, cut, extend, flip, put
+from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
@@ -161,7 +162,7 @@ class Files:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]:
-    async with Cluster(settings={"compute": {"poll_interval_s": 0.2}}) as cluster:
+    async with ForkedCluster(settings={"compute": {"poll_interval_s": 0.2}}) as cluster:
         first = await cluster.create_project("first")
         names = ("second", "third", "other")
         *more, other = [await cluster.create_project(name, first.project.workspace_id) for name in names]
