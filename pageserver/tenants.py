@@ -124,7 +124,14 @@ class AttachedTimeline:
                 await asyncio.wait([self._work])
             finally:
                 await self._stop_work()
-            await asyncio.sleep(_FAULT_PAUSE_S if self.fault else 0)
+            await self._pause_after_fault()
+
+    async def _pause_after_fault(self) -> None:
+        """Ends early when the keys go: with what they were given again for, it is tried at once."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _FAULT_PAUSE_S
+        while self.fault and self.timeline.lease.live and loop.time() < end:
+            await asyncio.sleep(_LEASE_POLL_S)
 
     async def _wait_for_lease(self) -> None:
         # A lease is a core without events, so one that comes back is noticed by looking. So is an ancestor.

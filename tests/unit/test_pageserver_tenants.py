@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from keylake.object_files import inspect_index
+from pageserver import tenants as tenants_module
 from pageserver.redo.build import RedoBinaries
 from pageserver.removal import Mark, Removal
 from pageserver.tenants import Environment, Tenants
@@ -90,6 +91,33 @@ async def test_a_branch_is_waited_for_while_its_ancestor_is_loaded(tmp_path: Pat
             assert not waiting.done()
             store.open.set()
             assert (await waiting).timeline_id == two.child.timeline_id
+
+
+async def test_keys_that_went_and_came_back_are_a_reason_to_try_again_at_once(
+    tmp_path: Path, realm: Realm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenants_module, "_FAULT_PAUSE_S", 3600.0)
+    async with stored_pair(tmp_path / "first") as (two, store):
+        ids = two.parent.project_id, two.parent.timeline_id
+        keys = two.process.keys.for_another_node()
+        async with engine(tmp_path / "another", store=store, keys=keys, like=two.process) as process:
+            await keys.release(ids[0])  # the engine's own lease: here the timeline is told of a loss
+            async with Tenants(environment(process, store, realm)) as tenants:
+                await tenants.loaded(*ids, timeout_s=20)
+                attached = tenants.attached(*ids)
+                newest = max(await keys_below(store, folder(*ids) + "index/"))
+                genuine = await store.get(newest)
+
+                async def load_again(envelope: bytes) -> None:
+                    await keys.revoke(ids[0])
+                    await store.put(newest, envelope)
+                    await keys.restore(ids[0])
+
+                await load_again(genuine[:-1])
+                await wait_until(lambda: attached.fault)
+                await load_again(genuine)
+                await wait_until(lambda: attached.timeline.is_live)
+                assert not attached.fault
 
 
 # --- deleting ---
