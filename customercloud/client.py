@@ -22,6 +22,7 @@ from botocore.config import Config
 from customercloud.aws.admin import BootstrapAnswer, BootstrapRequest, Credentials, RoleAnswer, RoleRequest, UserRequest
 from customercloud.aws.event_bridge import EventTarget
 from customercloud.faults import Faults
+from shared.botocore_session import new_session
 from shared.errors import UnavailableError
 from shared.http import error_from_response
 
@@ -68,6 +69,7 @@ class AwsCustomer:
             aws_access_key_id=access_key.access_key_id,
             aws_secret_access_key=access_key.secret_access_key,
             region_name=endpoint.region,
+            botocore_session=new_session(),
         )
         verify = None if endpoint.ca_bundle is None else str(endpoint.ca_bundle)
         config = Config(connect_timeout=2, read_timeout=10)
