@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from keylake.cli.app import app
 
+TREE = typer.main.get_command(app)
 HEAVY = ("boto3", "httpx", "cryptography", "asyncpg", "fastapi", "uvicorn", "keylake.client", "keylake.cluster")
 
 
 def commands(command: Any = None, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Every path in the tree, groups included."""
-    command = command or typer.main.get_command(app)
+    command = command or TREE
     found = [path]
     for name, child in sorted(getattr(command, "commands", {}).items()):
         found += commands(child, (*path, name))
@@ -28,7 +29,7 @@ def commands(command: Any = None, path: tuple[str, ...] = ()) -> list[tuple[str,
 
 
 def leaf(path: tuple[str, ...]) -> Any:
-    command: Any = typer.main.get_command(app)
+    command: Any = TREE
     for name in path:
         command = command.commands[name]
     return command
