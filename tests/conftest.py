@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 pytest_plugins = [
@@ -26,3 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((at for at, name in enumerate(weights) if folder.startswith(name)), len(weights))
 
     items.sort(key=weight)
+
+
+def pytest_collection_finish() -> None:
+    """What was collected is there to the end: no garbage collection shall look at it again."""
+    gc.collect()
+    gc.freeze()
