@@ -113,25 +113,28 @@ class AttachedTimeline:
         self._environment = environment
         self._receiver: WalReceiver | None = None
         self._work: asyncio.Task[None] | None = None
+        self._keys_went = asyncio.Event()
         self.fault = ""
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            self._keys_went.clear()
             await self._wait_for_lease()
             self._work = asyncio.create_task(self._live(), name=f"timeline {self.timeline.timeline_id}")
             try:
                 await asyncio.wait([self._work])
             finally:
                 await self._stop_work()
-            await self._pause_after_fault()
+            if self.fault:
+                await self._pause_after_fault()
+            else:
+                await asyncio.sleep(0)
 
     async def _pause_after_fault(self) -> None:
         """Ends early when the keys go: with what they were given again for, it is tried at once."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + _FAULT_PAUSE_S
-        while self.fault and self.timeline.lease.live and loop.time() < end:
-            await asyncio.sleep(_LEASE_POLL_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._keys_went.wait(), _FAULT_PAUSE_S)
 
     async def _wait_for_lease(self) -> None:
         # A lease is a core without events, so one that comes back is noticed by looking. So is an ancestor.
@@ -195,6 +198,7 @@ class AttachedTimeline:
     async def lose(self) -> dict[str, float]:
         """The keys are lost: stop ingest and forget all plaintext. Returns the steps in seconds."""
         started = perf_counter()
+        self._keys_went.set()
         steps_s = await self.timeline.drop_plaintext()
         await self._stop_work()
         return steps_s | {"ingest stopped": perf_counter() - started}

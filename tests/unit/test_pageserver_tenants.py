@@ -116,8 +116,8 @@ async def test_keys_that_went_and_came_back_are_a_reason_to_try_again_at_once(
                 await load_again(genuine[:-1])
                 await wait_until(lambda: attached.fault)
                 await load_again(genuine)
-                await wait_until(lambda: attached.timeline.is_live)
-                assert not attached.fault
+                await wait_until(lambda: not attached.fault)
+                assert attached.timeline.is_live
 
 
 # --- deleting ---
