@@ -38,6 +38,26 @@ async def append(store: WalStore, data: bytes, term: int = 1, frame: int = 1000)
         await store.append(term, store.flush_lsn, [data[start : start + frame]])
 
 
+def test_zeros_fall_between_their_neighbours_in_writes_of_a_few_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large write would become one folio of the page cache, which makes every sync of a frame in it dearer."""
+    sizes: list[int] = []
+    pwrite = os.pwrite
+
+    def noted(descriptor: int, data: bytes, offset: int) -> int:
+        sizes.append(len(data))
+        return pwrite(descriptor, data, offset)
+
+    path = tmp_path / "piece"
+    path.write_bytes(b"\xff" * 100_000)
+    monkeypatch.setattr(os, "pwrite", noted)
+    with path.open("r+b") as file:
+        files.write_zeros(file.fileno(), 40, 90_001)
+    assert path.read_bytes() == b"\xff" * 40 + bytes(89_961) + b"\xff" * 9_999
+    assert max(sizes) <= 16 * 1024
+
+
 async def test_reads_back_what_was_appended_in_parts(tmp_path: Path) -> None:
     async with store_bench(tmp_path / "t") as bench:
         store = await bench.open()
