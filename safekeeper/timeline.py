@@ -133,6 +133,7 @@ class Timeline:
         self._writer: WalReceiver | PeerRecovery | None = None
         self._streamed: tuple[int, str, int] | None = None
         self._subscriptions: set[Subscription] = set()
+        self.awaiting = 0
         self._boundary: RecordBoundary | None = None
         self._status_cache: tuple[int, ControlState, Status] | None = None
 
@@ -546,7 +547,7 @@ class Timeline:
 
     def _is_awaited(self) -> bool:
         """Is somebody waiting for the next append? Called by the thread that appends."""
-        return any(subscription.waiting for subscription in tuple(self._subscriptions))
+        return self.awaiting > 0
 
     @property
     def subscriptions(self) -> int:
