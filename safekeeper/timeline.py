@@ -411,7 +411,7 @@ class Timeline:
         end_lsn = min(request.end_lsn.value, start_lsn + WAL_SEGMENT_SIZE_BYTES, self._store.flush_lsn)
         if not state.log.start_lsn <= start_lsn < end_lsn:
             raise NotFoundError("the log has nothing at these positions")
-        if {state.acceptor.history.up_to(lsn).last_term for lsn in (start_lsn, end_lsn - 1)} != {request.term}:
+        if {state.acceptor.history.last_term_at(lsn) for lsn in (start_lsn, end_lsn - 1)} != {request.term}:
             raise NotFoundError("the log has other WAL at these positions: this was never committed, or never here")
         found = await describe_wal(
             self._store.read,
