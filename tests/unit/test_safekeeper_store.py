@@ -565,3 +565,23 @@ async def test_the_next_piece_is_made_ahead(tmp_path: Path) -> None:
         await append(store, b"a" * (WAL_SEGMENT_SIZE_BYTES - 5000 + 10), frame=1 << 20)
         assert bench.state().log.extents[-1].piece == prepared
         await store.aclose()
+
+
+async def test_a_hint_that_rose_is_in_the_state_before_and_after_it_is_durable(tmp_path: Path) -> None:
+    async with store_bench(tmp_path / "t") as bench:
+        store = await bench.open()
+        await append(store, b"some WAL")
+        control, end_lsn = store._control, store.flush_lsn
+        control.raise_commit_lsn(end_lsn)
+        control.raise_remote_consistent_lsn(START_LSN + 3)
+        control.raise_commit_lsn(START_LSN + 1)  # hints only rise
+        raised = control.state
+        assert (raised.acceptor.commit_lsn, raised.remote_consistent_lsn) == (end_lsn, START_LSN + 3)
+        assert control.state is raised  # statuses that were made of it are good until it changes
+        assert control.commit_lsn_is_dirty
+        await store.persist_commit_lsn()
+        assert not control.commit_lsn_is_dirty
+        assert control.state == raised
+        control.raise_commit_lsn(end_lsn + 1)
+        assert control.state.acceptor.commit_lsn == end_lsn + 1
+        assert raised.acceptor.commit_lsn == end_lsn
