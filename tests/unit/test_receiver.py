@@ -65,12 +65,13 @@ def test_streams_over_tls_are_read_through_the_shared_buffer(
         name = service_host_name(Service.PAGESERVER.value)
         reader, writer = await open_tls_connection("127.0.0.1", port, client_context(realm.ca_certificate), name, 1000)
         both = [each for each in gc.get_objects() if isinstance(each, Receiver) and not isinstance(each, Collecting)]
-        assert both, "read in some other way"
-        writer.write(much)
-        assert await reader.read() == much
-        assert not any(both[0].get_buffer(-1))
-        writer.close()
-        server.close()
-        await server.wait_closed()
+        try:
+            assert both, "read in some other way"
+            writer.write(much)
+            assert await reader.read() == much
+            assert not any(both[0].get_buffer(-1))
+        finally:
+            writer.transport.abort()
+            server.close()
 
     run(scenario())
