@@ -23,7 +23,7 @@ from keylake.cluster import Cluster, RunningProject
 from shared.lsn import Lsn
 from shared.postgres import PostgresServer, find_postgres, initdb
 
-_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _REST_WINDOW_S: Final = 0.5
 _REST_SHARE: Final = 0.2
 _REST_TIMEOUT_S: Final = 600.0
@@ -70,7 +70,7 @@ def cpu_s(pid: int) -> float:
 
 def _cpu_s(stat: bytes) -> float:
     fields = stat.rpartition(b") ")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
 def _descendants_cpu_s() -> dict[int, float]:

@@ -33,6 +33,7 @@ from shared.keyspace import REL_BLOCK, Fork
 
 _WAL: Final = int(ValueKind.WAL)
 _WAL_INIT: Final = int(ValueKind.WAL_INIT)
+_RECORDS: Final = frozenset({_WAL, _WAL_INIT})
 _IMAGE: Final = int(ValueKind.IMAGE)
 _NATIVE: Final = int(ValueKind.NATIVE)
 _TOMBSTONE: Final = int(ValueKind.TOMBSTONE)
@@ -201,7 +202,7 @@ def reconstruct(key: bytes, chain: Chain) -> Generator[RedoRequest, bytes, bytes
                 index -= 1
             current = apply_native(key, current, payloads)
             started = True
-        elif kind in (_WAL, _WAL_INIT):
+        elif kind in _RECORDS:
             if not is_block:
                 raise CorruptedError("a WAL record stands under a key that is no block")
             if kind == _WAL_INIT:
@@ -209,11 +210,10 @@ def reconstruct(key: bytes, chain: Chain) -> Generator[RedoRequest, bytes, bytes
             elif not started and key[13] != Fork.VISIBILITY_MAP:
                 # Redo makes a page of a visibility map out of nothing (heap_xlog_visible), and no other.
                 raise CorruptedError("a WAL record needs a page and there is none")
-            records = [(values[index].lsn, values[index].payload)]
-            index -= 1
-            while index >= 0 and values[index].kind in (_WAL, _WAL_INIT):
-                records.append((values[index].lsn, values[index].payload))
+            first = index
+            while index >= 0 and values[index].kind in _RECORDS:
                 index -= 1
+            records = [(lsn, payload) for lsn, _, payload in reversed(values[index + 1 : first + 1])]
             current = yield RedoRequest(current, records)
             started = True
         else:

@@ -9,6 +9,8 @@ record, or outside of its buffers.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
+from functools import partial
 from typing import Final, NamedTuple
 
 
@@ -34,3 +36,7 @@ class Value(NamedTuple):
     lsn: int
     kind: int
     payload: bytes
+
+
+new_value: Final[Callable[[tuple[int, int, bytes]], Value]] = partial(tuple.__new__, Value)
+"""Of a tuple of three: half the time of `Value(…)`, which is a function of Python's, for chains of hundreds."""

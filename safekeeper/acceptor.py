@@ -47,7 +47,7 @@ class AcceptorState:
 
     def last_log_term(self, flush_lsn: int) -> int:
         """The term in which the end of the log was written (0 before the first election)."""
-        return self.history.up_to(flush_lsn).last_term
+        return self.history.last_term_at(flush_lsn)
 
 
 @dataclass(frozen=True, slots=True)

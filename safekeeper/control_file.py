@@ -78,7 +78,7 @@ class ControlState:
         if extent is not None and open_piece_end_lsn is not None:
             flush_lsn = open_piece_end_lsn
             last_lsn = max(extent.start_lsn, flush_lsn - 1)
-            if self.acceptor.history.up_to(last_lsn).last_term != extent.piece.term:
+            if self.acceptor.history.last_term_at(last_lsn) != extent.piece.term:
                 raise CorruptedError("the log has more WAL of a term than its history allows")
         if flush_lsn < self.acceptor.commit_lsn:
             raise IntegrityError("WAL that was committed is missing from the log")

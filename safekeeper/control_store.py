@@ -28,30 +28,35 @@ class ControlStore:
 
     def __init__(self, directory: Path, state: ControlState, executor: Executor) -> None:
         self._path = directory / FILE_NAME
-        self._state = state
+        self._durable = state
         self._executor = executor
         self._lock = asyncio.Lock()
         self._commit_lsn = state.acceptor.commit_lsn
         self._remote_consistent_lsn = state.remote_consistent_lsn
+        self.state = state
+        """What is durable, with the hints as they are now. Read-only."""
 
     @property
-    def state(self) -> ControlState:
-        state = self._state
+    def commit_lsn_is_dirty(self) -> bool:
+        return self._commit_lsn > self._durable.acceptor.commit_lsn
+
+    def raise_commit_lsn(self, lsn: int) -> None:
+        if lsn > self._commit_lsn:
+            self._commit_lsn = lsn
+            self.state = self._with_hints()
+
+    def raise_remote_consistent_lsn(self, lsn: int) -> None:
+        if lsn > self._remote_consistent_lsn:
+            self._remote_consistent_lsn = lsn
+            self.state = self._with_hints()
+
+    def _with_hints(self) -> ControlState:
+        state = self._durable
         if self._remote_consistent_lsn > state.remote_consistent_lsn:
             state = replace(state, remote_consistent_lsn=self._remote_consistent_lsn)
         if self._commit_lsn > state.acceptor.commit_lsn:
             return replace(state, acceptor=replace(state.acceptor, commit_lsn=self._commit_lsn))
         return state
-
-    @property
-    def commit_lsn_is_dirty(self) -> bool:
-        return self._commit_lsn > self._state.acceptor.commit_lsn
-
-    def raise_commit_lsn(self, lsn: int) -> None:
-        self._commit_lsn = max(self._commit_lsn, lsn)
-
-    def raise_remote_consistent_lsn(self, lsn: int) -> None:
-        self._remote_consistent_lsn = max(self._remote_consistent_lsn, lsn)
 
     async def update(
         self, change: Callable[[ControlState], ControlState], applied: Callable[[], None] = lambda: None
@@ -70,9 +75,10 @@ class ControlStore:
     ) -> ControlState:
         async with self._lock:
             state = change(self.state)
-            if state != self._state:
+            if state != self._durable:
                 await self._write(state.serialize())
-                self._state = state
+                self._durable = state
+                self.state = self._with_hints()
             applied()
             return state
 

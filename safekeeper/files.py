@@ -13,6 +13,7 @@ from typing import Final
 from shared.errors import IntegrityError
 from shared.failpoints import failpoint
 
+_ZEROS: Final = bytes(16 * 1024)
 TEMPORARY_SUFFIX: Final = ".new"
 """Of what `replace_file` has not renamed yet."""
 
@@ -54,6 +55,19 @@ def pwrite_all(descriptor: int, data: bytes | bytearray | memoryview, offset: in
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def write_zeros(descriptor: int, start: int, end: int) -> None:
+    """To [start, end) of the file, a few pages at a time. Raises OSError; part of them may be in the file then.
+
+    What is written at once comes to lie in the page cache as one folio, of up to 2 MiB, and each small write into that,
+    and each sync of it, looks at all of its blocks. CPU of pwrite and fdatasync of 1,100 bytes on ext4 of Linux 6.18,
+    p10 and mean on a busy machine: 52 and 144 µs after zeros of 2 MiB at once; 41 and 102 µs after 16 KiB at a time, as
+    after single pages. The zeros themselves take 0.9 ms per 2 MiB instead of 0.2 ms.
+    """
+    while start < end:
+        size = min(end, (start // len(_ZEROS) + 1) * len(_ZEROS)) - start
+        start += os.pwrite(descriptor, _ZEROS[:size], start)
 
 
 def write_new(path: Path, data: bytes | bytearray) -> None:

@@ -61,7 +61,7 @@ class LogMap:
             if extent.end_lsn is None and extent.place is not Place.LOCAL:
                 raise CorruptedError("the map of WAL pieces has an open piece that is offloaded")
             last_lsn = extent.start_lsn if extent.end_lsn is None else extent.end_lsn - 1
-            if {history.up_to(lsn).last_term for lsn in (extent.start_lsn, last_lsn)} != {extent.piece.term}:
+            if {history.last_term_at(lsn) for lsn in (extent.start_lsn, last_lsn)} != {extent.piece.term}:
                 raise CorruptedError("the map of WAL pieces disagrees with the term history")
             expected = extent.end_lsn
         # An open piece leaves `expected` None, which no further start equals: it can only be the last one.

@@ -213,21 +213,18 @@ class ReplicationConnection:
         assert reader is not None  # noqa: S101 - `start` was called
         try:
             size = self._socket.recv_into(reader.free)
+            reader.received(size)
             if self._poll is not None:
                 # TLS hands out one record, 16 KiB at most, per call. What else is there belongs to the same frame.
-                reader.received(size)
                 while size and len(reader.free) > _TLS_RECORD_SIZE_BYTES and self._poll.poll(0):
                     size = self._socket.recv_into(reader.free)
                     reader.received(size)
-                if size:
-                    return reader.take()
         except (BlockingIOError, ssl.SSLWantReadError):
             return None
         except OSError as error:
             raise UnavailableError(f"the connection to the compute is lost: {type(error).__name__}") from None
         if size == 0:
             raise UnavailableError("the compute closed the connection")
-        reader.received(size)
         return reader.take()
 
     def wait_readable(self, timeout_s: float) -> bool:

@@ -61,6 +61,10 @@ class TermHistory:
         elected on top of just this log."""
         return TermHistory(tuple(entry for entry in self.entries if entry.start_lsn <= lsn))
 
+    def last_term_at(self, lsn: int) -> int:
+        """The term of the end of a log that ends at `lsn`: the last one that it has reached. 0 for none."""
+        return next((entry.term for entry in reversed(self.entries) if entry.start_lsn <= lsn), 0)
+
     def start_of(self, term: int) -> int | None:
         return next((entry.start_lsn for entry in self.entries if entry.term == term), None)
 

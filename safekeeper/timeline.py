@@ -133,6 +133,7 @@ class Timeline:
         self._writer: WalReceiver | PeerRecovery | None = None
         self._streamed: tuple[int, str, int] | None = None
         self._subscriptions: set[Subscription] = set()
+        self.awaiting = 0
         self._boundary: RecordBoundary | None = None
         self._status_cache: tuple[int, ControlState, Status] | None = None
 
@@ -410,7 +411,7 @@ class Timeline:
         end_lsn = min(request.end_lsn.value, start_lsn + WAL_SEGMENT_SIZE_BYTES, self._store.flush_lsn)
         if not state.log.start_lsn <= start_lsn < end_lsn:
             raise NotFoundError("the log has nothing at these positions")
-        if {state.acceptor.history.up_to(lsn).last_term for lsn in (start_lsn, end_lsn - 1)} != {request.term}:
+        if {state.acceptor.history.last_term_at(lsn) for lsn in (start_lsn, end_lsn - 1)} != {request.term}:
             raise NotFoundError("the log has other WAL at these positions: this was never committed, or never here")
         found = await describe_wal(
             self._store.read,
@@ -546,7 +547,7 @@ class Timeline:
 
     def _is_awaited(self) -> bool:
         """Is somebody waiting for the next append? Called by the thread that appends."""
-        return any(subscription.waiting for subscription in tuple(self._subscriptions))
+        return self.awaiting > 0
 
     @property
     def subscriptions(self) -> int:

@@ -35,6 +35,10 @@ PACE_S: Final = 0.05
 class Log(Protocol):
     """What a subscription needs of a timeline."""
 
+    awaiting: int
+    """So many subscriptions have sent all there was and not heard of more: whoever appends has them woken. Changed on
+    the event loop, read from any thread."""
+
     @property
     def start_lsn(self) -> int: ...
 
@@ -69,8 +73,6 @@ class Subscription:
         self._ended: KeylakeError | None = None
         self.finished = asyncio.Event()
         """`run` is over, and nothing refers to what it was sending."""
-        self.waiting = False
-        """It has sent all there was and not heard of more: whoever appends must call `wake`. Read from any thread."""
 
     def wake(self) -> None:
         """The log or its status has changed."""
@@ -146,12 +148,12 @@ class Subscription:
     async def _wait_for_more(self, told_flush_lsn: int) -> None:
         await asyncio.sleep(PACE_S)
         # Invariant: announced before it is looked at, so that an append after the look finds somebody to wake.
-        self.waiting = True
+        self._log.awaiting += 1
         try:
             if self._log.flush_lsn == told_flush_lsn:
                 await self._changed.wait()
         finally:
-            self.waiting = False
+            self._log.awaiting -= 1
 
 
 async def serve(connection: FramedConnection, principal: Principal, find: FindLog) -> None:

@@ -217,14 +217,7 @@ class WalStore:
         """
         with self._append_here_lock:
             writer = self._writer
-            if (
-                writer is None
-                or self.fault
-                or lsn != self.flush_lsn
-                or writer.piece.term != term
-                or lsn + len(data) > writer.piece.segment_end_lsn
-                or writer.index.end_offset + frame_size_bytes(len(data)) > writer.allocated_bytes
-            ):
+            if writer is None or self.fault or lsn != self.flush_lsn or not writer.fits(term, lsn, len(data)):
                 return False
             self._write_frame(writer, data)
             return True
@@ -242,10 +235,11 @@ class WalStore:
             raise
         except IntegrityError as error:
             raise self.failed(error) from None
-        writer.index.append(len(data))
+        size = len(data)
+        writer.index.append(size)
         self._fresh.append((lsn, data, epoch))
-        self.flush_lsn = lsn + len(data)
-        self._fresh_bytes += len(data)
+        self.flush_lsn = lsn + size
+        self._fresh_bytes += size
         # The loop is woken when somebody waits for it, or when there is something for it to do; once, however many
         # frames follow until it gets to it.
         if not self._waking and (self._is_awaited() or self._needs_loop(writer)):
@@ -253,10 +247,9 @@ class WalStore:
             self._loop.call_soon_threadsafe(self._absorb)
 
     def _needs_loop(self, writer: PieceFile) -> bool:
-        room = writer.allocated_bytes - writer.index.end_offset
-        filled = writer.end_lsn % WAL_SEGMENT_SIZE_BYTES
+        filled = self.flush_lsn % WAL_SEGMENT_SIZE_BYTES
         return (
-            room < _LOW_SPACE_BYTES
+            writer.allocated_bytes - writer.index.offsets[-1] < _LOW_SPACE_BYTES
             or self._fresh_bytes > _MAX_FRESH_BYTES
             or (filled >= self._tuning.prepare_at_bytes and self.maker.idle)
         )

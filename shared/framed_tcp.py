@@ -11,6 +11,7 @@ from typing import Final
 from shared.auth import MAX_TOKEN_SIZE_BYTES, Principal, Scope, Service, TokenVerifier
 from shared.config import Address
 from shared.errors import KeylakeError, UnauthenticatedError, UnavailableError
+from shared.receiver import open_tls_connection, start_tls_server
 from shared.sockets import stop_sending
 from shared.telemetry import get_logger
 from shared.tls import service_host_name
@@ -134,13 +135,9 @@ class FramedServer:
         self._connections: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> FramedServer:
-        self._server = await asyncio.start_server(
-            self._accept,
-            self._listen.host,
-            self._listen.port,
-            ssl=self._context,
-            ssl_handshake_timeout=HELLO_TIMEOUT_S,
-            limit=_READ_SIZE_BYTES,
+        listen = self._listen
+        self._server = await start_tls_server(
+            self._accept, listen.host, listen.port, self._context, HELLO_TIMEOUT_S, _READ_SIZE_BYTES
         )
         return self
 
@@ -211,12 +208,8 @@ async def connect(
     """An authenticated connection to a service. Raises UnavailableError, or the error by which the peer refused."""
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(
-                address.host,
-                address.port,
-                ssl=context,
-                server_hostname=service_host_name(service.value),
-                limit=_READ_SIZE_BYTES,
+            reader, writer = await open_tls_connection(
+                address.host, address.port, context, service_host_name(service.value), _READ_SIZE_BYTES
             )
             connection = FramedConnection(reader, writer, max_frame_size_bytes)
             await connection.send(pack_frame(HELLO, token.encode("ascii")))

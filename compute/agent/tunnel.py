@@ -18,6 +18,7 @@ from typing import Final
 
 from shared.config import Address
 from shared.open_files import allow_open_files
+from shared.receiver import start_tls_server
 from shared.tls import CertificateAuthority, server_context
 
 TUNNEL_HOST_NAME: Final = "compute.keylake"
@@ -47,13 +48,9 @@ class Tunnel:
     async def start(self) -> int:
         """The port that it listens on. Raises OSError."""
         allow_open_files(2 * self._max_connections + _OWN_FILES)
-        self._server = await asyncio.start_server(
-            self._accept,
-            self._listen.host,
-            self._listen.port,
-            ssl=self._context,
-            ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S,
-            limit=_READ_SIZE_BYTES,
+        listen = self._listen
+        self._server = await start_tls_server(
+            self._accept, listen.host, listen.port, self._context, _HANDSHAKE_TIMEOUT_S, _READ_SIZE_BYTES
         )
         return int(self._server.sockets[0].getsockname()[1])
 

@@ -30,6 +30,7 @@ from shared.api.safekeeper import ComputeAddress
 from shared.errors import KeyAccessError
 from shared.ids import ProjectId
 from shared.lease import Lease
+from shared.receiver import Receiver
 from shared.sockets import stop_sending
 from shared.telemetry import get_logger
 from shared.wire.buffer import ProtocolViolationError
@@ -46,32 +47,6 @@ STARTUP_BUFFER_LIMIT_BYTES: Final = 16 * 1024
 def as_stream(transport: asyncio.BaseTransport) -> asyncio.Transport:
     """For the type checker: uvloop's transports have asyncio's methods, but not its classes."""
     return cast("asyncio.Transport", transport)
-
-
-_ROOM: Final = memoryview(bytearray(256 * 1024))
-_ZEROS: Final = memoryview(bytes(len(_ROOM)))
-
-
-class Receiver(asyncio.BufferedProtocol):
-    """Reads into one buffer that all connections share: the event loop asks for it, fills it and says so, with nothing
-    in between.
-
-    With `asyncio.Protocol`, uvloop makes an object of 256 KiB for each read of a TLS connection and shrinks it to what
-    has come. In a service the C library fills memory when it is given and when it is taken back (`shared.hardening`):
-    512 KiB to write per message, some 20 µs, where all else of a round trip takes 30. Without TLS, a read costs
-    0.6 µs more than with `asyncio.Protocol`; uvloop's own buffer, which nobody empties, is not used then, either.
-    """
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return _ROOM
-
-    def buffer_updated(self, nbytes: int) -> None:
-        data = bytes(_ROOM[:nbytes])
-        _ROOM[:nbytes] = _ZEROS[:nbytes]  # nothing of a project stays behind
-        self.data_received(data)
-
-    def data_received(self, data: bytes) -> None:
-        raise NotImplementedError
 
 
 class Phase(enum.Enum):

@@ -36,7 +36,7 @@ from typing import Final, NamedTuple
 from pageserver.layer.footer import Footer
 from pageserver.layer.in_memory import STARTS, Run
 from pageserver.layer.name import LayerKind
-from pageserver.value import Value, ValueKind
+from pageserver.value import Value, ValueKind, new_value
 from shared.errors import CorruptedError
 from shared.keyspace import KEY_SIZE_BYTES, KeyRange
 
@@ -197,7 +197,7 @@ class RunHeader:
             start = ends[index - 1] if index else 0
             if not base <= start <= stop:
                 raise CorruptedError("a run's payloads overlap")
-            chain.append(Value(lsns[index], kinds[index], bytes(payloads[start - base : stop - base])))
+            chain.append(new_value((lsns[index], kinds[index], bytes(payloads[start - base : stop - base]))))
             stop = start
 
 

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from pageserver.value import CHAIN_START, Value, ValueKind
+from pageserver.value import CHAIN_START, Value, ValueKind, new_value
 from shared.keyspace import REL_BLOCK, KeyRange
 
 KeyedValue = tuple[bytes, int, int, bytes]
@@ -136,7 +136,7 @@ class InMemoryLayer:
             if at <= floor:
                 return False
             kind = run[index + 1]
-            chain.append(Value(at, kind, run[index + 2]))
+            chain.append(new_value((at, kind, run[index + 2])))
             if STARTS[kind]:
                 return True
             index -= 3

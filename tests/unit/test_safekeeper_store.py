@@ -38,6 +38,26 @@ async def append(store: WalStore, data: bytes, term: int = 1, frame: int = 1000)
         await store.append(term, store.flush_lsn, [data[start : start + frame]])
 
 
+def test_zeros_fall_between_their_neighbours_in_writes_of_a_few_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large write would become one folio of the page cache, which makes every sync of a frame in it dearer."""
+    sizes: list[int] = []
+    pwrite = os.pwrite
+
+    def noted(descriptor: int, data: bytes, offset: int) -> int:
+        sizes.append(len(data))
+        return pwrite(descriptor, data, offset)
+
+    path = tmp_path / "piece"
+    path.write_bytes(b"\xff" * 100_000)
+    monkeypatch.setattr(os, "pwrite", noted)
+    with path.open("r+b") as file:
+        files.write_zeros(file.fileno(), 40, 90_001)
+    assert path.read_bytes() == b"\xff" * 40 + bytes(89_961) + b"\xff" * 9_999
+    assert max(sizes) <= 16 * 1024
+
+
 async def test_reads_back_what_was_appended_in_parts(tmp_path: Path) -> None:
     async with store_bench(tmp_path / "t") as bench:
         store = await bench.open()
@@ -545,3 +565,23 @@ async def test_the_next_piece_is_made_ahead(tmp_path: Path) -> None:
         await append(store, b"a" * (WAL_SEGMENT_SIZE_BYTES - 5000 + 10), frame=1 << 20)
         assert bench.state().log.extents[-1].piece == prepared
         await store.aclose()
+
+
+async def test_a_hint_that_rose_is_in_the_state_before_and_after_it_is_durable(tmp_path: Path) -> None:
+    async with store_bench(tmp_path / "t") as bench:
+        store = await bench.open()
+        await append(store, b"some WAL")
+        control, end_lsn = store._control, store.flush_lsn
+        control.raise_commit_lsn(end_lsn)
+        control.raise_remote_consistent_lsn(START_LSN + 3)
+        control.raise_commit_lsn(START_LSN + 1)  # hints only rise
+        raised = control.state
+        assert (raised.acceptor.commit_lsn, raised.remote_consistent_lsn) == (end_lsn, START_LSN + 3)
+        assert control.state is raised  # statuses that were made of it are good until it changes
+        assert control.commit_lsn_is_dirty
+        await store.persist_commit_lsn()
+        assert not control.commit_lsn_is_dirty
+        assert control.state == raised
+        control.raise_commit_lsn(end_lsn + 1)
+        assert control.state.acceptor.commit_lsn == end_lsn + 1
+        assert raised.acceptor.commit_lsn == end_lsn

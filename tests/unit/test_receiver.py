@@ -1,0 +1,77 @@
+"""What a connection has read is handed on as a copy, and does not stay where it was read into."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.auth import Service
+from shared.receiver import Receiver, open_tls_connection, start_tls_server
+from shared.tls import client_context, server_context, service_host_name
+from tests.fixtures.realm import Realm
+from tests.fixtures.sockets import LOOP_NAMES, LOOPS
+
+
+class Collecting(Receiver):
+    def __init__(self) -> None:
+        self.received: list[bytes] = []
+
+    def data_received(self, data: bytes) -> None:
+        self.received.append(data)
+
+
+def test_the_shared_buffer_is_empty_again_and_what_was_read_is_not() -> None:
+    one, other = Collecting(), Collecting()
+    for receiver, data in ((one, b"of one project" * 1000), (other, b"of another")):
+        room = receiver.get_buffer(-1)
+        room[: len(data)] = data
+        receiver.buffer_updated(len(data))
+        assert not any(room)
+    assert one.received == [b"of one project" * 1000]
+    assert other.received == [b"of another"]
+
+
+def test_a_full_buffer() -> None:
+    receiver = Collecting()
+    room = receiver.get_buffer(-1)
+    room[:] = b"x" * len(room)
+    receiver.buffer_updated(len(room))
+    assert receiver.received == [b"x" * len(room)]
+    assert not any(room)
+
+
+@pytest.mark.parametrize("run", LOOPS, ids=LOOP_NAMES)
+def test_streams_over_tls_are_read_through_the_shared_buffer(
+    run: Callable[[Coroutine[Any, Any, None]], None], tmp_path: Path
+) -> None:
+    """More than it holds, both ways, slower than it comes, up to the end; and nothing of it is left in there."""
+    realm = Realm.create(tmp_path)
+    much = bytes(range(1, 256)) * 10_000
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.readexactly(len(much)))
+        await writer.drain()
+        writer.close()
+
+    async def scenario() -> None:
+        context = server_context(realm.identity(Service.PAGESERVER).files)
+        server = await start_tls_server(echo, "127.0.0.1", 0, context, 10.0, 1000)
+        port = server.sockets[0].getsockname()[1]
+        name = service_host_name(Service.PAGESERVER.value)
+        reader, writer = await open_tls_connection("127.0.0.1", port, client_context(realm.ca_certificate), name, 1000)
+        both = [each for each in gc.get_objects() if isinstance(each, Receiver) and not isinstance(each, Collecting)]
+        try:
+            assert both, "read in some other way"
+            writer.write(much)
+            assert await reader.read() == much
+            assert not any(both[0].get_buffer(-1))
+        finally:
+            writer.transport.abort()
+            server.close()
+
+    run(scenario())
