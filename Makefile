@@ -132,8 +132,9 @@ sim-consensus: $(VENV)/.dev ## 20,000 seeded runs of the elections' code (SEEDS=
 model-consensus: $(VENV)/.dev ## the elections' cores through the states of small worlds (docs/consensus.md)
 	@$(BIN)/python -m tests.simulation_wal.model --deep
 
-crash-anywhere: $(VENV)/.dev ## a safekeeper, and a keymanager that rotates, killed at every named step
+crash-anywhere: $(VENV)/.dev ## a safekeeper, a pageserver, and a keymanager that rotates, killed at every named step
 	@KEYLAKE_ALL_FAILPOINTS=1 $(BIN)/python -m pytest -q tests/integration/test_safekeeper_failpoints.py \
+	  tests/integration/test_pageserver_failpoints.py \
 	  tests/integration/test_keymanager_failpoints.py
 
 lock: $(VENV)/.dev ## lock the newest versions that pyproject.toml allows
