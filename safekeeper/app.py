@@ -138,6 +138,9 @@ class _TimelineMetrics(Collector):
         streaming = GaugeMetricFamily("keylake_safekeeper_streaming", "1 while WAL comes from a compute", labels=labels)
         subscriptions = GaugeMetricFamily("keylake_safekeeper_subscriptions", "Clients of the WAL port", labels=labels)
         fault = GaugeMetricFamily("keylake_safekeeper_fault", "1 while the timeline is not served", labels=labels)
+        held_back = GaugeMetricFamily(
+            "keylake_safekeeper_held_back_bytes", "Durable, not acknowledged: the pageserver lags", labels=labels
+        )
         for timeline in self._node.timelines():
             names = [str(timeline.project_id), str(timeline.timeline_id)]
             status = timeline.status()
@@ -147,4 +150,5 @@ class _TimelineMetrics(Collector):
             streaming.add_metric(names, status.streaming)
             subscriptions.add_metric(names, timeline.subscriptions)
             fault.add_metric(names, bool(timeline.fault))
-        return [term, flush, commit, streaming, subscriptions, fault]
+            held_back.add_metric(names, status.held_back_size_bytes)
+        return [term, flush, commit, streaming, subscriptions, fault, held_back]

@@ -30,10 +30,11 @@ class SafekeeperSettings(ServiceSettings):
         default=1.0, gt=0, le=3600, description="how soon a new KEK version is noticed and envelopes are wrapped again"
     )
     backpressure_lag_mb: int = Field(
-        default=128,
+        default=512,
         ge=0,
         le=1 << 20,
-        description="WAL acknowledged ahead of what the pageserver has ingested; commits behind that wait; 0: any",
+        description="WAL acknowledged ahead of what the pageserver has ingested; commits behind that wait for it, "
+        "however long it is away; 0: any",
     )
     object_store: ObjectStoreSettings | None = Field(
         default=None, description="where sealed WAL is offloaded to; without it all WAL stays on the disk"

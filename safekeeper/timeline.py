@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar, assert_never
 
 from safekeeper import acceptor, files
 from safekeeper.acceptor import AcceptorState, DropStream, Effect, EndSubscriptions, Persist, ReplyVote
-from safekeeper.backpressure import Backpressure, BackpressureTuning
+from safekeeper.backpressure import Backpressure
 from safekeeper.contents import describe_wal
 from safekeeper.control_file import FILE_NAME, ControlState
 from safekeeper.control_store import ControlStore
@@ -92,7 +92,8 @@ class TimelineEnvironment:
     store: StoreTuning = field(default_factory=StoreTuning)
     receiver: ReceiverTuning = field(default_factory=ReceiverTuning)
     key_upkeep: UpkeepTuning = field(default_factory=UpkeepTuning)
-    backpressure: BackpressureTuning = field(default_factory=BackpressureTuning)
+    backpressure_size_bytes: int = 0
+    """WAL that may be acknowledged and not ingested by the pageserver; 0: any amount."""
     objects: ObjectStore | None = None
     """Where WAL is offloaded to. None: all of it stays on the disk."""
     offload: OffloadTuning = field(default_factory=OffloadTuning)
@@ -126,7 +127,8 @@ class Timeline:
         )
         self._lock = asyncio.Lock()
         self._loading = asyncio.Lock()
-        self._backpressure = Backpressure(environment.backpressure)
+        surely_ingested_lsn = max(state.log.start_lsn, state.remote_consistent_lsn)
+        self._backpressure = Backpressure(environment.backpressure_size_bytes, surely_ingested_lsn)
         self._offloading = asyncio.Lock()
         self._closed = False
         self._electing = False
@@ -496,6 +498,7 @@ class Timeline:
             wal_size_bytes=flush_lsn - state.log.start_lsn,
             seat=state.acceptor.seat,
             generation=state.acceptor.generation,
+            held_back_size_bytes=flush_lsn - self._backpressure.allowed_lsn(flush_lsn),
         )
 
     # --- wal_sender.Log ---
@@ -525,7 +528,7 @@ class Timeline:
     def feedback(self, feedback: Feedback) -> None:
         """What a pageserver says. It is taken as far as this log reaches, and while that is of the current term."""
         state, flush_lsn = self._control.state.acceptor, self._store.flush_lsn
-        self._backpressure.heard(min(feedback.ingested_lsn, flush_lsn), time.monotonic())
+        self._backpressure.heard(min(feedback.ingested_lsn, flush_lsn))
         raised = acceptor.commit(state, flush_lsn, feedback.commit_lsn)
         if raised is not state:
             self._control.raise_commit_lsn(raised.commit_lsn)

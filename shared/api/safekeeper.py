@@ -53,6 +53,8 @@ class TimelineStatus(ApiModel):
     seat: int = 0
     generation: int = 0
     """Of the membership in which it last promised a term."""
+    held_back_size_bytes: int = 0
+    """WAL that is durable here and not acknowledged, because the pageserver lags: who commits behind it waits."""
 
 
 class VoteRequest(ApiModel):
