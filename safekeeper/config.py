@@ -45,5 +45,12 @@ class SafekeeperSettings(ServiceSettings):
         le=1 << 50,
         description="WAL that stays on the disk in any case, per timeline, for peers and the pageserver",
     )
+    wal_history_size_bytes: int = Field(
+        default=1 << 30,
+        ge=64 * 1024 * 1024,
+        le=1 << 50,
+        description="WAL that is kept, here or in the object store, behind what the pageserver has in layers; what is "
+        "older is deleted",
+    )
     offload_interval_s: float = Field(default=5.0, gt=0, le=3600, description="about how often WAL is offloaded")
     io_threads: int = Field(default=16, ge=2, le=256, description="threads that wait for the disk")

@@ -80,6 +80,8 @@ class ControlReport:
     system_identifier: int
     term: int
     start_lsn: Lsn
+    oldest_lsn: Lsn
+    """Where what is kept of the log begins."""
     commit_lsn: Lsn
     remote_consistent_lsn: Lsn
     seat: int
@@ -100,6 +102,7 @@ def describe_control(data: bytes) -> ControlReport:
         system_identifier=state.system_identifier,
         term=acceptor.term,
         start_lsn=Lsn(state.log.start_lsn),
+        oldest_lsn=Lsn(state.log.oldest_lsn),
         commit_lsn=Lsn(acceptor.commit_lsn),
         remote_consistent_lsn=Lsn(state.remote_consistent_lsn),
         seat=acceptor.seat,

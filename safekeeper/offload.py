@@ -8,6 +8,8 @@ time, oldest first:
     BOTH    below the pageserver's remote_consistent_lsn, and not of the newest `keep_size_bytes`
             → does one that covers it open, to its last frame?  no: put ours, and look again the next time
             → control file: REMOTE → the local files go
+    any     so far below remote_consistent_lsn that nobody will ask for it
+            → control file: trimmed → local files and objects go (trim.py)
 
 *Safe to remove* means all of: it was found in the object store by a listing, which is how peers find it, read as a
 whole just before, and every frame of it is genuine; it is below remote_consistent_lsn, so the pageserver has layers of
@@ -52,6 +54,9 @@ class OffloadTuning:
     """About how often a timeline is looked at."""
     keep_size_bytes: int = 4 * WAL_SEGMENT_SIZE_BYTES
     """Behind commit_lsn, kept on the disk in any case."""
+    history_size_bytes: int = 1 << 30
+    """Behind remote_consistent_lsn, kept wherever it lies. Readers that lag are served from it. No record of WAL is as
+    long (XLogRecordMaxSize), so the last one of the log is always in it."""
 
 
 def to_offload(state: ControlState) -> list[Extent]:

@@ -70,7 +70,9 @@ async def running_safekeeper(
             key_upkeep=UpkeepTuning(interval_s=settings.key_upkeep_interval_s),
             backpressure_size_bytes=settings.backpressure_lag_mb << 20,
             objects=objects,
-            offload=OffloadTuning(settings.offload_interval_s, settings.wal_keep_size_bytes),
+            offload=OffloadTuning(
+                settings.offload_interval_s, settings.wal_keep_size_bytes, settings.wal_history_size_bytes
+            ),
         )
         async with SafekeeperNode(settings.data_dir, environment, keys, is_fenced) as node:
 

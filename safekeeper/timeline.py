@@ -39,6 +39,7 @@ from safekeeper.remote_upkeep import RemoteUpkeep
 from safekeeper.remote_wal import RemoteWal
 from safekeeper.scrub import WalScrubber
 from safekeeper.term_history import TermHistory
+from safekeeper.trim import trim_limit
 from safekeeper.wal_receiver import ReceiverTuning, WalReceiver
 from safekeeper.wal_sender import Subscription, ended_by_election
 from safekeeper.wal_store import StoreTuning, WalStore
@@ -116,7 +117,12 @@ class Timeline:
         self._control, self._store = self._open_log(state)
         self._scrubber: WalScrubber | None = None
         if self._remote is not None and self._reader is not None:
-            self._scrubber = WalScrubber(self._remote, self._reader, lambda: self._control.state.log)
+            self._scrubber = WalScrubber(
+                self._remote,
+                self._reader,
+                lambda: self._control.state.log,
+                lambda: trim_limit(self._control.state, environment.offload),
+            )
         self.key_upkeep = PieceUpkeep(
             self._store,
             directory,
@@ -241,9 +247,7 @@ class Timeline:
         async with self._offloading:
             if self._remote is None or self._closed or not self._store.loaded or self._store.fault:
                 return
-            await self._store.offload(
-                self._remote, self._environment.node_id, self._environment.offload.keep_size_bytes
-            )
+            await self._store.offload(self._remote, self._environment.node_id, self._environment.offload)
 
     async def aclose(self) -> None:
         self._closed = True
@@ -398,6 +402,7 @@ class Timeline:
             state.system_identifier,
             self._boundary,
             self._environment.executor,
+            oldest_lsn=state.log.oldest_lsn,
         )
         if flush_lsn <= self._store.flush_lsn and state.acceptor.history == self._control.state.acceptor.history:
             self._boundary = found  # nothing was clipped meanwhile
@@ -410,7 +415,7 @@ class Timeline:
         state = self._control.state
         start_lsn = request.start_lsn.value
         end_lsn = min(request.end_lsn.value, start_lsn + WAL_SEGMENT_SIZE_BYTES, self._store.flush_lsn)
-        if not state.log.start_lsn <= start_lsn < end_lsn:
+        if not state.log.oldest_lsn <= start_lsn < end_lsn:
             raise NotFoundError("the log has nothing at these positions")
         if {state.acceptor.history.up_to(lsn).last_term for lsn in (start_lsn, end_lsn - 1)} != {request.term}:
             raise NotFoundError("the log has other WAL at these positions: this was never committed, or never here")
@@ -495,7 +500,7 @@ class Timeline:
             flush_lsn=Lsn(flush_lsn),
             commit_lsn=Lsn(state.acceptor.commit_lsn),
             streaming=self._writer is not None and self._writer.streaming,
-            wal_size_bytes=flush_lsn - state.log.start_lsn,
+            wal_size_bytes=flush_lsn - state.log.oldest_lsn,
             seat=state.acceptor.seat,
             generation=state.acceptor.generation,
             held_back_size_bytes=flush_lsn - self._backpressure.allowed_lsn(flush_lsn),
@@ -505,7 +510,7 @@ class Timeline:
 
     @property
     def start_lsn(self) -> int:
-        return self._control.state.log.start_lsn
+        return self._control.state.log.oldest_lsn
 
     @property
     def flush_lsn(self) -> int:
@@ -518,7 +523,14 @@ class Timeline:
             return cached[2]
         state = control.acceptor
         last_log_term = state.last_log_term(flush_lsn)
-        status = Status(state.term, last_log_term, flush_lsn, state.commit_lsn, control.remote_consistent_lsn)
+        status = Status(
+            state.term,
+            last_log_term,
+            flush_lsn,
+            state.commit_lsn,
+            control.remote_consistent_lsn,
+            control.log.oldest_lsn,
+        )
         self._status_cache = flush_lsn, control, status
         return status
 

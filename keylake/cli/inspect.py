@@ -140,6 +140,11 @@ def control(file: _File, as_json: AsJson = False) -> None:
                 ("safekeeper", report.node_id),
                 ("timeline", f"{report.project_id}, {report.timeline_id}"),
                 ("term", report.term),
+                (
+                    "log",
+                    f"from {report.start_lsn}"
+                    + ("" if report.oldest_lsn == report.start_lsn else f", kept from {report.oldest_lsn}"),
+                ),
                 ("committed", f"{report.commit_lsn}; in layers: {report.remote_consistent_lsn}"),
                 *((f"term {term}", f"from {start}") for term, start in report.term_history),
                 *(
