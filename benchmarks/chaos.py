@@ -24,7 +24,7 @@ from keylake.cluster import Cluster, RunningProject
 from keylake.demo.ledger import CLIENT_ERRORS, Ledger
 from shared.api.compute import Timeline
 from shared.api.pageserver import Findings
-from shared.errors import KeylakeError, NotFoundError
+from shared.errors import KeylakeError, NotFoundError, UnavailableError
 from shared.point_in_time import PointInTime
 from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.primary import caught_up, connect
@@ -45,6 +45,9 @@ VICTIMS: Final = [
 LOAD_ROWS: Final = 20_000
 _LOAD: Final = "insert into ballast select i, repeat('b', 400) from generate_series(1, $1::int) i"
 KEPT_BRANCHES: Final = 2
+SUSPEND_AFTER_S: Final = 5.0
+"""Computes of branches, once they were looked at."""
+SLOW_START_S: Final = 120.0
 PATIENCE_S: Final = 180.0
 """So long one thing is tried again while services are down."""
 SETTINGS: Final[dict[str, dict[str, float]]] = {
@@ -91,8 +94,13 @@ class Chaos:
         while monotonic() < until_s:
             victim = self._kills.choice(VICTIMS)
             try:
-                await crash(self.place, bank, victim)
-            except (TimeoutError, LookupError) as error:
+                try:
+                    await crash(self.place, bank, victim)
+                except UnavailableError:  # not ready in time: a busy machine may need longer to start a process
+                    await self.place.cluster.service(victim).start(SLOW_START_S)
+                    await bank.commits(1, SLOW_START_S)
+                    self.done["starts that took long"] += 1
+            except (TimeoutError, LookupError, UnavailableError) as error:
                 error.add_note(f"kill {self.done.total()}, {victim}")
                 raise
             self.done[f"killed: {'a safekeeper' if victim in SAFEKEEPERS else victim}"] += 1
@@ -165,7 +173,7 @@ class Chaos:
         client, place = self.place.cluster.client, self.place
         name = f"branch-{self._work.getrandbits(40):x}"  # one whose answer was lost stays, as it would for people
         timeline = await client.create_branch(place.project.timeline, name, at)
-        endpoint = await client.create_endpoint(timeline, name)
+        endpoint = await client.create_endpoint(timeline, name, suspend_after_s=SUSPEND_AFTER_S)
         return RunningProject(place.project.project, timeline, endpoint, client.connection(endpoint))
 
     async def _drop(self, branch: Timeline) -> None:

@@ -91,7 +91,7 @@ def create_app(
 
     @app.post(_TIMELINE + ":inspect", dependencies=[Depends(authorize(Scope.STORAGE_INSPECT))])
     async def inspect(timeline: Found, request: InspectWal) -> WalContent:
-        """Which records the log has at the positions of a piece; no data leaves."""
+        """Which records a sealed piece has, of this node's disk or of the object store; no data leaves."""
         return await timeline.describe(request)
 
     @app.post(_TIMELINE + ":scrub", dependencies=reader)

@@ -42,12 +42,7 @@ class PieceReport:
 def describe_piece(data: Buffer, envelope: Envelope | None) -> PieceReport:
     """Raises CorruptedError when it does not begin as a piece does; IntegrityError for a suite that is refused."""
     header = PieceHeader.parse(data)
-    index = FrameIndex.empty(header.start_lsn)
-    while index.end_lsn < header.piece.segment_end_lsn:
-        length = next_frame_length(data, index)
-        if length is None or index.end_lsn + length > header.piece.segment_end_lsn:
-            break
-        index.append(length)
+    index = whole_frames(data, header)
     sizes = [index.lsns[n + 1] - index.lsns[n] for n in range(index.frames)]
     behind = bytes(memoryview(data)[index.end_offset :]).rstrip(b"\0")
     return PieceReport(
@@ -65,6 +60,18 @@ def describe_piece(data: Buffer, envelope: Envelope | None) -> PieceReport:
         kek_version=None if envelope is None else envelope.kek_version,
         dek_version=None if envelope is None else envelope.dek_version,
     )
+
+
+def whole_frames(data: Buffer, header: PieceHeader) -> FrameIndex:
+    """Those whose headers are intact and follow each other from the beginning. Whether they are genuine shows when they
+    are opened."""
+    index = FrameIndex.empty(header.start_lsn)
+    while index.end_lsn < header.piece.segment_end_lsn:
+        length = next_frame_length(data, index)
+        if length is None or index.end_lsn + length > header.piece.segment_end_lsn:
+            break
+        index.append(length)
+    return index
 
 
 def may_be_torn(report: PieceReport) -> bool:

@@ -26,7 +26,7 @@ from typing import Any, Final, TypeVar, assert_never
 from safekeeper import acceptor, files
 from safekeeper.acceptor import AcceptorState, DropStream, Effect, EndSubscriptions, Persist, ReplyVote
 from safekeeper.backpressure import Backpressure
-from safekeeper.contents import describe_wal
+from safekeeper.contents import PieceInspector, describe_piece
 from safekeeper.control_file import FILE_NAME, ControlState
 from safekeeper.control_store import ControlStore
 from safekeeper.end_of_wal import RecordBoundary, find_last_record
@@ -57,12 +57,13 @@ from shared.api.safekeeper import (
     WalContent,
     WalScrubReport,
 )
-from shared.errors import ConflictError, KeyAccessError, NotFoundError, UnavailableError
+from shared.crypto.secret import KeyWipedError
+from shared.errors import ConflictError, KeyAccessError, UnavailableError
 from shared.failpoints import failpoint
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import UpkeepTuning
 from shared.lease import KeyLoss, key_access_error
-from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
+from shared.lsn import Lsn
 from shared.storage.base import ObjectStore
 from shared.telemetry import get_logger
 from shared.wire.walstream import Feedback, Status
@@ -409,24 +410,16 @@ class Timeline:
         return EndOfWal(last_record_lsn=Lsn(found.last_record_lsn), end_lsn=Lsn(found.end_lsn))
 
     async def describe(self, request: InspectWal) -> WalContent:
-        """Raises NotFoundError when the log has no such piece, KeyAccessError, UnavailableError, IntegrityError."""
-        await self.make_ready()
+        """Raises NotFoundError when there is no such piece here, KeyAccessError, UnavailableError, IntegrityError."""
         await self.keys.acquire()
-        state = self._control.state
-        start_lsn = request.start_lsn.value
-        end_lsn = min(request.end_lsn.value, start_lsn + WAL_SEGMENT_SIZE_BYTES, self._store.flush_lsn)
-        if not state.log.oldest_lsn <= start_lsn < end_lsn:
-            raise NotFoundError("the log has nothing at these positions")
-        if {state.acceptor.history.up_to(lsn).last_term for lsn in (start_lsn, end_lsn - 1)} != {request.term}:
-            raise NotFoundError("the log has other WAL at these positions: this was never committed, or never here")
-        found = await describe_wal(
-            self._store.read,
-            start_lsn,
-            end_lsn,
-            state.log.start_lsn,
-            state.system_identifier,
-            self._environment.executor,
-        )
+        state, environment = self._control.state, self._environment
+        inspector = PieceInspector(self._directory, environment.node_id, self._remote, self._keys_of)
+        opened = await inspector.open(request)
+        try:
+            found = await describe_piece(opened, state.log.start_lsn, state.system_identifier, environment.executor)
+        except KeyWipedError:
+            self.keys.check()
+            raise UnavailableError("the keys were lost meanwhile: try again") from None
         self.keys.check()  # Invariant: after decrypting, before anything leaves
         return found
 

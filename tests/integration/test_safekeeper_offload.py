@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,13 +14,21 @@ from pathlib import Path
 import pytest
 
 from safekeeper import piece_file
+from safekeeper.inspection import describe_piece
 from safekeeper.log_map import Place
 from safekeeper.offload import OffloadTuning
 from safekeeper.remote_wal import RemotePiece, RemoteWal, project_prefix
 from safekeeper.wal_segment import PieceId
 from shared.api.pageserver import FindingKind
-from shared.api.safekeeper import CreateTimeline
-from shared.errors import ConflictError, IntegrityError, InvalidInputError, KeyAccessError, UnavailableError
+from shared.api.safekeeper import CreateTimeline, InspectWal
+from shared.errors import (
+    ConflictError,
+    IntegrityError,
+    InvalidInputError,
+    KeyAccessError,
+    NotFoundError,
+    UnavailableError,
+)
 from shared.key_upkeep import Pace, UpkeepTuning
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
 from shared.storage.faulty import FaultyObjectStore, Moment, Operation
@@ -372,6 +381,39 @@ async def test_a_scrub_names_what_is_wrong_with_offloaded_wal(tmp_path: Path) ->
         assert kinds.pop(good) is FindingKind.OUTDATED_KEY
         assert set(kinds.values()) == {FindingKind.MISSING}
         assert len(kinds) == 4
+
+
+def asked(name: str, content: bytes) -> InspectWal:
+    sealed = content[: describe_piece(content, None).sealed_size_bytes]
+    return InspectWal(name=name, sealed_size_bytes=len(sealed), sha256=hashlib.sha256(sealed).hexdigest())
+
+
+async def test_the_very_piece_that_is_asked_for_is_described_wherever_it_lies(tmp_path: Path) -> None:
+    async with bench_of(tmp_path) as bench:
+        first, second, _ = bench.nodes
+        await bench.reign()
+        await bench.reign()
+        path = min(path for path in first.directory.glob("timelines/*/*/0*") if path.suffix != ".key")
+        local = asked(path.name, path.read_bytes())
+        found = await first.timeline.describe(local)
+        assert [record.resource_manager for record in found.records] == ["XLOG"] * 3
+        with pytest.raises(NotFoundError, match="other bytes"):
+            await second.timeline.describe(local)
+        altered = bytearray(path.read_bytes())
+        altered[local.sealed_size_bytes - 1] ^= 1
+        path.write_bytes(altered)
+        with pytest.raises(NotFoundError, match="other bytes"):
+            await first.timeline.describe(local)
+        with pytest.raises(IntegrityError):
+            await first.timeline.describe(asked(path.name, bytes(altered)))
+        await bench.offload(second)
+        for name in ("../control", "control", path.name[:-1], path.name[:-1] + "9"):
+            with pytest.raises(NotFoundError, match="no such piece"):
+                await first.timeline.describe(asked(path.name, bytes(altered)).model_copy(update={"name": name}))
+        [piece] = await bench.remote().pieces()
+        content, _ = await bench.remote().fetch(piece)
+        for node in (first, second):
+            assert await node.timeline.describe(asked(piece.name, content)) == found
 
 
 async def test_a_scrub_meets_pieces_that_are_sealed_anew(tmp_path: Path) -> None:
