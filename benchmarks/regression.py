@@ -29,6 +29,7 @@ from pageserver.redo.build import prepare
 from pageserver.redo.worker import RedoWorker
 from shared.postgres import find_postgres
 from tests.cluster.primary import connect, shut_down
+from tests.cluster.processes import compute_of
 from tests.cluster.test_workloads import Place, differences
 
 DATABASE = "regression"
@@ -51,6 +52,8 @@ class Suite:
     command: tuple[str, ...]
     good_statuses: tuple[int, ...]
     """Of `command`, when it came to its end."""
+    own_socket: bool = False
+    """Past the proxy, at the Postgres's own socket."""
 
 
 def regression_suite(directory: Path) -> Suite:
@@ -61,7 +64,10 @@ def regression_suite(directory: Path) -> Suite:
 
 def isolation_suite(directory: Path) -> Suite:
     tester = str(directory.absolute() / "isolationtester")
-    return Suite(directory, "isolation_schedule", "specs/{}.spec", (tester, f"dbname={DATABASE}"), (0,))
+    # Past the proxy: it asks who waits for whom by the pids that libpq was told, and through the proxy those are the
+    # proxy's.
+    command = (tester, f"dbname={DATABASE}")
+    return Suite(directory, "isolation_schedule", "specs/{}.spec", command, (0,), own_socket=True)
 
 
 async def run_file(suite: Suite, results: Path, name: str, env: Mapping[str, str]) -> str:
@@ -89,7 +95,7 @@ async def run_file(suite: Suite, results: Path, name: str, env: Mapping[str, str
     return "as expected" if content in expected else "different"
 
 
-async def run_suite(project: RunningProject, suite: Suite, results: Path) -> Counter[str]:
+async def run_suite(cluster: Cluster, project: RunningProject, suite: Suite, results: Path) -> Counter[str]:
     connection = await connect(project)
     await connection.execute(f"CREATE DATABASE {DATABASE} TEMPLATE template0")
     for name, value in (("lc_messages", "C"), ("lc_monetary", "C"), ("lc_numeric", "C"), ("lc_time", "C"),
@@ -115,6 +121,11 @@ async def run_suite(project: RunningProject, suite: Suite, results: Path) -> Cou
             "PG_DLSUFFIX": ".so",
             "LC_ALL": "C",
         }
+        if suite.own_socket:
+            compute = await compute_of(cluster, project.endpoint.endpoint_id)
+            [socket] = compute.socket_dir.glob(".s.PGSQL.*[0-9]")
+            env |= {"PGHOST": str(compute.socket_dir), "PGPORT": socket.name.rpartition(".")[2]}
+            del env["PGOPTIONS"]
         for group in groups_of(suite.directory / suite.schedule):
             found = await asyncio.gather(*(run_file(suite, results, name, env) for name in group))
             outcomes.update(found)
@@ -150,7 +161,7 @@ async def main() -> None:
             project = await cluster.create_project("regression")
             redo = await RedoWorker.start(await prepare())
             begun = perf_counter()
-            outcomes = await run_suite(project, suite, Path(results))
+            outcomes = await run_suite(cluster, project, suite, Path(results))
             print(f"{dict(outcomes)} in {perf_counter() - begun:.0f} s")
             connection = await connect(project)
             rows = await connection.fetch(
