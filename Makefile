@@ -14,7 +14,7 @@ COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs docs-reference docs-metrics demo test test-again test-unit test-integration example lint fmt types check bench bench-keys fuzz-keys docs-roles lock up down logs clean docs-lifecycle docs-errors fault-matrix regression console-test bench-revocation bench-simulation sim-consensus model-consensus crash-anywhere compose-test
+.PHONY: help setup docs docs-reference docs-metrics demo test test-again test-unit test-integration example lint fmt types check bench bench-keys fuzz-keys docs-roles lock up down logs clean docs-lifecycle docs-errors fault-matrix regression isolation console-test bench-revocation bench-simulation sim-consensus model-consensus crash-anywhere compose-test
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -105,6 +105,9 @@ bench: $(VENV)/.dev ## the figures of docs/benchmarks.md, as ratios against a pe
 regression: $(VENV)/.dev ## SQL=…/src/test/regress: Postgres's own suite against an endpoint, then every page compared
 	@$(BIN)/python -m benchmarks.regression $(or $(SQL),$(error SQL=DIRECTORY is missing: see docs/conformance.md))
 
+isolation: $(VENV)/.dev ## SPECS=…/src/test/isolation: Postgres's isolation tests against an endpoint, as regression
+	@$(BIN)/python -m benchmarks.regression $(or $(SPECS),$(error SPECS=DIRECTORY is missing: see docs/conformance.md))
+
 docs-roles: $(VENV)/.dev ## docs/roles.md, from the services' own routes
 	@$(BIN)/python -m keylake.roles_table > docs/roles.md
 
@@ -144,8 +147,9 @@ sim-consensus: $(VENV)/.dev ## 20,000 seeded runs of the elections' code (SEEDS=
 model-consensus: $(VENV)/.dev ## the elections' cores through the states of small worlds (docs/consensus.md)
 	@$(BIN)/python -m tests.simulation_wal.model --deep
 
-crash-anywhere: $(VENV)/.dev ## a safekeeper, and a keymanager that rotates, killed at every named step
+crash-anywhere: $(VENV)/.dev ## a safekeeper, a pageserver, and a keymanager that rotates, killed at every named step
 	@KEYLAKE_ALL_FAILPOINTS=1 $(BIN)/python -m pytest -q tests/integration/test_safekeeper_failpoints.py \
+	  tests/integration/test_pageserver_failpoints.py \
 	  tests/integration/test_keymanager_failpoints.py
 
 lock: $(VENV)/.dev ## lock the newest versions that pyproject.toml allows

@@ -1,5 +1,8 @@
 """`python -m benchmarks [name …]`: every figure as a ratio against its peer in the same run.
 
+    python -m benchmarks chaos --minutes 20 --seed 1      and these two, which take long, only when they are named
+    python -m benchmarks memory --gb 10
+
 Machines are noisy, so the ratios are what to look at. Results are printed and written to
 benchmarks/results/latest.json.
 """
@@ -10,7 +13,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,14 @@ import uvloop
 from rich.console import Console
 
 from benchmarks import (
+    chaos,
     cold_start,
     commits,
     compaction,
     connections,
     fixtures,
     keys,
+    memory,
     point_in_time,
     proxy,
     revocation,
@@ -34,7 +39,8 @@ from benchmarks import (
 )
 from benchmarks.harness import Row, show
 
-BENCHMARKS: dict[str, Callable[[], Coroutine[Any, Any, list[Row]]]] = {
+Benchmark = Callable[[], Coroutine[Any, Any, list[Row]]]
+BENCHMARKS: dict[str, Benchmark] = {
     "commits": commits.measure,
     "commits-apart": commits.measure_apart,
     "compaction": compaction.measure,
@@ -55,22 +61,30 @@ BENCHMARKS: dict[str, Callable[[], Coroutine[Any, Any, list[Row]]]] = {
 RESULTS = Path(__file__).parent / "results"
 
 
-async def run_all(names: list[str], console: Console) -> list[Row]:
+async def run_all(names: list[str], known: Mapping[str, Benchmark], console: Console) -> list[Row]:
     rows: list[Row] = []
     for name in names:
         console.print(f"{name} …")
-        rows += await BENCHMARKS[name]()
+        rows += await known[name]()
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which; default: all of {', '.join(BENCHMARKS)}")
-    names = parser.parse_args().names or list(BENCHMARKS)
-    if unknown := set(names) - set(BENCHMARKS):
-        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of chaos")
+    parser.add_argument("--seed", type=int, default=1, help="of chaos: what happens in which order")
+    parser.add_argument("--gb", type=float, default=10.0, help="of WAL through the pageserver, of memory")
+    arguments = parser.parse_args()
+    known = BENCHMARKS | {
+        "chaos": lambda: chaos.measure(arguments.minutes, arguments.seed),
+        "memory": lambda: memory.measure(arguments.gb),
+    }
+    names = arguments.names or list(BENCHMARKS)
+    if unknown := set(names) - set(known):
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
     console = Console(highlight=False)
-    rows = uvloop.run(run_all(names, console))
+    rows = uvloop.run(run_all(names, known, console))
     show(rows, console)
     RESULTS.mkdir(exist_ok=True)
     result = {

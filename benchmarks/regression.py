@@ -1,7 +1,9 @@
 """`make regression SQL=…/src/test/regress`: PostgreSQL's own suite against an endpoint, then every page compared.
+`make isolation SPECS=…/src/test/isolation`: the same with its isolation tests.
 
-The suite is not ours and not shipped with the wheel: the directory is that of a PostgreSQL source tree. Its files run
-in the order of its schedule, those of a group side by side, as a superuser owner (docs/conformance.md). What they
+Neither is ours or shipped with the wheel: the directory is that of a PostgreSQL source tree, for the isolation tests
+one in which `isolationtester` was built. Files run in the order of the schedule, those of a group side by side, as a
+superuser owner (docs/conformance.md). What they
 answer is compared with what the suite expects for information only: the suite may be of another major version, and its
 C library is not built. What counts: nothing breaks the compute or the pageserver, and after it all every page of every
 database is the one that the compute had on its own volume.
@@ -15,6 +17,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -26,6 +29,7 @@ from pageserver.redo.build import prepare
 from pageserver.redo.worker import RedoWorker
 from shared.postgres import find_postgres
 from tests.cluster.primary import connect, shut_down
+from tests.cluster.processes import compute_of
 from tests.cluster.test_workloads import Place, differences
 
 DATABASE = "regression"
@@ -37,13 +41,46 @@ def groups_of(schedule: Path) -> list[list[str]]:
     return [line.partition(":")[2].split() for line in lines if line.startswith("test:")]
 
 
-async def run_file(suite: Path, results: Path, name: str, env: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class Suite:
+    """A directory of PostgreSQL's tests: a schedule, inputs, what is expected, and what runs one input."""
+
+    directory: Path
+    schedule: str
+    inputs: str
+    """Pattern of an input's name, below `directory`."""
+    command: tuple[str, ...]
+    good_statuses: tuple[int, ...]
+    """Of `command`, when it came to its end."""
+    own_socket: bool = False
+    """Past the proxy, at the Postgres's own socket."""
+
+
+def regression_suite(directory: Path) -> Suite:
+    psql = find_postgres().program("psql")
+    options = ("-X", "-a", "-q", "-d", DATABASE, "-v", "HIDE_TABLEAM=on", "-v", "HIDE_TOAST_COMPRESSION=on")
+    return Suite(directory, "parallel_schedule", "sql/{}.sql", (str(psql), *options), (0, 3))
+
+
+def isolation_suite(directory: Path) -> Suite:
+    tester = str(directory.absolute() / "isolationtester")
+    # Past the proxy: it asks who waits for whom by the pids that libpq was told, and through the proxy those are the
+    # proxy's.
+    command = (tester, f"dbname={DATABASE}")
+    return Suite(directory, "isolation_schedule", "specs/{}.spec", command, (0,), own_socket=True)
+
+
+async def run_file(suite: Suite, results: Path, name: str, env: Mapping[str, str]) -> str:
     """Returns "as expected", "different" or "no end"."""
-    with (suite / "sql" / f"{name}.sql").open("rb") as sql, (results / f"{name}.out").open("wb") as out:
+    given = suite.directory / suite.inputs.format(name)
+    with given.open("rb") as sql, (results / f"{name}.out").open("wb") as out:
         process = await asyncio.create_subprocess_exec(
-            find_postgres().program("psql"), "-X", "-a", "-q", "-d", DATABASE, "-v", "HIDE_TABLEAM=on",
-            "-v", "HIDE_TOAST_COMPRESSION=on", stdin=sql, stdout=out, stderr=asyncio.subprocess.STDOUT, env=env,
-        )  # fmt: skip
+            *suite.command,
+            stdin=sql,
+            stdout=out,
+            stderr=asyncio.subprocess.STDOUT,
+            env={**env, "PGAPPNAME": f"{suite.directory.name}/{name}"},
+        )
         try:
             async with asyncio.timeout(_FILE_TIMEOUT_S):
                 status = await process.wait()
@@ -51,14 +88,14 @@ async def run_file(suite: Path, results: Path, name: str, env: Mapping[str, str]
             process.kill()
             await process.wait()
             return "no end"
-    if status not in (0, 3):
+    if status not in suite.good_statuses:
         return "no end"
     content = (results / f"{name}.out").read_bytes()
-    expected = [file.read_bytes() for file in (suite / "expected").glob(f"{name}*.out")]
+    expected = [file.read_bytes() for file in (suite.directory / "expected").glob(f"{name}*.out")]
     return "as expected" if content in expected else "different"
 
 
-async def run_suite(project: RunningProject, suite: Path, results: Path) -> Counter[str]:
+async def run_suite(cluster: Cluster, project: RunningProject, suite: Suite, results: Path) -> Counter[str]:
     connection = await connect(project)
     await connection.execute(f"CREATE DATABASE {DATABASE} TEMPLATE template0")
     for name, value in (("lc_messages", "C"), ("lc_monetary", "C"), ("lc_numeric", "C"), ("lc_time", "C"),
@@ -78,13 +115,18 @@ async def run_suite(project: RunningProject, suite: Path, results: Path) -> Coun
             "PGOPTIONS": f"endpoint={target.endpoint_id}",
             "PGTZ": "PST8PDT",
             "PGDATESTYLE": "Postgres, MDY",
-            "PG_ABS_SRCDIR": str(suite.absolute()),
+            "PG_ABS_SRCDIR": str(suite.directory.absolute()),
             "PG_ABS_BUILDDIR": str(results),
             "PG_LIBDIR": str(results),
             "PG_DLSUFFIX": ".so",
             "LC_ALL": "C",
         }
-        for group in groups_of(suite / "parallel_schedule"):
+        if suite.own_socket:
+            compute = await compute_of(cluster, project.endpoint.endpoint_id)
+            [socket] = compute.socket_dir.glob(".s.PGSQL.*[0-9]")
+            env |= {"PGHOST": str(compute.socket_dir), "PGPORT": socket.name.rpartition(".")[2]}
+            del env["PGOPTIONS"]
+        for group in groups_of(suite.directory / suite.schedule):
             found = await asyncio.gather(*(run_file(suite, results, name, env) for name in group))
             outcomes.update(found)
             print(
@@ -98,10 +140,16 @@ async def run_suite(project: RunningProject, suite: Path, results: Path) -> Coun
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", type=Path, help="src/test/regress of a PostgreSQL source tree")
-    suite: Path = parser.parse_args().suite
-    if not (suite / "parallel_schedule").is_file():
-        parser.error(f"{suite} has no parallel_schedule")
+    parser.add_argument(
+        "directory", type=Path, help="src/test/regress or src/test/isolation of a PostgreSQL source tree"
+    )
+    directory: Path = parser.parse_args().directory
+    isolation = (directory / "isolation_schedule").is_file()
+    suite = isolation_suite(directory) if isolation else regression_suite(directory)
+    if not (directory / suite.schedule).is_file():
+        parser.error(f"{directory} has neither a parallel_schedule nor an isolation_schedule")
+    if isolation and not (directory / "isolationtester").is_file():
+        parser.error(f"{directory} has no isolationtester: build it there (docs/conformance.md)")
     settings = {
         "pageserver": {"checkpoint_distance_mb": 32},
         "compute": {"superuser_owners": True, "volume_size_mb": 4096, "max_connections": 60},
@@ -113,7 +161,7 @@ async def main() -> None:
             project = await cluster.create_project("regression")
             redo = await RedoWorker.start(await prepare())
             begun = perf_counter()
-            outcomes = await run_suite(project, suite, Path(results))
+            outcomes = await run_suite(cluster, project, suite, Path(results))
             print(f"{dict(outcomes)} in {perf_counter() - begun:.0f} s")
             connection = await connect(project)
             rows = await connection.fetch(

@@ -12,7 +12,9 @@ Error messages quote SQL and rows, so the log is user data. It is kept in two fi
            | …    |   sealed bytes of one batch of lines
 
 AAD: domain, instance id, and the counter through the nonce. One key seals all batches of one boot, and no counter is
-used twice, because the counter is never reset and the key never leaves the process that counts.
+used twice, because the counter is never reset and the key never leaves the process that counts. For the same reason
+that process knows which batches the files have to hold: one that is gone, or there twice, is noticed, also where a file
+was cut between two.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class SealedLog:
         self._aad = b"keylake compute log 1\0" + str(instance_id).encode()
         self._file_limit_bytes = max(limit_bytes // 2, 2 * _MAX_SEALED_SIZE_BYTES)
         self._counter = 0
+        self._written: tuple[list[int], list[int]] = ([], [])  # counters of the batches in each file
         self._current = 0
         self._file: BinaryIO | None = None
         self._size_bytes = 0
@@ -63,6 +66,7 @@ class SealedLog:
             self._rotate()
         assert self._file is not None  # noqa: S101 - _rotate opened it
         self._file.write(record)
+        self._written[self._current].append(self._counter)
         self._size_bytes += len(record)
 
     def _rotate(self) -> None:
@@ -70,18 +74,21 @@ class SealedLog:
             self._file.close()
             self._current = 1 - self._current
         self._file = self._paths[self._current].open("wb", buffering=0)
+        self._written[self._current].clear()
         self._paths[self._current].chmod(0o600)
         self._file.write(MAGIC)
         self._size_bytes = len(MAGIC)
 
     def tail(self, size_bytes: int) -> bytes:
         """The last `size_bytes` of the log in the clear, or less. Raises KeyWipedError, IntegrityError,
-        CorruptedError.
+        CorruptedError, OSError.
         """
         batches: list[tuple[int, bytes]] = []
-        for path in self._paths:
-            if path.exists():
-                batches += read_batches(path.read_bytes())
+        for path, written in zip(self._paths, self._written, strict=True):
+            found = read_batches(path.read_bytes()) if written else []
+            if [counter for counter, _ in found] != written:
+                raise CorruptedError("a sealed log lacks batches that were written, or has others")
+            batches += found
         opened = [self._key.open(counter_nonce(counter), sealed, self._aad) for counter, sealed in sorted(batches)]
         return b"".join(opened)[-size_bytes:]
 

@@ -576,7 +576,7 @@ class KeylakeClient:
         return await self._pageserver.call(ObjectContent, "POST", path, body=body, timeout_s=_INSPECT_TIMEOUT_S)
 
     async def inspect_wal(self, project_id: ProjectId, timeline_id: TimelineId, piece: InspectWal) -> WalContent:
-        """Which records the log has at the positions of a piece, by the first safekeeper that can say it.
+        """Which records a sealed piece has, by the first safekeeper that has it.
 
         Raises what the last one raised.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from prometheus_client import CollectorRegistry
 
@@ -20,6 +21,7 @@ from shared.api.keymanager import Role
 from shared.auth import Service, TokenIssuer, TokenVerifier, TrustBundle
 from shared.config import settings_from_arguments
 from shared.entry import run, wait_for_shutdown_signal
+from shared.failpoints import arm, refuse_failpoints
 from shared.framed_tcp import FramedServer
 from shared.hardening import harden_process
 from shared.key_upkeep import UpkeepTuning
@@ -116,6 +118,8 @@ def main() -> None:
     settings = settings_from_arguments(
         PageserverSettings, "pageserver", "Keylake pageserver: sealed layers, GetPage@LSN"
     )
+    arm(os.environ)
+    refuse_failpoints(settings.listen.host)
     configure_logging("pageserver", settings.node_id, settings.log_level)
     configure_tracing("pageserver", settings.node_id, settings.otlp_endpoint)
     hardening = harden_process()

@@ -26,6 +26,7 @@ from pageserver.layer.name import LayerDescriptor
 from pageserver.live import Live, TimelineConfig, TimelineServices
 from pageserver.retention import LsnLeases, RetainLsns, Retention, below_cutoff, gc_cutoff, nothing_retained
 from shared.errors import KeyAccessError, KeylakeError, UnavailableError
+from shared.failpoints import failpoint
 from shared.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -134,11 +135,13 @@ class Collector:
                 done.append((cutoff, gone))
                 if not gone and cutoff == now.latest_gc_cutoff_lsn:
                     return now
+                failpoint("gc-decided")
                 names = {layer.name for layer in gone}
                 layers = tuple(each for each in now.layers if each[0].name not in names)
                 return replace(now, latest_gc_cutoff_lsn=cutoff, layers=layers)
 
             await self._flusher.publish(live, collected)
+            failpoint("gc-listed")
             ((cutoff, gone),) = done
             await remove_layers(live, gone)
         self.fault = ""

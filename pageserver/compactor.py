@@ -49,6 +49,7 @@ from pageserver.read_path import Base, Chain
 from pageserver.remote_timeline import FencedError
 from pageserver.value import Value
 from shared.errors import CorruptedError, KeyAccessError, KeylakeError, UnavailableError
+from shared.failpoints import failpoint
 from shared.keyspace import REL_BLOCK, REL_SIZE, WHOLE_KEYSPACE, KeyRange, pack_key, unpack_key
 from shared.telemetry import get_logger
 
@@ -176,6 +177,7 @@ class Compactor:
         made = writer.made
         try:
             await make(inputs, writer)
+            failpoint("compaction-stored")
             await self._flusher.publish(
                 live,
                 lambda index: _exchanged(index, inputs, made),
@@ -186,6 +188,7 @@ class Compactor:
             if live.remote.envelope_under_way is None:
                 live.remote.abandon_layers(layer.descriptor.name for layer in made)
             raise
+        failpoint("compaction-listed")
         await remove_layers(live, inputs)
 
     # --- L0 to L1 ---

@@ -31,6 +31,7 @@ from pageserver.read_path import Snapshot
 from pageserver.remote_timeline import FencedError
 from pageserver.retention import remember
 from shared.errors import ConflictError, KeyAccessError, KeylakeError, UnavailableError
+from shared.failpoints import failpoint
 from shared.telemetry import get_logger
 
 PRESSED_THRESHOLD_FACTOR = 8
@@ -193,6 +194,7 @@ class Flusher:
         layers = live.index.layers
         if frozen.stored is None and frozen.layer.key_count:
             frozen.stored = await self._store(live, frozen, stats)
+            failpoint("flush-stored")
         live.check()
         layers = (*layers, *frozen.unlisted)
         live.disk_consistent_lsn = frozen.last_record_lsn
@@ -206,6 +208,7 @@ class Flusher:
             history=remember(old.history, now_s, frozen.last_record_lsn, old.retention.age_s),
         )
         await live.remote.publish(index)
+        failpoint("flush-listed")
         # Invariant: no await from here to the end, so a reader finds the values in memory or in the layer, never in
         # neither. The index is durable, even if the keys were lost while it was written.
         self._published(index)

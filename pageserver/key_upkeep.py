@@ -31,6 +31,7 @@ from shared.crypto.aead import AeadKey
 from shared.crypto.envelope import Envelope
 from shared.crypto.sealed_object import HEADER_SIZE_BYTES, ObjectLayout, ObjectOpener, open_object, seal_object
 from shared.errors import IntegrityError, UnavailableError
+from shared.failpoints import failpoint
 from shared.key_upkeep import Pace
 
 _BATCH: Final = 512
@@ -147,6 +148,7 @@ class TimelineKeys:
         new = replace(old, name=name, size_bytes=len(sealed))
         try:
             await remote.upload_layer(new, envelope, sealed)
+            failpoint("rekey-stored")
             await self._services.files.insert(object_key, sealed)
             opener = ObjectOpener(new_key, context, ObjectLayout.parse(sealed[:HEADER_SIZE_BYTES], len(sealed)))
             del sealed
@@ -159,6 +161,7 @@ class TimelineKeys:
             if all(layer != new for layer, _ in live.index.layers):
                 remote.forget_layers([name])  # an orphan now
             raise
+        failpoint("rekey-listed")
         await live.older_readers_left()
         await remote.delete_layers([old.name])
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from shared.errors import KeylakeError
+from shared.failpoints import failpoint
 from shared.storage.base import Data, ObjectStore, check_key
 from shared.storage.threads import BlockingPool
 from shared.telemetry import get_logger
@@ -256,7 +257,9 @@ def _write(path: Path, data: Data) -> None:
                 rest = rest[os.write(fd, rest) :]
         finally:
             os.close(fd)
+        failpoint("local-copy-written")
         temporary.replace(path)
+        failpoint("local-copy-renamed")
     except OSError:
         temporary.unlink(missing_ok=True)
         raise

@@ -50,6 +50,7 @@ from shared.crypto.context import EncryptionContext
 from shared.crypto.envelope import Envelope
 from shared.crypto.sealed_object import open_object, seal_object
 from shared.errors import ConflictError, CorruptedError, IntegrityError, KeyAccessError, KeylakeError, NotFoundError
+from shared.failpoints import failpoint
 from shared.ids import ProjectId, TimelineId
 from shared.lease import KeySource, Lease
 from shared.retry import RetryPolicy, retry
@@ -193,7 +194,9 @@ class RemoteTimeline:
         """
         object_key = self.layer_object_key(layer.name)
         await self._put_once(object_key + ENVELOPE_SUFFIX, envelope.serialize())
+        failpoint("layer-key-put")
         await self._put_once(object_key, sealed)
+        failpoint("layer-put")
         self._envelopes[layer.name] = envelope
 
     async def rewrap_layers(self, layers: Sequence[LayerDescriptor]) -> dict[str, Envelope]:
@@ -220,6 +223,7 @@ class RemoteTimeline:
                 ),
                 return_exceptions=True,
             )
+            failpoint("layers-rewrapped")
             for result in results:
                 if result is not None:
                     raise result
@@ -317,6 +321,7 @@ class RemoteTimeline:
         filled, begun = await self._list_slots()
         while begun - filled and max(begun) > max(filled, default=0):
             await self._put_once(self._slot_key(max(begun)), VOID, or_else=True)
+            failpoint("slot-closed")
             filled, begun = await self._list_slots()
         self._slots = filled | begun
         self._generation = max(self._slots, default=0) + 1
@@ -360,7 +365,9 @@ class RemoteTimeline:
         object_key = self._slot_key(pending.slot)
         try:
             await self._put_once(object_key + ENVELOPE_SUFFIX, pending.envelope)
+            failpoint("index-key-put")
             await self._put_once(object_key, pending.sealed)
+            failpoint("index-put")
         except ObjectExistsError:
             raise FencedError("another pageserver writes this timeline") from None
         filled, begun = await self._retry(self._list_slots)
@@ -373,7 +380,9 @@ class RemoteTimeline:
         self._pending = None
         self._slots = filled | begun
         previous, self._index_slot = self._index_slot, pending.slot
+        failpoint("index-counts")
         await self._files.remember_number(self._seen_key, pending.slot)
+        failpoint("index-remembered")
         # Invariant: from here on it is durable, so nothing below may fail it. What is not deleted now is deleted by
         # the next publish, or ignored.
         old = sorted(slot for slot in self._slots if slot < previous)
@@ -381,9 +390,11 @@ class RemoteTimeline:
         try:
             for slot in old:  # one after the other: see the theory of operation
                 await self._store.delete_many([self._slot_key(slot), self._slot_key(slot) + ENVELOPE_SUFFIX])
+                failpoint("old-index-deleted")
                 self._slots.discard(slot)
             # Whoever wrote them without listing them cannot list them any more: the slot is ours.
             await self._store.delete_many(orphans)
+            failpoint("orphans-deleted")
             await self._delete_layers(removed)
         except KeylakeError as error:
             _log.info("old objects were not deleted", timeline_id=str(self.timeline_id), code=error.code)
@@ -391,6 +402,7 @@ class RemoteTimeline:
     async def _delete_layers(self, names: Iterable[str]) -> None:
         names = list(names)
         await self._store.delete_many(self._object_keys(names))
+        failpoint("layers-deleted")
         for name in names:
             await self._files.drop(self.layer_object_key(name))
 

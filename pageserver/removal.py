@@ -15,6 +15,7 @@ from typing import Final, Self
 
 from pageserver.remote_timeline import ENVELOPE_SUFFIX, GONE, VOID, list_slots, slot_name
 from shared.errors import CorruptedError
+from shared.failpoints import failpoint
 from shared.ids import ProjectId, TimelineId
 from shared.storage.base import ObjectExistsError, ObjectNotFoundError, ObjectStore
 
@@ -69,6 +70,7 @@ class Removal:
                 await self._store.put_if_absent(self._slot_prefix + slot_name(slot), mark.serialize())
             except ObjectExistsError:
                 continue  # another writer was faster, with its last version
+            failpoint("removal-marked")
             return
 
     async def remove_objects(self) -> None:
@@ -79,14 +81,17 @@ class Removal:
         for slot in sorted(filled | begun):
             key = self._slot_prefix + slot_name(slot)
             await self._store.delete_many([key + ENVELOPE_SUFFIX] if slot in marked else [key, key + ENVELOPE_SUFFIX])
+        failpoint("removal-index-deleted")
         kept = {self._slot_prefix + slot_name(slot) for slot in marked}
         left = [info.key async for info in self._store.list(self.prefix)]
         await self._store.delete_many(key for key in left if key not in kept)
+        failpoint("removal-objects-deleted")
 
     async def end(self) -> None:
         """Delete the mark."""
         found = await self._newest()
         if found is not None:
+            failpoint("removal-before-end")
             await self._store.delete(self._slot_prefix + slot_name(found[0]))
 
     async def _slots(self) -> tuple[set[int], set[int]]:

@@ -63,6 +63,7 @@ from shared.errors import (
     ShreddedError,
     UnavailableError,
 )
+from shared.failpoints import failpoint
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import KeyUpkeep, UpkeepTuning
 from shared.lease import KeyLoss, KeySource, Lease, key_access_error
@@ -610,6 +611,7 @@ class Tenants:
             if holder is not None and (ancestor := holder.timelines.get(ancestor_id)) is not None:
                 async with holder.changing:
                     await ancestor.timeline.remove_branch(timeline_id)
+                    failpoint("branch-removed")
         await removal.end()
 
     def _go_on(self, project: _Project | None, timeline_id: TimelineId) -> None:
@@ -669,6 +671,7 @@ class Tenants:
             except StoreDeniedError as error:  # to be said, and not only to be tried again
                 done = Deletion(left_objects=1, remains=(f"whatever is below {folder}: {error}",))
             try:
+                failpoint("project-purged")
                 await self._environment.files.forget(folder)
             except OSError as error:
                 raise UnavailableError(f"local copies of layers cannot be deleted: {error.strerror}") from None

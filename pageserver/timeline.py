@@ -60,6 +60,7 @@ from shared.errors import (
     NotFoundError,
     UnavailableError,
 )
+from shared.failpoints import failpoint
 from shared.ids import ProjectId, TimelineId
 from shared.keyspace import KeyRange, RelTag
 from shared.lease import Lease
@@ -179,6 +180,7 @@ class Timeline:
         stats = FlushStats()
         layer, sealed = await seal_layer(built, remote, services.pool, config.chunk_size_bytes, stats)
         await upload_layer(layer, sealed, remote, services.files, stats)
+        failpoint("create-stored")
         index = IndexPart(
             project_id,
             timeline_id,
@@ -216,6 +218,7 @@ class Timeline:
             raise TimelineExistsError("the timeline exists")
         lsn = boundary_of(lsn)
         prev_record_lsn = await ancestor.add_branch(timeline_id, lsn)
+        failpoint("branch-noted")
         index = IndexPart(
             project_id,
             timeline_id,
@@ -554,6 +557,7 @@ class Timeline:
             with live.working():
                 listed = await write_images(live, self._services, self.config, key_range, images, last_record_lsn)
             self._writable()
+            failpoint("bulk-stored")
             now_s = asyncio.get_running_loop().time()
             live.freeze_one(values, last_record_lsn, prev_record_lsn, listed, now_s)
             await self._flusher.flush(live)

@@ -91,7 +91,7 @@ def create_app(
 
     @app.post(_TIMELINE + ":inspect", dependencies=[Depends(authorize(Scope.STORAGE_INSPECT))])
     async def inspect(timeline: Found, request: InspectWal) -> WalContent:
-        """Which records the log has at the positions of a piece; no data leaves."""
+        """Which records a sealed piece has, of this node's disk or of the object store; no data leaves."""
         return await timeline.describe(request)
 
     @app.post(_TIMELINE + ":scrub", dependencies=reader)
@@ -138,6 +138,9 @@ class _TimelineMetrics(Collector):
         streaming = GaugeMetricFamily("keylake_safekeeper_streaming", "1 while WAL comes from a compute", labels=labels)
         subscriptions = GaugeMetricFamily("keylake_safekeeper_subscriptions", "Clients of the WAL port", labels=labels)
         fault = GaugeMetricFamily("keylake_safekeeper_fault", "1 while the timeline is not served", labels=labels)
+        held_back = GaugeMetricFamily(
+            "keylake_safekeeper_held_back_bytes", "Durable, not acknowledged: the pageserver lags", labels=labels
+        )
         for timeline in self._node.timelines():
             names = [str(timeline.project_id), str(timeline.timeline_id)]
             status = timeline.status()
@@ -147,4 +150,5 @@ class _TimelineMetrics(Collector):
             streaming.add_metric(names, status.streaming)
             subscriptions.add_metric(names, timeline.subscriptions)
             fault.add_metric(names, bool(timeline.fault))
-        return [term, flush, commit, streaming, subscriptions, fault]
+            held_back.add_metric(names, status.held_back_size_bytes)
+        return [term, flush, commit, streaming, subscriptions, fault, held_back]

@@ -5,40 +5,32 @@ a commit for its synchronous standbys. So WAL is received, sealed and flushed as
 up to a limit above what the pageserver has ingested; as that moves on, so do the acknowledgements. Whoever commits
 behind the limit waits, and nothing fails. A single transaction is not slowed down before it commits.
 
-Only a pageserver that works is waited for. One that is away, or makes no progress for `patience_s`, holds up nobody:
-commits do not depend on it (ARCHITECTURE.md, "When something fails").
+There is no exception, as there is none in Neon (max_replication_write_lag): a pageserver that is slow, stuck or away is
+waited for until it has caught up. Without it commits go on for as much WAL as the limit allows, so a restart of it is
+not noticed; and what it lacks, which safekeepers have to keep on their disks, is bounded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class BackpressureTuning:
-    lag_size_bytes: int = 128 * 1024 * 1024
-    """WAL that may be acknowledged and not ingested. 0: any amount."""
-    patience_s: float = 5.0
-    """Without any progress of the pageserver it is not waited for."""
-
 
 class Backpressure:
-    """Heard on the event loop, asked by the receiving thread. Times are of one monotonic clock."""
+    """Heard on the event loop, asked by the receiving thread; one integer goes between them."""
 
-    __slots__ = ("_heard", "_tuning")
+    __slots__ = ("_ingested_lsn", "_limit_size_bytes")
 
-    def __init__(self, tuning: BackpressureTuning) -> None:
-        self._tuning = tuning
-        self._heard: tuple[int, float] | None = None  # exchanged as a whole: two threads
+    def __init__(self, limit_size_bytes: int, ingested_lsn: int) -> None:
+        """`limit_size_bytes`: WAL that may be acknowledged and not ingested; 0: any amount. `ingested_lsn`: what the
+        pageserver has at least, until it says more."""
+        self._limit_size_bytes = limit_size_bytes
+        self._ingested_lsn = ingested_lsn
 
-    def heard(self, ingested_lsn: int, now_s: float) -> None:
-        """The pageserver says how far it has got; less than before, after a restart."""
-        if ingested_lsn and (self._heard is None or self._heard[0] != ingested_lsn):
-            self._heard = ingested_lsn, now_s
+    def heard(self, ingested_lsn: int) -> None:
+        """The pageserver says how far it has got; less than before, after a restart. 0: it does not say."""
+        if ingested_lsn:
+            self._ingested_lsn = ingested_lsn
 
-    def allowed_lsn(self, flush_lsn: int, now_s: float) -> int:
+    def allowed_lsn(self, flush_lsn: int) -> int:
         """Up to where `flush_lsn` may be acknowledged. May go back; an acknowledgement that was given stays."""
-        heard, limit = self._heard, self._tuning.lag_size_bytes
-        if heard is None or not limit or flush_lsn - heard[0] <= limit or now_s - heard[1] > self._tuning.patience_s:
+        if not self._limit_size_bytes:
             return flush_lsn
-        return heard[0] + limit
+        return min(flush_lsn, self._ingested_lsn + self._limit_size_bytes)

@@ -30,10 +30,11 @@ class SafekeeperSettings(ServiceSettings):
         default=1.0, gt=0, le=3600, description="how soon a new KEK version is noticed and envelopes are wrapped again"
     )
     backpressure_lag_mb: int = Field(
-        default=128,
+        default=512,
         ge=0,
         le=1 << 20,
-        description="WAL acknowledged ahead of what the pageserver has ingested; commits behind that wait; 0: any",
+        description="WAL acknowledged ahead of what the pageserver has ingested; commits behind that wait for it, "
+        "however long it is away; 0: any",
     )
     object_store: ObjectStoreSettings | None = Field(
         default=None, description="where sealed WAL is offloaded to; without it all WAL stays on the disk"
@@ -43,6 +44,13 @@ class SafekeeperSettings(ServiceSettings):
         ge=0,
         le=1 << 50,
         description="WAL that stays on the disk in any case, per timeline, for peers and the pageserver",
+    )
+    wal_history_size_bytes: int = Field(
+        default=1 << 30,
+        ge=64 * 1024 * 1024,
+        le=1 << 50,
+        description="WAL that is kept, here or in the object store, behind what the pageserver has in layers; what is "
+        "older is deleted",
     )
     offload_interval_s: float = Field(default=5.0, gt=0, le=3600, description="about how often WAL is offloaded")
     io_threads: int = Field(default=16, ge=2, le=256, description="threads that wait for the disk")

@@ -1,12 +1,12 @@
 """The control file of a timeline: what must survive a crash besides the WAL itself. A core.
 
 Written to a temporary file, fsynced, renamed over the old one, directory fsynced, before anything that depends on it is
-said to anybody (files.py). It holds no secrets. Format version 3, big-endian (versions 1 and 2 are read, too)::
+said to anybody (files.py). It holds no secrets. Format version 4, big-endian (versions 1 to 3 are read, too)::
 
     offset | size | field
     -------+------+------------------------------------------------------------
     0      | 4    | magic "KLSC"
-    4      | 2    | format version, 3
+    4      | 2    | format version, 4
     6      | 2    | length of the node id, m
     8      | 20   | project id, ASCII
     28     | 19   | timeline id, ASCII
@@ -21,7 +21,8 @@ said to anybody (files.py). It holds no secrets. Format version 3, big-endian (v
     92     | 8    | remote consistent LSN (not in version 1)
     100    | 4    | seat number (from version 3 on)
     104    | 4    | generation of the membership (from version 3 on)
-    108    | m    | node id, ASCII
+    108    | 8    | where the log was trimmed, 0: nowhere (from version 4 on)
+    116    | m    | node id, ASCII
     …      | 16 h | term u64, start LSN u64
     …      | 37 p | segment number u64, term u64, sequence u32, start LSN u64, end LSN u64 (2^64-1: open), place u8
            |      | (0: on this disk, 1: in the object store, too, 2: there only; not in version 1)
@@ -44,7 +45,7 @@ from shared.errors import CorruptedError, IntegrityError, InvalidInputError
 from shared.ids import ProjectId, TimelineId
 
 MAGIC: Final = b"KLSC"
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 FILE_NAME: Final = "control"
 _FIXED: Final = struct.Struct(">4sHH20s19sxQQQQIII")
 _ENTRY: Final = struct.Struct(">QQ")
@@ -52,6 +53,7 @@ _EXTENT: Final = struct.Struct(">QQIQQB")
 _EXTENT_1: Final = struct.Struct(">QQIQQ")
 _REMOTE_CONSISTENT: Final = struct.Struct(">Q")
 _MEMBER: Final = struct.Struct(">II")
+_TRIMMED: Final = struct.Struct(">Q")
 _CRC: Final = struct.Struct(">I")
 _OPEN: Final = (1 << 64) - 1
 
@@ -103,6 +105,7 @@ class ControlState:
             ),
             _REMOTE_CONSISTENT.pack(self.remote_consistent_lsn),
             _MEMBER.pack(self.acceptor.seat, self.acceptor.generation),
+            _TRIMMED.pack(self.log.trimmed_lsn),
             node_id,
         ]
         parts += (_ENTRY.pack(*entry) for entry in self.acceptor.history.entries)
@@ -124,7 +127,7 @@ class ControlState:
         magic, version, name_length, project, timeline, system_identifier, start_lsn, term, commit_lsn, *counts = (
             _FIXED.unpack_from(body)
         )
-        if magic != MAGIC or version not in (1, 2, FORMAT_VERSION):
+        if magic != MAGIC or not 1 <= version <= FORMAT_VERSION:
             raise CorruptedError("not a control file of a version that we know")
         next_sequence, history_length, pieces = counts
         name_at, extent_format = _FIXED.size, _EXTENT_1
@@ -134,12 +137,17 @@ class ControlState:
             if len(body) < name_at:
                 raise CorruptedError("the control file is too short")
             (remote_consistent_lsn,) = _REMOTE_CONSISTENT.unpack_from(body, _FIXED.size)
-        seat = generation = 0
-        if version == FORMAT_VERSION:
+        seat = generation = trimmed_lsn = 0
+        if version >= 3:
             if len(body) < name_at + _MEMBER.size:
                 raise CorruptedError("the control file is too short")
             seat, generation = _MEMBER.unpack_from(body, name_at)
             name_at += _MEMBER.size
+        if version >= 4:
+            if len(body) < name_at + _TRIMMED.size:
+                raise CorruptedError("the control file is too short")
+            (trimmed_lsn,) = _TRIMMED.unpack_from(body, name_at)
+            name_at += _TRIMMED.size
         history_at = name_at + name_length
         extents_at = history_at + history_length * _ENTRY.size
         if len(body) != extents_at + pieces * extent_format.size:
@@ -152,13 +160,15 @@ class ControlState:
                 TimelineId.parse(timeline.decode("ascii")),
                 system_identifier,
                 AcceptorState(start_lsn, term, history, commit_lsn, seat, generation),
-                LogMap(start_lsn, tuple(_extents(extent_format, body[extents_at:])), next_sequence),
+                LogMap(start_lsn, tuple(_extents(extent_format, body[extents_at:])), next_sequence, trimmed_lsn),
                 remote_consistent_lsn,
             )
         except (ValueError, InvalidInputError):
             raise CorruptedError("the control file holds values that cannot be") from None
         if history.last_term > term or (history.entries and history.entries[0].start_lsn != start_lsn):
             raise CorruptedError("the control file's term history does not fit its term or its start")
+        if trimmed_lsn > commit_lsn:
+            raise CorruptedError("the control file says that WAL was trimmed which is not committed")
         found.log.check(history)
         if version == FORMAT_VERSION and found.serialize() != data:
             raise CorruptedError("the control file has bytes where none belong")

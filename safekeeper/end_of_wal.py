@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import Final, NamedTuple
 
+from shared.errors import UnavailableError
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES
 from shared.wal.reader import WalStreamDecoder
 
@@ -34,8 +35,11 @@ async def find_last_record(
     system_identifier: int,
     known: RecordBoundary | None,
     executor: Executor,
+    *,
+    oldest_lsn: int = 0,
 ) -> RecordBoundary:
-    """The last complete record of the log [start_lsn, flush_lsn), where `start_lsn` is a record boundary.
+    """The last complete record of the log [start_lsn, flush_lsn), where `start_lsn` is a record boundary. What can be
+    read of it begins at `oldest_lsn`.
 
     `known`: a boundary of this very log, found earlier. `read(lsn, size)` answers at least one byte before flush_lsn.
     Raises CorruptedError when the log is not WAL.
@@ -48,12 +52,18 @@ async def find_last_record(
         )
         return await _decode(read, decoder, flush_lsn, executor)
     segment_lsn = (flush_lsn - 1) // WAL_SEGMENT_SIZE_BYTES * WAL_SEGMENT_SIZE_BYTES
-    while segment_lsn > start_lsn:
+    while segment_lsn > max(start_lsn, oldest_lsn):
         decoder = WalStreamDecoder(segment_lsn, system_identifier=system_identifier, synchronise=True)
         found = await _decode(read, decoder, flush_lsn, executor)
         if found.last_record_lsn:
             return found
         segment_lsn -= WAL_SEGMENT_SIZE_BYTES
+    if oldest_lsn > start_lsn:
+        decoder = WalStreamDecoder(oldest_lsn, system_identifier=system_identifier, synchronise=True)
+        found = await _decode(read, decoder, flush_lsn, executor)
+        if not found.last_record_lsn:
+            raise UnavailableError("the last record began before what is kept of the log")
+        return found
     decoder = WalStreamDecoder(start_lsn, system_identifier=system_identifier)
     found = await _decode(read, decoder, flush_lsn, executor)
     return found if found.last_record_lsn else RecordBoundary(0, start_lsn)

@@ -42,12 +42,7 @@ class PieceReport:
 def describe_piece(data: Buffer, envelope: Envelope | None) -> PieceReport:
     """Raises CorruptedError when it does not begin as a piece does; IntegrityError for a suite that is refused."""
     header = PieceHeader.parse(data)
-    index = FrameIndex.empty(header.start_lsn)
-    while index.end_lsn < header.piece.segment_end_lsn:
-        length = next_frame_length(data, index)
-        if length is None or index.end_lsn + length > header.piece.segment_end_lsn:
-            break
-        index.append(length)
+    index = whole_frames(data, header)
     sizes = [index.lsns[n + 1] - index.lsns[n] for n in range(index.frames)]
     behind = bytes(memoryview(data)[index.end_offset :]).rstrip(b"\0")
     return PieceReport(
@@ -67,6 +62,18 @@ def describe_piece(data: Buffer, envelope: Envelope | None) -> PieceReport:
     )
 
 
+def whole_frames(data: Buffer, header: PieceHeader) -> FrameIndex:
+    """Those whose headers are intact and follow each other from the beginning. Whether they are genuine shows when they
+    are opened."""
+    index = FrameIndex.empty(header.start_lsn)
+    while index.end_lsn < header.piece.segment_end_lsn:
+        length = next_frame_length(data, index)
+        if length is None or index.end_lsn + length > header.piece.segment_end_lsn:
+            break
+        index.append(length)
+    return index
+
+
 def may_be_torn(report: PieceReport) -> bool:
     """Can a crash while one frame was being written have left this?"""
     return 0 < report.behind_bytes <= MAX_FRAME_SIZE_BYTES
@@ -80,6 +87,8 @@ class ControlReport:
     system_identifier: int
     term: int
     start_lsn: Lsn
+    oldest_lsn: Lsn
+    """Where what is kept of the log begins."""
     commit_lsn: Lsn
     remote_consistent_lsn: Lsn
     seat: int
@@ -100,6 +109,7 @@ def describe_control(data: bytes) -> ControlReport:
         system_identifier=state.system_identifier,
         term=acceptor.term,
         start_lsn=Lsn(state.log.start_lsn),
+        oldest_lsn=Lsn(state.log.oldest_lsn),
         commit_lsn=Lsn(acceptor.commit_lsn),
         remote_consistent_lsn=Lsn(state.remote_consistent_lsn),
         seat=acceptor.seat,

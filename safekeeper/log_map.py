@@ -1,6 +1,7 @@
 """Which pieces make up the log: the manifest that stands in the control file. A core.
 
-The pieces follow each other without gap or overlap from the timeline's start on; all but the last have an end. A clip
+The pieces follow each other without gap or overlap from the timeline's start on, or from where the log was trimmed
+(trim.py); all but the last have an end. A clip
 is done here, by giving a piece an earlier end and forgetting those behind it; the files themselves are never rewritten.
 A piece lies on this disk, in the object store, or on both (offload.py).
 What is not in the map is not part of the log, whatever lies on the disk. So a piece that vanished, or came back in an
@@ -45,10 +46,19 @@ class LogMap:
     extents: tuple[Extent, ...] = ()
     next_sequence: int = 0
     """Of the next piece. Never goes back, so no name is used twice and an old file never passes for a new one."""
+    trimmed_lsn: int = 0
+    """What lies before is in the pageserver's layers, and not kept as WAL any more. 0: nothing was trimmed."""
+
+    @property
+    def oldest_lsn(self) -> int:
+        """Where the log begins that can be read."""
+        return max(self.start_lsn, self.trimmed_lsn)
 
     def check(self, history: TermHistory) -> None:
         """Raises CorruptedError unless this is a map of one contiguous log that fits `history`."""
-        expected: int | None = self.start_lsn
+        if 0 < self.trimmed_lsn <= self.start_lsn:
+            raise CorruptedError("the map of WAL pieces is trimmed before its start")
+        expected: int | None = self.oldest_lsn
         for extent in self.extents:
             segment, _, sequence = extent.piece
             if extent.start_lsn != expected:
@@ -80,7 +90,7 @@ class LogMap:
     def closed_end_lsn(self) -> int:
         """How far the log surely reaches, without looking into the open piece."""
         if not self.extents:
-            return self.start_lsn
+            return self.oldest_lsn
         last = self.extents[-1]
         return last.start_lsn if last.end_lsn is None else last.end_lsn
 
@@ -118,6 +128,12 @@ class LogMap:
         new = extent._replace(place=place)
         return replace(self, extents=tuple(new if each == extent else each for each in self.extents))
 
+    def trimmed_at(self, lsn: int) -> LogMap:
+        """Without the pieces before `lsn`, which is where one of them ends, or where the log goes on that this one is
+        too far behind to be filled up."""
+        kept = tuple(extent for extent in self.extents if extent.end_lsn is None or extent.end_lsn > lsn)
+        return replace(self, extents=kept, trimmed_lsn=lsn)
+
     def find(self, lsn: int) -> int:
-        """Index of the extent that holds `lsn`, which must not be before the start of the log."""
+        """Index of the extent that holds `lsn`, which must not be before `oldest_lsn`."""
         return bisect_right(self.extents, lsn, key=lambda extent: extent.start_lsn) - 1

@@ -8,6 +8,8 @@ time, oldest first:
     BOTH    below the pageserver's remote_consistent_lsn, and not of the newest `keep_size_bytes`
             → does one that covers it open, to its last frame?  no: put ours, and look again the next time
             → control file: REMOTE → the local files go
+    any     so far below remote_consistent_lsn that nobody will ask for it
+            → control file: trimmed → local files and objects go (trim.py)
 
 *Safe to remove* means all of: it was found in the object store by a listing, which is how peers find it, read as a
 whole just before, and every frame of it is genuine; it is below remote_consistent_lsn, so the pageserver has layers of
@@ -52,6 +54,9 @@ class OffloadTuning:
     """About how often a timeline is looked at."""
     keep_size_bytes: int = 4 * WAL_SEGMENT_SIZE_BYTES
     """Behind commit_lsn, kept on the disk in any case."""
+    history_size_bytes: int = 1 << 30
+    """Behind remote_consistent_lsn, kept wherever it lies. Readers that lag are served from it. No record of WAL is as
+    long (XLogRecordMaxSize), so the last one of the log is always in it."""
 
 
 def to_offload(state: ControlState) -> list[Extent]:
@@ -75,8 +80,8 @@ def to_remove(state: ControlState, keep_size_bytes: int) -> list[Extent]:
     ]
 
 
-class _Opened:
-    """A piece of the object store, fetched, to be read from more than once."""
+class OpenedPiece:
+    """A sealed piece in memory, to be read from more than once."""
 
     def __init__(self, source: RemotePiece, content: bytes, cipher: PieceCipher, index: FrameIndex) -> None:
         self.source = source
@@ -111,7 +116,7 @@ class RemoteReader:
     def __init__(self, remote: RemoteWal, keys_of: KeysOf) -> None:
         self._remote = remote
         self._keys_of = keys_of
-        self._last: _Opened | None = None
+        self._last: OpenedPiece | None = None
         self._fetching = asyncio.Lock()
 
     def drop_keys(self) -> None:
@@ -179,17 +184,17 @@ class RemoteReader:
         await asyncio.to_thread(opened.verify)
         return envelope
 
-    async def _fetch(self, source: RemotePiece) -> tuple[_Opened, Envelope]:
+    async def _fetch(self, source: RemotePiece) -> tuple[OpenedPiece, Envelope]:
         content, envelope = await self._remote.fetch(source)
         key, aad = await self._keys_of(source.node_id).unwrap(source.piece, envelope)
         return self._opened(source, content, key, aad), envelope
 
-    def _opened(self, source: RemotePiece, content: bytes, key: AeadKey, aad: bytes) -> _Opened:
+    def _opened(self, source: RemotePiece, content: bytes, key: AeadKey, aad: bytes) -> OpenedPiece:
         header = PieceHeader.parse(content)
         if header.piece != source.piece or header.start_lsn != source.start_lsn:
             raise CorruptedError("an offloaded WAL piece is another one than its name says")
         cipher = PieceCipher(key, aad, header)
-        return _Opened(source, content, cipher, index_frames(content, header, source.end_lsn))
+        return OpenedPiece(source, content, cipher, index_frames(content, header, source.end_lsn))
 
 
 async def read_for_upload(directory: Path, extent: Extent) -> bytes:

@@ -149,7 +149,10 @@ class PeerRecovery:
             # The donor voted in this election, so its term is ours unless another one has begun since.
             if status.term != self.term:
                 raise ConflictError(f"the donor is in term {status.term}, not {self.term}")
-            if status.flush_lsn == self._store.flush_lsn:
+            if self._store.flush_lsn < status.oldest_lsn <= self._target_lsn:
+                # What it has trimmed was committed, so it is of this history; and it is in layers: nobody misses it.
+                await self._store.begin_at(status.oldest_lsn)
+            elif status.flush_lsn == self._store.flush_lsn:
                 await self._fill(status.flush_lsn)
         elif kind == ERROR:
             raise ErrorFrame.parse(payload).exception()

@@ -134,6 +134,11 @@ class RemoteWal:
     async def replace_envelope(self, piece: RemotePiece, envelope: Envelope) -> None:
         await self._store.put(self._prefix + piece.name + KEY_SUFFIX, envelope.serialize())
 
+    async def remove_before(self, lsn: int) -> None:
+        """All pieces that end at or before `lsn`, and envelopes without a piece."""
+        named = (RemotePiece.parse(name.removesuffix(KEY_SUFFIX)) for name in await self.objects())
+        await self.remove(list({piece.name: piece for piece in named if piece and piece.end_lsn <= lsn}.values()))
+
     async def remove(self, pieces: Sequence[RemotePiece]) -> None:
         """Nothing happens for what is not there."""
         await self._store.delete_many([self._prefix + piece.name for piece in pieces])

@@ -26,7 +26,11 @@ MAX_FINDINGS: Final = 1000
 class WalScrubber:
     """One run at a time. `current` gives the log's map."""
 
-    def __init__(self, remote: RemoteWal, reader: RemoteReader, current: Callable[[], LogMap]) -> None:
+    def __init__(
+        self, remote: RemoteWal, reader: RemoteReader, current: Callable[[], LogMap], limit: Callable[[], int]
+    ) -> None:
+        """`limit`: what ends before may have been trimmed by a peer."""
+        self._limit = limit
         self._remote = remote
         self._reader = reader
         self._current = current
@@ -51,7 +55,7 @@ class WalScrubber:
                     findings.append(_finding(FindingKind.ORPHAN, name, "no piece of WAL has such a name"))
                 elif not name.endswith(KEY_SUFFIX):
                     pieces.append(piece)
-                elif piece.name not in objects:
+                elif piece.name not in objects and piece.end_lsn > self._trimmed_lsn:
                     findings.append(_finding(FindingKind.ORPHAN, name, "an envelope without its piece"))
             for piece in pieces:
                 found = await self._examine(piece, kek_version, dek_floor)
@@ -66,6 +70,11 @@ class WalScrubber:
                 more_findings=max(0, len(findings) - MAX_FINDINGS),
             )
 
+    @property
+    def _trimmed_lsn(self) -> int:
+        """What ends before may be there or not, in whole or in part: some node is just trimming it, or did or will."""
+        return max(self._current().oldest_lsn, self._limit())
+
     async def _examine(self, piece: RemotePiece, kek_version: int, dek_floor: int) -> Finding | None:
         """The first thing that is wrong with a piece."""
         try:
@@ -77,7 +86,8 @@ class WalScrubber:
             return None  # sealed anew meanwhile
         except (IntegrityError, NotFoundError) as error:  # also of the KEK that it is under
             return _finding(FindingKind.UNREADABLE, piece.name, str(error))
-        if not any(_holds(extent, piece) for extent in self._current().extents):
+        held = any(_holds(extent, piece) for extent in self._current().extents)
+        if not held and piece.end_lsn > self._trimmed_lsn:
             return _finding(FindingKind.ORPHAN, piece.name, "the log has no WAL of this term there")
         if envelope.kek_version < kek_version or envelope.dek_version < dek_floor:
             detail = f"KEK version {envelope.kek_version}, DEK of version {envelope.dek_version}"
@@ -87,6 +97,8 @@ class WalScrubber:
     async def _missing(self, offloaded: Iterable[Extent], listed: Sequence[RemotePiece]) -> list[Finding]:
         found = []
         for extent in offloaded:
+            if extent.end_lsn is not None and extent.end_lsn <= self._trimmed_lsn:
+                continue
             if _covered(extent, listed) or _covered(extent, await self._remote.pieces(extent.piece.segment_number)):
                 continue
             segment, term, _ = extent.piece

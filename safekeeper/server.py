@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry
 
 from safekeeper.app import create_app
-from safekeeper.backpressure import BackpressureTuning
 from safekeeper.config import SafekeeperSettings
 from safekeeper.node import SafekeeperNode
 from safekeeper.offload import OffloadTuning
@@ -69,9 +68,11 @@ async def running_safekeeper(
             settings.elected_timeout_s,
             StoreTuning(settings.tail_cache_size_bytes),
             key_upkeep=UpkeepTuning(interval_s=settings.key_upkeep_interval_s),
-            backpressure=BackpressureTuning(settings.backpressure_lag_mb << 20),
+            backpressure_size_bytes=settings.backpressure_lag_mb << 20,
             objects=objects,
-            offload=OffloadTuning(settings.offload_interval_s, settings.wal_keep_size_bytes),
+            offload=OffloadTuning(
+                settings.offload_interval_s, settings.wal_keep_size_bytes, settings.wal_history_size_bytes
+            ),
         )
         async with SafekeeperNode(settings.data_dir, environment, keys, is_fenced) as node:
 

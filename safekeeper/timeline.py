@@ -25,8 +25,8 @@ from typing import Any, Final, TypeVar, assert_never
 
 from safekeeper import acceptor, files
 from safekeeper.acceptor import AcceptorState, DropStream, Effect, EndSubscriptions, Persist, ReplyVote
-from safekeeper.backpressure import Backpressure, BackpressureTuning
-from safekeeper.contents import describe_wal
+from safekeeper.backpressure import Backpressure
+from safekeeper.contents import PieceInspector, describe_piece
 from safekeeper.control_file import FILE_NAME, ControlState
 from safekeeper.control_store import ControlStore
 from safekeeper.end_of_wal import RecordBoundary, find_last_record
@@ -39,6 +39,7 @@ from safekeeper.remote_upkeep import RemoteUpkeep
 from safekeeper.remote_wal import RemoteWal
 from safekeeper.scrub import WalScrubber
 from safekeeper.term_history import TermHistory
+from safekeeper.trim import trim_limit
 from safekeeper.wal_receiver import ReceiverTuning, WalReceiver
 from safekeeper.wal_sender import Subscription, ended_by_election
 from safekeeper.wal_store import StoreTuning, WalStore
@@ -56,12 +57,13 @@ from shared.api.safekeeper import (
     WalContent,
     WalScrubReport,
 )
-from shared.errors import ConflictError, KeyAccessError, NotFoundError, UnavailableError
+from shared.crypto.secret import KeyWipedError
+from shared.errors import ConflictError, KeyAccessError, UnavailableError
 from shared.failpoints import failpoint
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import UpkeepTuning
 from shared.lease import KeyLoss, key_access_error
-from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
+from shared.lsn import Lsn
 from shared.storage.base import ObjectStore
 from shared.telemetry import get_logger
 from shared.wire.walstream import Feedback, Status
@@ -92,7 +94,8 @@ class TimelineEnvironment:
     store: StoreTuning = field(default_factory=StoreTuning)
     receiver: ReceiverTuning = field(default_factory=ReceiverTuning)
     key_upkeep: UpkeepTuning = field(default_factory=UpkeepTuning)
-    backpressure: BackpressureTuning = field(default_factory=BackpressureTuning)
+    backpressure_size_bytes: int = 0
+    """WAL that may be acknowledged and not ingested by the pageserver; 0: any amount."""
     objects: ObjectStore | None = None
     """Where WAL is offloaded to. None: all of it stays on the disk."""
     offload: OffloadTuning = field(default_factory=OffloadTuning)
@@ -115,7 +118,12 @@ class Timeline:
         self._control, self._store = self._open_log(state)
         self._scrubber: WalScrubber | None = None
         if self._remote is not None and self._reader is not None:
-            self._scrubber = WalScrubber(self._remote, self._reader, lambda: self._control.state.log)
+            self._scrubber = WalScrubber(
+                self._remote,
+                self._reader,
+                lambda: self._control.state.log,
+                lambda: trim_limit(self._control.state, environment.offload),
+            )
         self.key_upkeep = PieceUpkeep(
             self._store,
             directory,
@@ -126,7 +134,8 @@ class Timeline:
         )
         self._lock = asyncio.Lock()
         self._loading = asyncio.Lock()
-        self._backpressure = Backpressure(environment.backpressure)
+        surely_ingested_lsn = max(state.log.start_lsn, state.remote_consistent_lsn)
+        self._backpressure = Backpressure(environment.backpressure_size_bytes, surely_ingested_lsn)
         self._offloading = asyncio.Lock()
         self._closed = False
         self._electing = False
@@ -240,9 +249,7 @@ class Timeline:
         async with self._offloading:
             if self._remote is None or self._closed or not self._store.loaded or self._store.fault:
                 return
-            await self._store.offload(
-                self._remote, self._environment.node_id, self._environment.offload.keep_size_bytes
-            )
+            await self._store.offload(self._remote, self._environment.node_id, self._environment.offload)
 
     async def aclose(self) -> None:
         self._closed = True
@@ -397,30 +404,23 @@ class Timeline:
             state.system_identifier,
             self._boundary,
             self._environment.executor,
+            oldest_lsn=state.log.oldest_lsn,
         )
         if flush_lsn <= self._store.flush_lsn and state.acceptor.history == self._control.state.acceptor.history:
             self._boundary = found  # nothing was clipped meanwhile
         return EndOfWal(last_record_lsn=Lsn(found.last_record_lsn), end_lsn=Lsn(found.end_lsn))
 
     async def describe(self, request: InspectWal) -> WalContent:
-        """Raises NotFoundError when the log has no such piece, KeyAccessError, UnavailableError, IntegrityError."""
-        await self.make_ready()
+        """Raises NotFoundError when there is no such piece here, KeyAccessError, UnavailableError, IntegrityError."""
         await self.keys.acquire()
-        state = self._control.state
-        start_lsn = request.start_lsn.value
-        end_lsn = min(request.end_lsn.value, start_lsn + WAL_SEGMENT_SIZE_BYTES, self._store.flush_lsn)
-        if not state.log.start_lsn <= start_lsn < end_lsn:
-            raise NotFoundError("the log has nothing at these positions")
-        if {state.acceptor.history.last_term_at(lsn) for lsn in (start_lsn, end_lsn - 1)} != {request.term}:
-            raise NotFoundError("the log has other WAL at these positions: this was never committed, or never here")
-        found = await describe_wal(
-            self._store.read,
-            start_lsn,
-            end_lsn,
-            state.log.start_lsn,
-            state.system_identifier,
-            self._environment.executor,
-        )
+        state, environment = self._control.state, self._environment
+        inspector = PieceInspector(self._directory, environment.node_id, self._remote, self._keys_of)
+        opened = await inspector.open(request)
+        try:
+            found = await describe_piece(opened, state.log.start_lsn, state.system_identifier, environment.executor)
+        except KeyWipedError:
+            self.keys.check()
+            raise UnavailableError("the keys were lost meanwhile: try again") from None
         self.keys.check()  # Invariant: after decrypting, before anything leaves
         return found
 
@@ -494,16 +494,17 @@ class Timeline:
             flush_lsn=Lsn(flush_lsn),
             commit_lsn=Lsn(state.acceptor.commit_lsn),
             streaming=self._writer is not None and self._writer.streaming,
-            wal_size_bytes=flush_lsn - state.log.start_lsn,
+            wal_size_bytes=flush_lsn - state.log.oldest_lsn,
             seat=state.acceptor.seat,
             generation=state.acceptor.generation,
+            held_back_size_bytes=flush_lsn - self._backpressure.allowed_lsn(flush_lsn),
         )
 
     # --- wal_sender.Log ---
 
     @property
     def start_lsn(self) -> int:
-        return self._control.state.log.start_lsn
+        return self._control.state.log.oldest_lsn
 
     @property
     def flush_lsn(self) -> int:
@@ -516,7 +517,14 @@ class Timeline:
             return cached[2]
         state = control.acceptor
         last_log_term = state.last_log_term(flush_lsn)
-        status = Status(state.term, last_log_term, flush_lsn, state.commit_lsn, control.remote_consistent_lsn)
+        status = Status(
+            state.term,
+            last_log_term,
+            flush_lsn,
+            state.commit_lsn,
+            control.remote_consistent_lsn,
+            control.log.oldest_lsn,
+        )
         self._status_cache = flush_lsn, control, status
         return status
 
@@ -526,7 +534,7 @@ class Timeline:
     def feedback(self, feedback: Feedback) -> None:
         """What a pageserver says. It is taken as far as this log reaches, and while that is of the current term."""
         state, flush_lsn = self._control.state.acceptor, self._store.flush_lsn
-        self._backpressure.heard(min(feedback.ingested_lsn, flush_lsn), time.monotonic())
+        self._backpressure.heard(min(feedback.ingested_lsn, flush_lsn))
         raised = acceptor.commit(state, flush_lsn, feedback.commit_lsn)
         if raised is not state:
             self._control.raise_commit_lsn(raised.commit_lsn)

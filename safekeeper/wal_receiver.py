@@ -29,13 +29,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from safekeeper.backpressure import Backpressure, BackpressureTuning
+from safekeeper.backpressure import Backpressure
 from safekeeper.piece_keys import ProjectKeys
 from safekeeper.replication_connection import PG_TIMELINE, ReplicationConnection
 from safekeeper.wal_store import WalStore
@@ -73,8 +72,8 @@ class WalReceiver:
         request: StreamFrom,
         node_id: str,
         system_identifier: int,
-        tuning: ReceiverTuning | None = None,
-        backpressure: Backpressure | None = None,
+        tuning: ReceiverTuning,
+        backpressure: Backpressure,
     ) -> None:
         self.request = request
         self.term = request.term
@@ -84,8 +83,8 @@ class WalReceiver:
         self._keys = keys
         self._node_id = node_id
         self._system_identifier = system_identifier
-        self._tuning = tuning or ReceiverTuning()
-        self._backpressure = backpressure or Backpressure(BackpressureTuning())
+        self._tuning = tuning
+        self._backpressure = backpressure
         self._acknowledged_lsn = 0
         self._loop = asyncio.get_running_loop()
         self._gate = threading.Lock()
@@ -189,7 +188,7 @@ class WalReceiver:
 
     def _acknowledgeable(self) -> int:
         """What is durable, as far as the pageserver keeps up. Never less than before."""
-        allowed = self._backpressure.allowed_lsn(self._store.flush_lsn, time.monotonic())
+        allowed = self._backpressure.allowed_lsn(self._store.flush_lsn)
         self._acknowledged_lsn = max(self._acknowledged_lsn, allowed)
         return self._acknowledged_lsn
 

@@ -19,6 +19,7 @@ from shared.auth import Principal, Scope
 from shared.errors import ConflictError, InvalidInputError, KeylakeError, PermissionDeniedError
 from shared.framed_tcp import FramedConnection
 from shared.ids import ProjectId, TimelineId
+from shared.lsn import Lsn
 from shared.wire.frames import ProtocolError, pack_frame
 from shared.wire.walstream import END, FEEDBACK, SUBSCRIBE, Feedback, Status, Subscribe, SubscribeFlags, pack_wal
 
@@ -168,7 +169,11 @@ async def serve(connection: FramedConnection, principal: Principal, find: FindLo
     principal.require(WAL_SCOPE, request.project_id)
     log = await find(request.project_id, request.timeline_id)
     wants_wal = not request.flags & SubscribeFlags.STATUS_ONLY
-    if (wants_wal and request.start < log.start_lsn) or (request.end and request.end < request.start):
+    if wants_wal and request.start < log.start_lsn:
+        # A peer that lacks what was trimmed learns where to go on.
+        await connection.send(log.wire_status().pack())
+        raise InvalidInputError(f"the log begins at {Lsn(log.start_lsn)}")
+    if request.end and request.end < request.start:
         raise InvalidInputError("the timeline has no such range of WAL")
     takes_feedback = FEEDBACK_SCOPE in principal.scopes
     await Subscription(log, request, connection, takes_feedback=takes_feedback).run()

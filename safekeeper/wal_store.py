@@ -32,13 +32,14 @@ from safekeeper.acceptor import AcceptorState
 from safekeeper.control_file import ControlState
 from safekeeper.control_store import ControlStore, DiskFullError
 from safekeeper.log_map import Extent, Place
-from safekeeper.offload import RemoteReader, read_for_upload, to_offload, to_remove
+from safekeeper.offload import OffloadTuning, RemoteReader, read_for_upload, to_offload, to_remove
 from safekeeper.piece_file import ALLOCATION_STEP_BYTES, PieceFile, frame_size_bytes
 from safekeeper.piece_keys import PieceKeys
 from safekeeper.piece_maker import PieceMaker
 from safekeeper.piece_pool import PiecePool
 from safekeeper.remote_wal import RemotePiece, RemoteWal
 from safekeeper.tail_cache import TailCache
+from safekeeper.trim import trim_point
 from safekeeper.wal_segment import (
     KEY_SUFFIX,
     MAX_FRAME_PLAINTEXT_BYTES,
@@ -113,6 +114,7 @@ class WalStore:
         self._append_here_lock = threading.Lock()
         self._keys_epoch = 0
         self.flush_lsn = control.state.log.closed_end_lsn
+        self._swept_lsn = 0
         self.loaded = False
         self._checked = False
         self.fault = ""
@@ -473,7 +475,7 @@ class WalStore:
         """
         self.check_ready()
         log = self._control.state.log
-        if lsn < log.start_lsn:
+        if lsn < log.oldest_lsn:
             raise InvalidInputError("the log begins behind this position")
         if lsn >= self.flush_lsn:
             return b""
@@ -509,9 +511,10 @@ class WalStore:
 
     # --- offload ---
 
-    async def offload(self, remote: RemoteWal, node_id: str, keep_size_bytes: int) -> None:
+    async def offload(self, remote: RemoteWal, node_id: str, tuning: OffloadTuning) -> None:
         """One pass (offload.py). Raises KeyAccessError, UnavailableError, StoreDeniedError, IntegrityError."""
         self.check_ready()
+        await self._trim(remote, tuning)
         for extent in to_offload(self._control.state):
             end_lsn, term = extent.end_lsn, extent.piece.term
             assert end_lsn is not None  # noqa: S101 - to_offload picks closed ones
@@ -520,12 +523,47 @@ class WalStore:
                 await self._put(remote, node_id, extent)
             failpoint("offload-put")
             await self._place(extent, Place.BOTH)
-        for extent in to_remove(self._control.state, keep_size_bytes):
+        for extent in to_remove(self._control.state, tuning.keep_size_bytes):
             if await self._is_remote(extent):
                 await self._place(extent, Place.REMOTE)
             else:
                 self._log.warning("offloaded WAL is gone or damaged, it is put again", piece=extent.piece.file_name)
                 await self._put(remote, node_id, extent)
+
+    async def _trim(self, remote: RemoteWal, tuning: OffloadTuning) -> None:
+        if trim_point(self._control.state, tuning) > self._control.state.log.oldest_lsn:
+
+            def change(state: ControlState) -> ControlState:
+                lsn = trim_point(state, tuning)
+                return state if lsn <= state.log.oldest_lsn else replace(state, log=state.log.trimmed_at(lsn))
+
+            await self._change_control(change)
+        trimmed_lsn = self._control.state.log.trimmed_lsn
+        if trimmed_lsn > self._swept_lsn:  # also what a crash has left
+            await remote.remove_before(trimmed_lsn)
+            self._swept_lsn = trimmed_lsn
+
+    async def begin_at(self, lsn: int) -> None:
+        """The log ends before `lsn`, and what lies between is not kept as WAL any more: go on from there.
+
+        `lsn` is committed, and all of the log is of the history up to there. Nothing may be appending. Raises as
+        `persist`.
+        """
+        self.check_ready()
+
+        def change(state: ControlState) -> ControlState:
+            acceptor = replace(state.acceptor, commit_lsn=max(state.acceptor.commit_lsn, lsn))
+            return replace(state, acceptor=acceptor, log=state.log.closed_at(self.flush_lsn).trimmed_at(lsn))
+
+        def begun() -> None:
+            self._abandon_writer()
+            self._absorb()
+            self.flush_lsn = lsn
+            self._cache.wipe()
+            self._pieces.clear()
+
+        await self._change_control(change, begun)
+        await self._retire_writer()
 
     async def _is_remote(self, extent: Extent) -> bool:
         return self._remote is not None and await self._remote.has(extent)

@@ -12,7 +12,6 @@ from keylake.cli.common import AsJson, Home, examples, group
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from safekeeper.inspection import PieceReport
     from shared.api.safekeeper import WalBlock, WalContent
 
 app = group(
@@ -26,8 +25,7 @@ Contents = Annotated[
     bool,
     typer.Option(
         "--contents",
-        help="Ask the running cluster what is in it: an auditor's right. The file has to lie where it belongs. Of WAL "
-        "not the file is read, but a safekeeper's log at the same positions.",
+        help="Ask the running cluster what is in it: an auditor's right. The file has to lie where it belongs.",
     ),
 ]
 
@@ -42,10 +40,9 @@ Contents = Annotated[
 def wal(file: _File, contents: Contents = False, home: Home = None, as_json: AsJson = False) -> None:
     """A sealed piece of WAL, of a safekeeper's disk or of the object store: where it belongs and what frames it has.
 
-    With its envelope beside it (FILE.key), also the versions of its keys. With --contents the records that the log has
-    at its positions: headers and blocks, no data. The file itself is not opened for that: a safekeeper reads its own
-    log, wherever that lies now. Whether FILE is intact says --contents not; of what is in the object store, keylake
-    scrub does.
+    With its envelope beside it (FILE.key), also the versions of its keys. With --contents the records in it: headers
+    and blocks, no data. The safekeeper that has the file opens these very bytes, or says that it has others; every
+    frame has to be genuine.
     """
     from rich.console import Group
 
@@ -55,12 +52,13 @@ def wal(file: _File, contents: Contents = False, home: Home = None, as_json: AsJ
 
     beside = file.with_name(file.name + ".key")
     envelope = Envelope.parse(_read(beside, ENVELOPE_SIZE_BYTES)) if beside.exists() else None
-    report = describe_piece(_read(file, MAX_PIECE_SIZE_BYTES), envelope)
+    data = _read(file, MAX_PIECE_SIZE_BYTES)
+    report = describe_piece(data, envelope)
     sizes = f"{report.smallest_frame_bytes:,} to {report.largest_frame_bytes:,} bytes"
     behind = "nothing" if not report.behind_bytes else f"{report.behind_bytes:,} bytes"
     if may_be_torn(report):
         behind += ", as a crash may leave them"
-    content = _records(file, report, home) if contents else None
+    content = _records(file, data[: report.sealed_size_bytes], home) if contents else None
     document = to_json(report) | ({} if content is None else {"content": to_json(content)})
 
     def shown() -> RenderableType:
@@ -85,8 +83,10 @@ def wal(file: _File, contents: Contents = False, home: Home = None, as_json: AsJ
     emit(document, as_json, shown)
 
 
-def _records(file: Path, report: PieceReport, home: Path | None) -> WalContent:
+def _records(file: Path, sealed: bytes, home: Path | None) -> WalContent:
     """The path says whose it is: …/<project>/<timeline>/<piece>, on a safekeeper's disk and in the object store."""
+    import hashlib
+
     from keylake.cli import session
     from shared.api.safekeeper import InspectWal
     from shared.errors import InvalidInputError
@@ -97,7 +97,8 @@ def _records(file: Path, report: PieceReport, home: Path | None) -> WalContent:
         project_id, timeline_id = ProjectId.parse(project), TimelineId.parse(timeline)
     except ValueError:
         raise InvalidInputError("a piece whose content is asked for lies under <project>/<timeline>/") from None
-    piece = InspectWal(term=report.term, start_lsn=report.start_lsn, end_lsn=report.end_lsn)
+    digest = hashlib.sha256(sealed).hexdigest()
+    piece = InspectWal(name=file.name, sealed_size_bytes=len(sealed), sha256=digest)
     return session.ask(home, lambda client: client.inspect_wal(project_id, timeline_id, piece))
 
 
@@ -140,6 +141,11 @@ def control(file: _File, as_json: AsJson = False) -> None:
                 ("safekeeper", report.node_id),
                 ("timeline", f"{report.project_id}, {report.timeline_id}"),
                 ("term", report.term),
+                (
+                    "log",
+                    f"from {report.start_lsn}"
+                    + ("" if report.oldest_lsn == report.start_lsn else f", kept from {report.oldest_lsn}"),
+                ),
                 ("committed", f"{report.commit_lsn}; in layers: {report.remote_consistent_lsn}"),
                 *((f"term {term}", f"from {start}") for term, start in report.term_history),
                 *(

@@ -88,6 +88,11 @@ def _look(attached: Attached) -> tuple[list[ServiceHealth], _Details]:
         into.notes[status.node_id] = f"{len(status.timelines)} timelines, {streaming} streaming"
         if status.fault or status.state != "running":
             into.problems.append(f"{status.node_id} is {status.state}: {status.fault}")
+        into.problems += [
+            f"{status.node_id}, {t.timeline_id}: commits wait for the pageserver, which lags"
+            for t in status.timelines
+            if t.streaming and t.held_back_size_bytes
+        ]
 
     async def noted(part: Awaitable[None], into: _Details) -> None:
         try:

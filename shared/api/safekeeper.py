@@ -53,6 +53,8 @@ class TimelineStatus(ApiModel):
     seat: int = 0
     generation: int = 0
     """Of the membership in which it last promised a term."""
+    held_back_size_bytes: int = 0
+    """WAL that is durable here and not acknowledged, because the pageserver lags: who commits behind it waits."""
 
 
 class VoteRequest(ApiModel):
@@ -123,12 +125,14 @@ class StopStream(ApiModel):
 
 
 class InspectWal(ApiModel):
-    """The log at the positions of a piece: of one segment, at most."""
+    """A sealed piece: of a safekeeper's disk or of the object store."""
 
-    term: Term
-    """In which the piece was written."""
-    start_lsn: Lsn
-    end_lsn: Lsn
+    name: str = Field(min_length=1, max_length=200)
+    """Of its file, or of its object behind the timeline's prefix."""
+    sealed_size_bytes: int = Field(ge=1, le=1 << 30)
+    """Header and frames that are meant: to one that is open more may come."""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """Of those bytes."""
 
 
 class WalBlock(ApiModel):

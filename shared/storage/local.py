@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
+from shared.failpoints import failpoint
 from shared.storage.base import (
     Data,
     InvalidRangeError,
@@ -135,6 +136,7 @@ class LocalObjectStore:
         with self._writing():
             try:
                 _write_durably(temporary, data)
+                failpoint("object-durable")
                 self._make_folder(path.parent)
                 if replace:
                     temporary.rename(path)
@@ -150,6 +152,7 @@ class LocalObjectStore:
             finally:
                 with suppress(FileNotFoundError):  # after the rename, or if it could not even be created
                     temporary.unlink()
+            failpoint("object-named")
             try:
                 _fsync_folder(path.parent)
             except StoreFailedError:
@@ -199,6 +202,7 @@ class LocalObjectStore:
                 path = self._path(key)
                 with suppress(FileNotFoundError):
                     path.unlink()
+                    failpoint("object-unlinked")
                     changed.add(path.parent)
             for folder in changed:
                 _fsync_folder(folder)
@@ -279,6 +283,7 @@ def _write_durably(path: Path, data: Data) -> None:
         rest = memoryview(data).cast("B")
         while rest:
             rest = rest[os.write(fd, rest) :]
+        failpoint("object-written")
         os.fsync(fd)
     finally:
         os.close(fd)

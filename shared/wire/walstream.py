@@ -5,8 +5,8 @@
     0x10 | → server  | SUBSCRIBE: project id (20 ASCII), timeline id (19 ASCII), start u64, end u64 (0 = follow), flags
     u8
     0x20 | → client  | WAL: lsn u64 of the first byte, then the bytes; contiguous from `start`
-    0x21 | → client  | STATUS: term u64, last_log_term u64, flush_lsn u64, commit_lsn u64, remote_consistent_lsn u64;
-         |           | at once, and on every change
+    0x21 | → client  | STATUS: term u64, last_log_term u64, flush_lsn u64, commit_lsn u64, remote_consistent_lsn u64,
+         |           | oldest_lsn u64; at once, and on every change
     0x22 | → client  | END: the range up to `end` was sent; nothing follows
     0x23 | → server  | FEEDBACK: commit_lsn u64, remote_consistent_lsn u64, ingested_lsn u64 (0 = does not ingest)
 
@@ -33,7 +33,7 @@ FEEDBACK: Final = 0x23
 
 MAX_FRAME_SIZE_BYTES: Final = 4 * 1024 * 1024
 _SUBSCRIBE: Final = struct.Struct(">20s19sQQB")
-_STATUS: Final = struct.Struct(">QQQQQ")
+_STATUS: Final = struct.Struct(">QQQQQQ")
 _FEEDBACK: Final = struct.Struct(">QQQ")
 _LSN: Final = struct.Struct(">Q")
 
@@ -82,10 +82,12 @@ class Status:
     commit_lsn: int
     remote_consistent_lsn: int = 0
     """The highest that a pageserver has said, as far as it is remembered."""
+    oldest_lsn: int = 0
+    """Where the log begins that can be read."""
 
     def pack(self) -> bytes:
         fields = (self.term, self.last_log_term, self.flush_lsn, self.commit_lsn, self.remote_consistent_lsn)
-        return pack_frame(STATUS, _STATUS.pack(*fields))
+        return pack_frame(STATUS, _STATUS.pack(*fields, self.oldest_lsn))
 
     @classmethod
     def parse(cls, payload: bytes) -> Status:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,11 +14,21 @@ from pathlib import Path
 import pytest
 
 from safekeeper import piece_file
+from safekeeper.inspection import describe_piece
 from safekeeper.log_map import Place
+from safekeeper.offload import OffloadTuning
 from safekeeper.remote_wal import RemotePiece, RemoteWal, project_prefix
+from safekeeper.wal_segment import PieceId
 from shared.api.pageserver import FindingKind
-from shared.api.safekeeper import CreateTimeline
-from shared.errors import ConflictError, IntegrityError, KeyAccessError, UnavailableError
+from shared.api.safekeeper import CreateTimeline, InspectWal
+from shared.errors import (
+    ConflictError,
+    IntegrityError,
+    InvalidInputError,
+    KeyAccessError,
+    NotFoundError,
+    UnavailableError,
+)
 from shared.key_upkeep import Pace, UpkeepTuning
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
 from shared.storage.faulty import FaultyObjectStore, Moment, Operation
@@ -152,6 +163,63 @@ async def test_a_lost_disk_is_filled_with_wal_that_is_in_the_object_store_only(t
         await empty.node.create(empty.project_id, empty.timeline_id, request)
         await bench.reign()
         assert await empty.log() == bench.data
+
+
+async def test_wal_that_is_in_layers_is_trimmed_everywhere_and_who_lacks_it_goes_on_behind(tmp_path: Path) -> None:
+    async with bench_of(tmp_path) as bench:
+        first, second, third = bench.nodes
+        for node in bench.nodes:  # one that never loses a disk, one that is away, one that hears late
+            await node.stop()
+            node.offload = OffloadTuning(interval_s=3600, keep_size_bytes=0, history_size_bytes=0)
+            await node.start()
+        await bench.reign()
+        await third.crash()
+        for _ in range(3):
+            await bench.reign([first, second])
+        for node in (first, second):
+            await bench.offload(node, stored=False)
+        assert places(first) == [Place.BOTH] * 3 + [Place.LOCAL]
+        assert len(await bench.keys()) == 6, "committed, but not in layers"
+
+        kept_from = first.timeline._control.state.log.extents[-1].start_lsn
+        await bench.offload(first)
+        assert places(first) == [Place.LOCAL]
+        assert (first.timeline.start_lsn, piece_files(first), await bench.keys()) == (kept_from, 1, [])
+        assert await first.log() == bench.data[kept_from - START :]
+        with pytest.raises(InvalidInputError, match="begins behind"):
+            await first.timeline.read(kept_from - 1, 10)
+        # Who has not heard yet that it is in layers misses it, and puts it again; that goes with the rest.
+        assert {finding.kind for finding in (await second.timeline.scrub()).findings} == {FindingKind.MISSING}
+        await second.timeline.offload()
+        await bench.offload(second)
+        assert (second.timeline.start_lsn, piece_files(second), await bench.keys()) == (kept_from, 1, [])
+        assert not (await second.timeline.scrub()).findings
+
+        # It survives a crash, also one before the objects went; and the end of the log is found without what is gone.
+        left_over = RemotePiece(PieceId(1, 1, 9), START, kept_from, second.node_id).name
+        for suffix in ("", ".key"):
+            await bench.store.put(f"wal/{first.project_id}/{first.timeline_id}/{left_over}{suffix}", b"x")
+        await first.crash()
+        await first.start()
+        await first.timeline.make_ready()
+        assert first.timeline.start_lsn == kept_from
+        await first.timeline.offload()
+        assert await bench.keys() == []
+        # Who was away, and who has a new disk, go on where the donor's log begins; and are members as any.
+        await third.start()
+        await bench.reign()
+        assert third.timeline.start_lsn == kept_from
+        assert await third.log() == bench.data[kept_from - START :]
+        assert second.node is not None
+        await second.node.delete(second.project_id, second.timeline_id)
+        await second.create(START)
+        await bench.reign([third, second])
+        await first.crash()
+        await bench.reign([second, third])
+        for node in (second, third):
+            assert await node.log() == bench.data[kept_from - START :]
+            await bench.offload(node)
+            assert not (await node.timeline.scrub()).findings
 
 
 async def test_an_object_store_that_fails_is_slow_or_shows_old_lists(tmp_path: Path) -> None:
@@ -313,6 +381,39 @@ async def test_a_scrub_names_what_is_wrong_with_offloaded_wal(tmp_path: Path) ->
         assert kinds.pop(good) is FindingKind.OUTDATED_KEY
         assert set(kinds.values()) == {FindingKind.MISSING}
         assert len(kinds) == 4
+
+
+def asked(name: str, content: bytes) -> InspectWal:
+    sealed = content[: describe_piece(content, None).sealed_size_bytes]
+    return InspectWal(name=name, sealed_size_bytes=len(sealed), sha256=hashlib.sha256(sealed).hexdigest())
+
+
+async def test_the_very_piece_that_is_asked_for_is_described_wherever_it_lies(tmp_path: Path) -> None:
+    async with bench_of(tmp_path) as bench:
+        first, second, _ = bench.nodes
+        await bench.reign()
+        await bench.reign()
+        path = min(path for path in first.directory.glob("timelines/*/*/0*") if path.suffix != ".key")
+        local = asked(path.name, path.read_bytes())
+        found = await first.timeline.describe(local)
+        assert [record.resource_manager for record in found.records] == ["XLOG"] * 3
+        with pytest.raises(NotFoundError, match="other bytes"):
+            await second.timeline.describe(local)
+        altered = bytearray(path.read_bytes())
+        altered[local.sealed_size_bytes - 1] ^= 1
+        path.write_bytes(altered)
+        with pytest.raises(NotFoundError, match="other bytes"):
+            await first.timeline.describe(local)
+        with pytest.raises(IntegrityError):
+            await first.timeline.describe(asked(path.name, bytes(altered)))
+        await bench.offload(second)
+        for name in ("../control", "control", path.name[:-1], path.name[:-1] + "9"):
+            with pytest.raises(NotFoundError, match="no such piece"):
+                await first.timeline.describe(asked(path.name, bytes(altered)).model_copy(update={"name": name}))
+        [piece] = await bench.remote().pieces()
+        content, _ = await bench.remote().fetch(piece)
+        for node in (first, second):
+            assert await node.timeline.describe(asked(piece.name, content)) == found
 
 
 async def test_a_scrub_meets_pieces_that_are_sealed_anew(tmp_path: Path) -> None:

@@ -73,6 +73,10 @@ async def reaches(client: SafekeeperClient, lsn: int) -> bool:
     return (await client.status()).flush_lsn.value >= lsn
 
 
+async def is_held_back(client: SafekeeperClient) -> bool:
+    return (await client.status()).held_back_size_bytes > 0
+
+
 async def is_streaming(client: SafekeeperClient) -> bool:
     return (await client.status()).streaming
 
@@ -305,6 +309,20 @@ async def test_commits_wait_for_a_pageserver_that_lags(tmp_path: Path, monkeypat
             assert load.done() or Lsn(await setup.primary.value(acknowledged)).value <= ingested + limit
         await load
         assert await setup.primary.value("SELECT count(*) FROM t") == 8001
+        # One that is away is waited for, too, also by a safekeeper that starts and has not heard of it yet.
+        await pageserver.close()
+        [process] = setup.processes
+        process.stop()
+        await process.start()
+        await setup.stream(client)
+        late = asyncio.create_task(setup.primary.execute("INSERT INTO t VALUES (8001, 'late')"))
+        await wait_until(partial(is_held_back, client))
+        assert not late.done()
+        pageserver = await client.subscribe(setup.start.value, 0, SubscribeFlags.STATUS_ONLY)
+        ingested = (await client.status()).flush_lsn.value
+        await pageserver.send(Feedback(ingested, 0, ingested).pack())
+        await late
+        assert (await client.status()).held_back_size_bytes == 0
         await pageserver.close()
 
 

@@ -56,6 +56,9 @@ def control_states(draw: st.DrawFn) -> ControlState:
     history = TermHistory.of(entries)
     seat, generation = draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 2**32 - 1))
     commit_lsn = draw(st.integers(start, lsn))
+    ends = [extent.end_lsn for extent in log.extents if extent.end_lsn is not None and extent.end_lsn <= commit_lsn]
+    if trimmed_lsn := draw(st.sampled_from([0, *ends])):
+        log = log.trimmed_at(trimmed_lsn)
     acceptor = AcceptorState(start, term + draw(st.integers(0, 2)), history, commit_lsn, seat, generation)
     return ControlState(
         "safekeeper-1", ProjectId.new(), TimelineId.new(), draw(st.integers(0, 2**64 - 1)), acceptor, log

@@ -254,10 +254,15 @@ def test_tampered_logs_do_not_open(tmp_path: Path) -> None:
             path.write_bytes(bad)
             with pytest.raises(IntegrityError):
                 log.tail(100)
-        for bad in (b"", good[:-1], good[:12], b"X" + good[1:]):
+        record = good[len(good) - len(second[1]) - 12 :]
+        cut, doubled, emptied = good[: -len(record)], good + record, good[:8]
+        assert [counter for counter, _ in read_batches(cut)] == [1], "between two batches, a file like any"
+        for bad in (b"", good[:-1], good[:12], b"X" + good[1:], cut, doubled, emptied):
             path.write_bytes(bad)
             with pytest.raises(CorruptedError):
                 log.tail(100)
+        path.write_bytes(good)
+        assert log.tail(100) == b"firstsecond"
         assert second[0] == 2
 
 
