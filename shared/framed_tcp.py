@@ -11,7 +11,7 @@ from typing import Final
 from shared.auth import MAX_TOKEN_SIZE_BYTES, Principal, Scope, Service, TokenVerifier
 from shared.config import Address
 from shared.errors import KeylakeError, UnauthenticatedError, UnavailableError
-from shared.sockets import stop_sending
+from shared.sockets import drop
 from shared.telemetry import get_logger
 from shared.tls import service_host_name
 from shared.wire.frames import ERROR, HELLO, HELLO_OK, ErrorFrame, FrameDecoder, ProtocolError, pack_frame
@@ -101,8 +101,7 @@ class FramedConnection:
             # With nothing before it, what is written goes to the kernel within the call; so does TLS's close_notify.
             self._writer.write(farewell)
             self._writer.close()
-        stop_sending(transport)
-        transport.abort()
+        drop(transport)
 
 
 ConnectionHandler = Callable[[FramedConnection, Principal], Awaitable[None]]
