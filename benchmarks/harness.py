@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -89,6 +89,15 @@ def _descendants_cpu_s() -> dict[int, float]:
             found[pid] = _cpu_s(stats[pid])
             left.append(pid)
     return found
+
+
+@contextlib.contextmanager
+def cpu_of_descendants(into: list[float]) -> Iterator[None]:
+    """Appends what all that we have started has used within the block, in seconds, processes that were started in it
+    included; not those that ended in it. Other work on the machine makes it longer, but less than the time."""
+    before = _descendants_cpu_s()
+    yield
+    into.append(sum(seconds - before.get(pid, 0.0) for pid, seconds in _descendants_cpu_s().items()))
 
 
 async def at_rest() -> None:
