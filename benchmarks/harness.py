@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -91,8 +91,25 @@ def _descendants_cpu_s() -> dict[int, float]:
     return found
 
 
+@contextlib.contextmanager
+def cpu_of_descendants(into: list[float]) -> Iterator[None]:
+    """Appends what all that we have started has used within the block, in seconds, processes that were started in it
+    included; not those that ended in it. Other work on the machine makes it longer, but less than the time."""
+    before = _descendants_cpu_s()
+    yield
+    into.append(sum(seconds - before.get(pid, 0.0) for pid, seconds in _descendants_cpu_s().items()))
+
+
+def _is_runnable(pid: int) -> bool:
+    """It runs, or waits for a core (proc_pid_stat(5), field 3)."""
+    with contextlib.suppress(OSError):  # it has just ended
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].startswith(b"R")
+    return False
+
+
 async def at_rest() -> None:
-    """Returns when all that we have started uses next to no CPU: nothing is compacted, no spare agent imports.
+    """Returns when all that we have started uses next to no CPU, and wants none: nothing is compacted, no spare agent
+    imports. Where others use the cores, one that waits for its turn uses none, either: it is in state R.
 
     Whatever else runs on the machine does not matter. Raises TimeoutError.
     """
@@ -102,7 +119,7 @@ async def at_rest() -> None:
         await asyncio.sleep(_REST_WINDOW_S)
         after, now = _descendants_cpu_s(), monotonic()
         used_s = sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
-        if used_s < _REST_SHARE * (now - begun):
+        if used_s < _REST_SHARE * (now - begun) and not any(map(_is_runnable, after)):
             return
         before, begun = after, now
     raise TimeoutError(f"still at work after {_REST_TIMEOUT_S:g} s")

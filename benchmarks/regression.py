@@ -28,7 +28,7 @@ from keylake.tls_relay import SOCKET_PORT, TlsRelay
 from pageserver.redo.build import prepare
 from pageserver.redo.worker import RedoWorker
 from shared.postgres import find_postgres
-from tests.cluster.primary import connect, shut_down
+from tests.cluster.primary import SHUT_DOWN_LEASE_S, connect, shut_down
 from tests.cluster.processes import compute_of
 from tests.cluster.test_workloads import Place, differences
 
@@ -150,9 +150,10 @@ async def main() -> None:
         parser.error(f"{directory} has neither a parallel_schedule nor an isolation_schedule")
     if isolation and not (directory / "isolationtester").is_file():
         parser.error(f"{directory} has no isolationtester: build it there (docs/conformance.md)")
-    settings = {
+    settings: dict[str, dict[str, object]] = {
         "pageserver": {"checkpoint_distance_mb": 32},
         "compute": {"superuser_owners": True, "volume_size_mb": 4096, "max_connections": 60},
+        "keymanager": {"lease_ttl_s": SHUT_DOWN_LEASE_S},
     }
     with tempfile.TemporaryDirectory(prefix="keylake-regression-") as results:
         os.chmod(results, 0o777)  # noqa: S103 - the compute's Postgres writes there, as somebody else

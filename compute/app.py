@@ -20,6 +20,7 @@ from shared.api.compute import (
     CreateTimeline,
     Endpoint,
     EndpointState,
+    FirstQuery,
     ManagerStatus,
     ReplacedTimeline,
     ReplaceSafekeeper,
@@ -146,6 +147,11 @@ def create_app(
     @app.post(_ENDPOINT + ":connect", dependencies=[connector])
     async def connect(endpoint_id: EndpointPath) -> ConnectTarget:
         return await manager.connect(endpoint_id)
+
+    @app.post(_ENDPOINT + ":first-query", dependencies=[connector], status_code=204)
+    async def first_query(endpoint_id: EndpointPath, body: FirstQuery) -> None:
+        """The proxy's word for the last stages of a start. Once per compute; later ones change nothing."""
+        await manager.first_query(endpoint_id, body)
 
     @app.patch(_ENDPOINT, dependencies=[stopper])
     async def change(endpoint_id: EndpointPath, body: ChangeEndpoint) -> Endpoint:

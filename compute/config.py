@@ -33,9 +33,9 @@ class ManagerSettings(ServiceSettings):
     log_dir: Path = Field(description="Postgres's logs, sealed under each compute's boot key; mode 0700")
 
     volume: VolumeKind = Field(
-        default=VolumeKind.TMPFS,
-        description="where computes keep their files: tmpfs, in memory, filled at the start; fuse, pages on demand and "
-        "sealed blocks on disk (docs/compute.md); auto, fuse where the machine has it",
+        default=VolumeKind.AUTO,
+        description="where computes keep their files: fuse, pages on demand and sealed blocks on disk "
+        "(docs/compute.md); tmpfs, in memory, filled at the start; auto, fuse where the machine has it, else tmpfs",
     )
     # From here to max_parallel_workers: of endpoints that have no size of their own (compute/sizes.py).
     volume_size_mb: int = Field(

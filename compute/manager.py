@@ -38,6 +38,7 @@ from shared.api.compute import (
     Endpoint,
     EndpointSize,
     EndpointState,
+    FirstQuery,
     ManagerStatus,
     ReplacedTimeline,
     Timeline,
@@ -433,7 +434,14 @@ class Manager:
             # A manager that was paused past its lease would name a compute that has killed itself meanwhile.
             await self._hold_all(run.project_ids)
             await self._drop_all(run.project_ids)
-            return target
+            return target.model_copy(update={"wants_first_query": not run.first_query_seen})
+
+    async def first_query(self, endpoint_id: EndpointId, seen: FirstQuery) -> None:
+        """Somebody got the first row of a compute, if it still runs. Raises NotFoundError."""
+        await self._repository.endpoint(endpoint_id)
+        run = self._runs.get(endpoint_id)
+        if run is not None and run.instance_id == seen.instance_id:
+            run.first_query(seen)
 
     async def start(self, endpoint_id: EndpointId) -> Endpoint:
         """As `connect`, for who wants no connection; also when it crashed so often that those are refused."""

@@ -45,7 +45,7 @@ from compute.proposer import Plan, Reservation, majority
 from compute.repository import EndpointRow, Repository, TimelineRow
 from compute.sizes import MAX_CONNECTIONS, RESERVED_CONNECTIONS, Resources, resources
 from compute.storage_clients import PageserverClient, SafekeeperClient
-from shared.api.compute import ConnectTarget, EndpointSize, EndpointState, StageTiming
+from shared.api.compute import ConnectTarget, EndpointSize, EndpointState, FirstQuery, StageTiming
 from shared.api.safekeeper import ComputeAddress, CreateTimeline, Donor, StopStream, StreamFrom
 from shared.auth import Scope, Service, TokenIssuer
 from shared.config import Address
@@ -114,6 +114,8 @@ class Run:
         self.stages: list[StageTiming] = []
         self.pages_at_start: int | None = None
         """Fetched one by one until it was up; None: all of them came with the basebackup."""
+        self.first_query_seen = False
+        """The last stage is known."""
         self._lsn_hold = LsnHold(services.pageserver, endpoint.project_id, timeline.timeline_id)
         self.suspend_after_s = services.suspend_after_s(endpoint)
         """Idle for as long, it is stopped; 0: never."""
@@ -174,6 +176,13 @@ class Run:
     def named(self) -> None:
         """Somebody was told where it is, and will connect."""
         self._named_at = asyncio.get_running_loop().time()
+
+    def first_query(self, seen: FirstQuery) -> None:
+        """The first word counts."""
+        if not self.first_query_seen:
+            self.first_query_seen = True
+            for stage, seconds in (("login", seen.login_s), ("first_query", seen.query_s)):
+                self.stages.append(StageTiming(stage=stage, seconds=round(seconds, 6)))
 
     def _idle(self, idle_s: float) -> None:
         """Scale to zero, perhaps."""

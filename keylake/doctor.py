@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from compute.volume.mount import DEVICE as FUSE_DEVICE
+from compute.volume.mount import why_not_on_this_machine
 from keylake.ports import free_port
 from keylake.supervision import is_free
 from shared.errors import KeylakeError, UnavailableError
@@ -223,19 +223,16 @@ def _ports(proxy_port: int | None) -> Iterator[Finding]:
 
 
 def _fuse() -> Iterator[Finding]:
-    """For `volume = fuse` only. Without it nothing is amiss."""
-    in_memory = "computes keep their files in memory, as they do by default"
-    try:
-        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        why = f"{FUSE_DEVICE} cannot be opened: {os.strerror(error.errno or 0)}"
-        how = "to have pages fetched on demand: modprobe fuse (in a container: --device /dev/fuse --cap-add SYS_ADMIN)"
-        yield Finding("fuse", Verdict.OK, f"{why}; {in_memory}; {how}")
-        return
-    if detect_isolation() is not Isolation.NAMESPACES:
-        yield Finding("fuse", Verdict.OK, f"no private mount namespaces, see above; {in_memory}")
-        return
-    yield Finding("fuse", Verdict.OK, "works: computes may fetch pages on demand (KEYLAKE_COMPUTE_VOLUME=auto)")
+    """A mount is made, as an agent makes one: that the device is there, and may be opened, does not say that."""
+    if why := why_not_on_this_machine():
+        yield Finding(
+            "fuse",
+            Verdict.WARNING,
+            f"{why}; computes keep their files in memory (tmpfs): a start fetches the whole database, which must fit",
+            "modprobe fuse; in a container: --device /dev/fuse --cap-add SYS_ADMIN",
+        )
+    else:
+        yield Finding("fuse", Verdict.OK, "works: computes fetch pages when they are read")
 
 
 def _docker() -> Iterator[Finding]:

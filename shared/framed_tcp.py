@@ -12,7 +12,7 @@ from shared.auth import MAX_TOKEN_SIZE_BYTES, Principal, Scope, Service, TokenVe
 from shared.config import Address
 from shared.errors import KeylakeError, UnauthenticatedError, UnavailableError
 from shared.receiver import open_tls_connection, start_tls_server
-from shared.sockets import stop_sending
+from shared.sockets import drop
 from shared.telemetry import get_logger
 from shared.tls import service_host_name
 from shared.wire.frames import ERROR, HELLO, HELLO_OK, ErrorFrame, FrameDecoder, ProtocolError, pack_frame
@@ -102,8 +102,7 @@ class FramedConnection:
             # With nothing before it, what is written goes to the kernel within the call; so does TLS's close_notify.
             self._writer.write(farewell)
             self._writer.close()
-        stop_sending(transport)
-        transport.abort()
+        drop(transport)
 
 
 ConnectionHandler = Callable[[FramedConnection, Principal], Awaitable[None]]

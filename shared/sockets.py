@@ -23,3 +23,9 @@ def stop_sending(transport: asyncio.BaseTransport) -> None:
             borrowed.shutdown(socket.SHUT_WR)
     finally:
         borrowed.detach()
+
+
+def drop(transport: asyncio.WriteTransport) -> None:
+    """End this connection: from the return of this on nothing leaves (`stop_sending`). Idempotent."""
+    stop_sending(transport)
+    transport.abort()

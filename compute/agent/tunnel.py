@@ -19,6 +19,7 @@ from typing import Final
 from shared.config import Address
 from shared.open_files import allow_open_files
 from shared.receiver import start_tls_server
+from shared.sockets import drop
 from shared.tls import CertificateAuthority, server_context
 
 TUNNEL_HOST_NAME: Final = "compute.keylake"
@@ -37,7 +38,7 @@ class Tunnel:
         self._socket_path = socket_path
         self._max_connections = max_connections
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], asyncio.WriteTransport] = {}
         with TemporaryDirectory(dir=key_dir) as directory:
             # Of a CA that signs nothing else and is forgotten at once.
             files = CertificateAuthority().issue_files(Path(directory), "compute", [TUNNEL_HOST_NAME])
@@ -55,10 +56,11 @@ class Tunnel:
         return int(self._server.sockets[0].getsockname()[1])
 
     def close(self) -> None:
-        """Drop every connection, now."""
+        """Drop every connection: nothing of what waits to be sent leaves when this returns."""
         if self._server is not None:
             self._server.close()
-        for task in self._connections:
+        for task, transport in self._connections.items():
+            drop(transport)
             task.cancel()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -66,8 +68,8 @@ class Tunnel:
         if task is None or len(self._connections) >= self._max_connections:
             writer.transport.abort()
             return
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._connections[task] = writer.transport
+        task.add_done_callback(self._connections.pop)
         try:
             inner_reader, inner_writer = await asyncio.open_unix_connection(
                 str(self._socket_path), limit=_READ_SIZE_BYTES

@@ -25,6 +25,7 @@ from compute.agent.wal_source import WalSource
 from shared.errors import KeylakeError
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
 from shared.postgres import find_postgres, unprivileged
+from shared.sockets import drop
 from shared.telemetry import get_logger
 from shared.wal.page import WAL_TIMELINE, segment_file_name
 from shared.wal.writer import build_segments
@@ -83,7 +84,7 @@ class WalSender:
         self._source = source
         self._check = check
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], asyncio.WriteTransport] = {}
         self._heard = asyncio.Condition()
         self.replayed_lsn = 0
         """By the standby; 0 when it has not begun."""
@@ -101,10 +102,11 @@ class WalSender:
         unprivileged().give(self._directory)
 
     def close(self) -> None:
-        """No WAL leaves from now on."""
+        """No WAL leaves from now on, also none that waits to be sent."""
         if self._server is not None:
             self._server.close()
-        for task in self._connections:
+        for task, transport in self._connections.items():
+            drop(transport)
             task.cancel()
 
     async def wait_replayed(self, lsn: int) -> None:
@@ -116,8 +118,8 @@ class WalSender:
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - asyncio made one
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._connections[task] = writer.transport
+        task.add_done_callback(self._connections.pop)
         try:
             await _Session(self, reader, writer).run()
         except (KeylakeError, ProtocolViolationError, EOFError, OSError) as error:

@@ -84,9 +84,14 @@ class BackendStream:
         return self._through_bytes == 0
 
     @property
+    def ready(self) -> bool:
+        """Postgres waits for a statement, and all that it said was passed on."""
+        return self.last_type == _READY and not self._held and self._through_bytes == 0
+
+    @property
     def idle(self) -> bool:
-        """Postgres waits for a statement, outside of any transaction, and all that it said was passed on."""
-        return self.last_type == _READY and self._status == _IDLE and not self._held and self._through_bytes == 0
+        """The same, outside of any transaction."""
+        return self.ready and self._status == _IDLE
 
     @property
     def said_goodbye(self) -> bool:

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from compute.agent.tunnel import TUNNEL_HOST_NAME, tunnel_client_context
-from shared.api.compute import ConnectTarget
+from compute.proxy.first_row import FirstRow
+from shared.api.compute import MAX_STAGE_S, ConnectTarget, FirstQuery
 from shared.api.safekeeper import ComputeAddress
+from shared.errors import KeylakeError
 from shared.http import ServiceClient
 from shared.ids import EndpointId
+from shared.telemetry import get_logger
 
+_log = get_logger(__name__)
 _CONNECT_TIMEOUT_S: Final = 5.0
 
 
@@ -28,6 +32,7 @@ class Directory:
         self._wake_timeout_s = wake_timeout_s
         self._known: dict[EndpointId, ConnectTarget] = {}
         self._asking: dict[EndpointId, _Question] = {}
+        self._telling: set[asyncio.Task[None]] = set()
 
     async def find(self, endpoint_id: EndpointId) -> ConnectTarget:
         """Wakes the endpoint. However many wait, the manager is asked once.
@@ -55,6 +60,33 @@ class Directory:
         )
         self._known[endpoint_id] = target
         return target
+
+    def first_row(self, target: ConnectTarget) -> FirstRow | None:
+        """For a session that begins now: the manager is told of the first row of a compute. None: it knows."""
+        known = self._known.get(target.endpoint_id)
+        if known is None or known.instance_id != target.instance_id or not known.wants_first_query:
+            return None
+        return FirstRow(
+            asyncio.get_running_loop().time, lambda login_s, query_s: self._first_query(target, login_s, query_s)
+        )
+
+    def _first_query(self, target: ConnectTarget, login_s: float, query_s: float) -> None:
+        known = self._known.get(target.endpoint_id)
+        if known is None or known.instance_id != target.instance_id or not known.wants_first_query:
+            return  # another session was faster
+        self._known[target.endpoint_id] = known.model_copy(update={"wants_first_query": False})
+        seen = FirstQuery(
+            instance_id=target.instance_id, login_s=min(login_s, MAX_STAGE_S), query_s=min(query_s, MAX_STAGE_S)
+        )
+        task = asyncio.create_task(self._tell(target.endpoint_id, seen), name="first query")
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, endpoint_id: EndpointId, seen: FirstQuery) -> None:
+        try:
+            await self._manager.request("POST", f"/v1/endpoints/{endpoint_id}:first-query", body=seen)
+        except KeylakeError as error:
+            _log.info("the time of a first query was not told", endpoint_id=str(endpoint_id), reason=str(error))
 
     def forget(self, target: ConnectTarget) -> None:
         """It does not answer there any more."""

@@ -321,7 +321,7 @@ class ProxyServer:
         if client.broke_protocol:
             server.abort()
             raise ProtocolViolationError("the client went on before it was answered")
-        client.begin(server, first_words, target.compute, lease)
+        client.begin(server, first_words, target.compute, lease, self._directory.first_row(target))
         try:
             async with asyncio.timeout(self._settings.auth_timeout_s):
                 await asyncio.shield(client.logged_in)

@@ -26,6 +26,7 @@ from typing import Final, cast
 from compute.proxy import goodbye
 from compute.proxy.backend_stream import BackendStream
 from compute.proxy.cancel import CancelKeys
+from compute.proxy.first_row import FirstRow
 from shared.api.safekeeper import ComputeAddress
 from shared.errors import KeyAccessError
 from shared.ids import ProjectId
@@ -127,6 +128,7 @@ class ClientSide(Receiver):
         self._last_bytes = b""  # that the client sent
         self._asked = False  # it sent something that Postgres has not answered with a ReadyForQuery
         self._draining = False
+        self._first_row: FirstRow | None = None
         self.commit_in_doubt = False
 
     # --- asyncio.Protocol ---
@@ -142,6 +144,8 @@ class ClientSide(Receiver):
                 server.transport.write(data)
                 self._last_bytes = data[-len(_TERMINATE) :]
                 self._asked = True
+                if self._first_row is not None:
+                    self._first_row.asked()
         elif self.phase is not Phase.ENDED:
             self._buffer += data
             self._arrived.set()
@@ -185,13 +189,20 @@ class ClientSide(Receiver):
     def broke_protocol(self) -> bool:
         return bool(self._buffer)
 
-    def begin(self, server: ServerSide, first_words: bytes, compute: ComputeAddress, lease: Lease) -> None:
-        """Relay from now on, for as long as the lease is live."""
+    def begin(
+        self,
+        server: ServerSide,
+        first_words: bytes,
+        compute: ComputeAddress,
+        lease: Lease,
+        first_row: FirstRow | None = None,
+    ) -> None:
+        """Relay from now on, for as long as the lease is live. `first_row`: to be timed."""
         if self.phase is not Phase.WAITING:
             server.abort()
             return
         self.phase = Phase.RELAYING
-        self._server, self._compute, self._lease = server, compute, lease
+        self._server, self._compute, self._lease, self._first_row = server, compute, lease, first_row
         if self._buffer and server.transport is not None:
             server.transport.write(bytes(self._buffer))
             self._buffer.clear()
@@ -208,6 +219,7 @@ class ClientSide(Receiver):
             self.cut(lease.error())
             return
         stream = server.stream
+        begins_whole = stream.at_boundary
         try:
             passed = stream.feed(data)
         except ProtocolViolationError:
@@ -225,6 +237,10 @@ class ClientSide(Receiver):
             return
         if stream.logged_in and not self.logged_in.done():
             self.logged_in.set_result(None)
+            if self._first_row is not None:
+                self._first_row.logged_in()
+        elif self._first_row is not None and begins_whole and self._first_row.answered(passed.data, ready=stream.ready):
+            self._first_row = None
         if stream.idle:
             self._asked = False
             if self._draining:

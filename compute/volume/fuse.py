@@ -234,7 +234,7 @@ class RefusedVolume(TmpfsVolume):
 def why_no_fuse(sandbox: Sandbox) -> str:
     """Empty when a FUSE volume can be had here."""
     if sandbox.isolation is not Isolation.NAMESPACES:
-        return "no FUSE: it needs a private mount namespace"
+        return mount.NO_NAMESPACE
     return mount.why_not_available(sandbox.directory)
 
 

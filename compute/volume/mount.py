@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Final
 
 from shared.errors import UnavailableError
+from shared.sandbox import Isolation, Sandbox, detect_isolation
 
 DEVICE: Final = Path("/dev/fuse")
+NO_NAMESPACE: Final = "no FUSE: it needs a private mount namespace"
+_PROBE_TIMEOUT_S: Final = 15.0
 _MS_NOSUID: Final = 2  # sys/mount.h
 _MS_NODEV: Final = 4
 _MS_NOEXEC: Final = 8
@@ -64,3 +69,22 @@ def why_not_available(scratch_dir: Path) -> str:
     except OSError as error:
         return f"no FUSE here: {error.strerror}"
     return ""
+
+
+def why_not_on_this_machine() -> str:
+    """The same, for who is in no such namespace: tried in a sandbox like a compute's. Blocks for some 0.2 s."""
+    if detect_isolation() is not Isolation.NAMESPACES:
+        return NO_NAMESPACE
+    sandbox = Sandbox.create(size_bytes=1 << 20)
+    try:
+        argv = sandbox.command([sys.executable, "-P", "-m", "compute.volume.mount", str(sandbox.directory)])
+        probe = subprocess.run(argv, capture_output=True, timeout=_PROBE_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"no FUSE here: it cannot be tried: {type(error).__name__}"
+    finally:
+        sandbox.wipe()
+    return probe.stdout.decode()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(why_not_available(Path(sys.argv[1])))

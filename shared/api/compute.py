@@ -106,7 +106,7 @@ class ChangeEndpoint(ApiModel):
 
 
 class StageTiming(ApiModel):
-    """One stage of a start (election, basebackup, volume, postgres, stream, …)."""
+    """One stage of a start (election, basebackup, mount, postgres, …, first_query)."""
 
     stage: str
     seconds: float
@@ -157,6 +157,10 @@ class CreatedEndpoint(Endpoint):
     """Empty for a replica: it has its primary's."""
 
 
+MAX_STAGE_S: Final = 86_400.0
+Seconds = Annotated[float, Field(ge=0, le=MAX_STAGE_S)]
+
+
 class ConnectTarget(ApiModel):
     """Where the proxy finds a running compute's Postgres."""
 
@@ -166,6 +170,18 @@ class ConnectTarget(ApiModel):
     compute: ComputeAddress
     max_sessions: int | None = Field(default=None, ge=1)
     """How many its Postgres takes, by the compute's size; None: nobody knows."""
+    wants_first_query: bool = False
+    """Nobody has said yet what its first query took."""
+
+
+class FirstQuery(ApiModel):
+    """The last stages of a start, as the proxy saw them: of the first session that got a row."""
+
+    instance_id: InstanceId
+    login_s: Seconds
+    """From the compute's being up to a session that may ask."""
+    query_s: Seconds
+    """From the question to its first row."""
 
 
 class ReplaceSafekeeper(ApiModel):

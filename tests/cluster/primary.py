@@ -34,6 +34,8 @@ from tests.cluster.processes import compute_of
 from tests.fixtures.waiting import wait_until
 
 PAGE = 8192
+SHUT_DOWN_LEASE_S = 60.0
+"""For who uses `shut_down`: a lazy volume lets nothing out when its agent has said nothing for as long as a lease."""
 Session: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 M = TypeVar("M", bound=BaseModel)
 _FORKS = {None: Fork.MAIN, "_vm": Fork.VISIBILITY_MAP, "_init": Fork.INIT, "_fsm": Fork.FSM}

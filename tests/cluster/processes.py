@@ -1,6 +1,6 @@
 """The processes of a cluster's computes, as the operating system sees them.
 
-A compute's volume is a tmpfs in a mount namespace of its own. `/proc/<pid>/root` leads into it for whoever may trace
+A compute's volume is mounted in a mount namespace of its own. `/proc/<pid>/root` leads into it for whoever may trace
 that process: root, and also the plain user who made the user namespace that it runs in (user_namespaces(7)).
 """
 

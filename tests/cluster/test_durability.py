@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic
 
 import asyncpg
+import psycopg
 import pytest
 import pytest_asyncio
 
@@ -368,3 +369,56 @@ async def test_of_two_computes_only_the_newer_one_commits(place: Place) -> None:
     assert endpoint.term > started.term
     await place.check()
     await converge(place)
+
+
+# --- what clients are told ---
+
+
+@dataclass(slots=True)
+class IdleSession:
+    """One of libpq's, which has the last word of its server at hand when it is used again."""
+
+    connection: psycopg.Connection[tuple[object, ...]]
+
+    @classmethod
+    async def open(cls, place: Place) -> IdleSession:
+        return cls(await asyncio.to_thread(psycopg.connect, place.project.connection.dsn, autocommit=True))
+
+    async def last_words(self) -> str:
+        """Empty while it works."""
+        try:
+            await asyncio.to_thread(self.connection.execute, "select 1")
+        except psycopg.OperationalError as error:
+            return str(error)
+        return ""
+
+
+async def test_idle_sessions_end_with_their_compute_and_who_is_not_logged_in_waits_for_the_next(place: Place) -> None:
+    """ADR 41. And all of it again when the manager is killed, whose computes die with it."""
+    client, endpoint_id = place.cluster.client, place.project.endpoint.endpoint_id
+    first = await client.start_endpoint(endpoint_id)
+
+    idle = await IdleSession.open(place)
+    stopping = asyncio.create_task(client.stop_endpoint(endpoint_id))
+    waiting = [asyncio.create_task(place.connect()) for _ in range(3)]
+    await stopping
+    for connection in await asyncio.gather(*waiting):
+        await place.check(connection)
+    assert "terminating connection due to administrator command" in await idle.last_words()
+
+    idle = await IdleSession.open(place)
+    await client.kill_endpoint(endpoint_id)
+    assert "terminating connection: the compute has stopped" in await idle.last_words()
+
+    await place.check()
+    idle = await IdleSession.open(place)
+    compute = await compute_of(place.cluster, endpoint_id)
+    manager = place.cluster.service(MANAGER)
+    await manager.kill()
+    await compute.gone()
+    assert "terminating connection: the compute has stopped" in await idle.last_words()
+    with pytest.raises(asyncpg.CannotConnectNowError):
+        await place.connect()
+    await manager.start()
+    await place.check()
+    assert (await client.endpoint(endpoint_id)).term > first.term

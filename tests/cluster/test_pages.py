@@ -25,7 +25,17 @@ from shared.keyspace import Fork, RelTag
 from shared.lsn import Lsn
 from shared.wal.rmgr import RmgrId
 from tests.cluster.pages import PageClient, page_client
-from tests.cluster.primary import PAGE, Primary, Session, call_pageserver, caught_up, connect, shut_down, tag_of
+from tests.cluster.primary import (
+    PAGE,
+    SHUT_DOWN_LEASE_S,
+    Primary,
+    Session,
+    call_pageserver,
+    caught_up,
+    connect,
+    shut_down,
+    tag_of,
+)
 from tests.cluster.processes import compute_of
 from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.redo_history import INSERT, SCHEMA
@@ -76,6 +86,7 @@ async def place() -> AsyncIterator[Place]:
     settings: dict[str, dict[str, Any]] = {
         "pageserver": {"checkpoint_distance_mb": 4, "compaction_l0_layers": 3, "lsn_lease_s": LSN_LEASE_S},
         "compute": {"poll_interval_s": 0.2},
+        "keymanager": {"lease_ttl_s": SHUT_DOWN_LEASE_S},
     }
     async with ForkedCluster(settings=settings) as cluster:
         project = await cluster.create_project("pages")

@@ -22,7 +22,7 @@ from shared.keyspace import Fork
 from shared.postgres import unprivileged
 from tests.cluster import workloads
 from tests.cluster.pages import page_client
-from tests.cluster.primary import PAGE, Primary, connect, shut_down
+from tests.cluster.primary import PAGE, SHUT_DOWN_LEASE_S, Primary, connect, shut_down
 from tests.cluster.test_pages import has_bits, sequence_values
 from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.replay import RMGR_OF, equal_masked
@@ -47,6 +47,7 @@ async def place() -> AsyncIterator[Place]:
     settings: dict[str, dict[str, Any]] = {
         "pageserver": {"checkpoint_distance_mb": 8},
         "compute": {"poll_interval_s": 0.2, "superuser_owners": True},
+        "keymanager": {"lease_ttl_s": SHUT_DOWN_LEASE_S},
     }
     async with ForkedCluster(settings=settings) as cluster:
         project = await cluster.create_project("workloads")

@@ -19,6 +19,7 @@ EXAMPLES: Final[Mapping[str, Any]] = {
     "read_only_at": "2026-11-26T10:00:00+00:00",
     "timestamp": "2026-11-26T10:00:00Z",
     "shred_id": "shr-0123456789abcdef",
+    "instance_id": "in-0123456789abcdef",
     "subject": "backups",
     "object_name": "index/0000000000000001",
     "sha256": "0" * 64,

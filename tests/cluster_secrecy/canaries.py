@@ -146,7 +146,7 @@ STORED = {
 """Kinds that are part of the database and reach the object store. A hash index keeps no value, only its hash."""
 IN_WAL = STORED | {"message", "rolledback"}
 WRITTEN_AGAIN = {"updated", "toast", "message", "unlogged", "temporary", "sorted"}
-"""Kinds that are on the volume of a compute after `plant_again`, because it wrote them."""
+"""Kinds that are on the volume of a compute after `plant_again`, because it wrote them, whatever was there before."""
 IN_LOG = {"error", "warning", "statement"}
 """Kinds that only Postgres's log has."""
 VOLATILE = {"unlogged", "temporary", "sorted"}

@@ -143,11 +143,13 @@ def _open_for_writing(directory: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _devices_in_memory(directory: Path) -> set[int]:
-    """Device numbers of mounts without a disk, as the process sees its mounts."""
+    """Device numbers of mounts without a disk, as the process sees its mounts. A lazy volume is one: what is written
+    there its server writes, which is looked at, too."""
     devices = set()
     for line in (directory / "mountinfo").read_text().splitlines():
         fields, _, rest = line.partition(" - ")
-        if rest.split()[0] in IN_MEMORY:
+        kind, source, *_ = rest.split()
+        if kind in IN_MEMORY or (kind, source) == ("fuse", "keylake"):
             major, _, minor = fields.split()[2].partition(":")
             devices.add(os.makedev(int(major), int(minor)))
     return devices

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from keylake.cli.session import customer
+from tests.fixtures.fuse import why_no_fuse
 from tests.fixtures.keylake_command import KeylakeCommand
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -67,7 +68,13 @@ def test_a_project_and_psql_on_it(keylake: KeylakeCommand) -> None:
     assert select(keylake, "first/main", "select ssl from pg_stat_ssl where pid = pg_backend_pid()") in ("t", "f")
     shown = keylake.json("project", "show", "first")
     assert [e["state"] for e in shown["endpoints"]] == ["RUNNING"]
-    assert "tmpfs" in shown["endpoints"][0]["volume"]
+    volume = shown["endpoints"][0]["volume"]
+    assert volume.startswith("tmpfs" if why_no_fuse() else "FUSE")
+    assert why_no_fuse() in volume, "and why it is not the other one"
+    # The clients' rows are behind: the proxy has told the manager of the first one by the time that psql has ended.
+    stages = {stage["stage"] for stage in shown["endpoints"][0]["stages"]}
+    assert stages >= {"election", "basebackup", "postgres", "login", "first_query"}
+    assert why_no_fuse() or "mount" in stages
     assert "first" in keylake("project", "list")
     status = keylake.json("status")
     assert status["healthy"]

@@ -22,10 +22,10 @@ from shared.api.keymanager import Role
 from shared.http import ServiceClient
 from shared.ids import ProjectId
 from shared.postgres import PG_BIN_VARIABLE, find_postgres
-from shared.sandbox import Isolation, detect_isolation
 from tests.cluster.processes import below
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
 from tests.fixtures.contrib import postgres_with_contrib
+from tests.fixtures.fuse import why_no_fuse
 from tests.fixtures.keymanager import metadata_dsn, metadata_server
 from tests.fixtures.npm import NotHereError
 from tests.fixtures.waiting import wait_until
@@ -59,11 +59,8 @@ def no_amcheck(monkeypatch: pytest.MonkeyPatch) -> NotHereError | None:
 
 @pytest.fixture
 async def cluster(metadata_dsn: str, no_amcheck: NotHereError | None) -> AsyncIterator[ComputeCluster]:
-    if detect_isolation() is not Isolation.NAMESPACES or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        message = "no FUSE here: /dev/fuse, or a mount namespace, is missing"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
+    if why := why_no_fuse():
+        pytest.skip(why)
     with tempfile.TemporaryDirectory(prefix="kl-") as scratch:
         options = {"volume": "fuse", "superuser_owners": True}  # amcheck is not for everybody
         async with compute_cluster(Path(scratch), metadata_dsn, pageserver=True, **options) as running:

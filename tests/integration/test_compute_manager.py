@@ -30,6 +30,7 @@ from shared.api.compute import (
     Endpoint,
     EndpointSize,
     EndpointState,
+    FirstQuery,
     Timeline,
 )
 from shared.api.keymanager import KeyState, Role
@@ -44,7 +45,7 @@ from shared.errors import (
     UnavailableError,
 )
 from shared.http import ServiceClient
-from shared.ids import EndpointId, ProjectId
+from shared.ids import EndpointId, InstanceId, ProjectId
 from tests.cluster.processes import below
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
 from tests.fixtures.keymanager import metadata_dsn, metadata_server
@@ -176,6 +177,16 @@ async def test_concurrent_callers_share_one_start(cluster: ComputeCluster, clien
     targets = await asyncio.gather(*(reach(client, endpoint) for _ in range(8)))
     assert len({target.instance_id for target in targets}) == 1
     assert (await state_of(client, endpoint)).term == 1
+
+    # The last stages of that start are the proxy's to tell, once, and of this compute only.
+    assert all(target.wants_first_query for target in targets)
+    path = f"/v1/endpoints/{endpoint.endpoint_id}:first-query"
+    for instance_id, login_s in ((InstanceId.new(), 1.0), (targets[0].instance_id, 2.0), (targets[0].instance_id, 3.0)):
+        await client.request("POST", path, body=FirstQuery(instance_id=instance_id, login_s=login_s, query_s=0.5))
+    stages = [(each.stage, each.seconds) for each in (await state_of(client, endpoint)).stages]
+    assert stages[-2:] == [("login", 2.0), ("first_query", 0.5)]
+    assert len({name for name, _ in stages}) == len(stages)
+    assert not (await reach(client, endpoint)).wants_first_query
 
 
 async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, client: ServiceClient) -> None:

@@ -185,6 +185,9 @@ async def test_unknown_missing_and_contradicting_endpoints(bench: ProxyBench) ->
 
 
 async def test_a_sleeping_compute_is_waited_for(bench: ProxyBench) -> None:
+    """And the manager is told what its first query took: the first that got a row, of whichever session."""
+    target = bench.manager.targets[bench.endpoint_id].model_copy(update={"wants_first_query": True})
+    bench.manager.targets[bench.endpoint_id] = target
     bench.manager.delay_s = 1.0
     impatient = asyncio.create_task(bench.connect())  # the one that asked first goes away
     await wait_until(lambda: bench.manager.calls)
@@ -192,6 +195,11 @@ async def test_a_sleeping_compute_is_waited_for(bench: ProxyBench) -> None:
     await asyncio.sleep(0.3)
     impatient.cancel()
     connections = await asyncio.gather(*waiting)
+    for each in connections:
+        await each.execute("SET work_mem = '1MB'")
+    assert bench.manager.first_queries == []
+    assert await connections[0].fetchval("SELECT 1 FROM pg_sleep(0.2)") == 1
+    await wait_until(lambda: bench.manager.first_queries)
     assert [await each.fetchval("SELECT 1") for each in connections] == [1, 1, 1]
     calls = bench.manager.calls
     assert calls == 1, "many wait for one start"
@@ -200,6 +208,10 @@ async def test_a_sleeping_compute_is_waited_for(bench: ProxyBench) -> None:
     assert bench.manager.calls == calls  # known by now
     for each in connections:
         await each.close()
+    [seen] = bench.manager.first_queries
+    assert seen.instance_id == target.instance_id
+    assert seen.query_s >= 0.2
+    assert seen.login_s > 0
 
 
 async def test_a_client_that_goes_away_while_it_waits_is_forgotten(bench: ProxyBench) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -19,6 +18,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
+from compute.volume.base import VolumeKind
 from shared.api.compute import (
     BranchFrom,
     ChangeEndpoint,
@@ -35,8 +35,8 @@ from shared.errors import ConflictError, UnavailableError
 from shared.http import ServiceClient
 from shared.ids import ProjectId
 from shared.lease import Lease
-from shared.sandbox import Isolation, detect_isolation
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
+from tests.fixtures.fuse import why_no_fuse
 from tests.fixtures.keymanager import metadata_server
 from tests.fixtures.waiting import wait_until
 from tests.integration.test_compute_manager import (
@@ -125,7 +125,7 @@ async def running(metadata_server: str, **options: object) -> AsyncIterator[Plac
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def place(metadata_server: str) -> AsyncIterator[Place]:
-    async with running(metadata_server, idle_poll_interval_s=0.2, volume_size_mb=160) as place:
+    async with running(metadata_server, idle_poll_interval_s=0.2) as place:
         yield place
 
 
@@ -406,39 +406,37 @@ async def test_it_is_suspended_and_woken_as_every_compute_is(place: Place) -> No
             assert await follower.fetchval(count) == 2
 
 
-async def test_one_that_is_too_small_for_what_it_follows_says_so(place: Place) -> None:
-    primary = await make_endpoint(place.client, ProjectId.new())
-    await place.change(primary, size=EndpointSize.QUARTER)
-    replica = await follower_of(place.client, primary, "replica")
-    async with place.sessions(primary) as (writer,):
-        await writer.execute("CREATE TABLE t (a text STORAGE plain)")
-        async with place.sessions(replica) as (follower,):
-            while (await state_of(place.client, replica)).state is EndpointState.RUNNING:
-                await writer.execute("INSERT INTO t SELECT repeat('x', 8000) FROM generate_series(1, 1000)")
-            stopped = await place.stopped(replica)
-            assert stopped.reason.endswith("its volume of 160 MiB is full"), stopped.reason
-            with pytest.raises(CONNECTION_LOST):
-                await follower.fetchval("SELECT 1")
-    await place.act(primary, "kill")
+async def test_one_that_is_too_small_for_what_it_follows_says_so(metadata_server: str) -> None:
+    """On tmpfs, where the volume's size is the endpoint's."""
+    async with running(metadata_server, volume=VolumeKind.TMPFS, volume_size_mb=160) as place:
+        await place.act(place.primary, "stop")
+        await place.change(place.primary, size=EndpointSize.QUARTER)
+        async with place.sessions(place.primary) as (writer,):
+            await writer.execute("CREATE TABLE t (a text STORAGE plain)")
+            async with place.sessions(place.replica) as (follower,):
+                while (await state_of(place.client, place.replica)).state is EndpointState.RUNNING:
+                    await writer.execute("INSERT INTO t SELECT repeat('x', 8000) FROM generate_series(1, 1000)")
+                stopped = await place.stopped(place.replica)
+                assert stopped.reason.endswith("its volume of 160 MiB is full"), stopped.reason
+                with pytest.raises(CONNECTION_LOST):
+                    await follower.fetchval("SELECT 1")
 
 
 # --- the lazy volume ---
 
 
-async def test_on_a_lazy_volume_pages_of_its_start_and_of_the_log_are_one(metadata_server: str) -> None:
-    if detect_isolation() is not Isolation.NAMESPACES or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        message = "no FUSE here: /dev/fuse, or a mount namespace, is missing"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    async with running(metadata_server, volume="fuse") as place:
-        sessions = place.sessions(place.primary, place.primary)
-        async with sessions as (writer, other):
-            await prepare_turmoil(writer)
-            await checkpoint(writer)
-            async with place.sessions(place.replica) as (follower,):
-                assert (await state_of(place.client, place.replica)).volume.startswith("FUSE, pages on demand")
-                # On pages that it has not fetched yet, and then fetches as they were at its start.
-                await turmoil(writer, other)
-                await wait_until(shows(follower, 1000, "SELECT count(*) FROM locked WHERE b = 'y'"))
-                assert await content_of_turmoil(follower) == await content_of_turmoil(writer)
+async def test_on_a_lazy_volume_pages_of_its_start_and_of_the_log_are_one(place: Place) -> None:
+    if why := why_no_fuse():
+        pytest.skip(why)
+    primary = await make_endpoint(place.client, ProjectId.new())
+    replica = await follower_of(place.client, primary, "replica")
+    async with place.sessions(primary, primary) as (writer, other):
+        await prepare_turmoil(writer)
+        await checkpoint(writer)
+        async with place.sessions(replica) as (follower,):
+            assert (await state_of(place.client, replica)).volume.startswith("FUSE, pages on demand")
+            # On pages that it has not fetched yet, and then fetches as they were at its start.
+            await turmoil(writer, other)
+            await wait_until(shows(follower, 1000, "SELECT count(*) FROM locked WHERE b = 'y'"))
+            assert await content_of_turmoil(follower) == await content_of_turmoil(writer)
+    await place.act(primary, "kill")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from shared.wire.replication import (
 )
 from shared.wire.walstream import Feedback
 from tests.fixtures.safekeeper_nodes import NodeBench, elect, nodes
+from tests.fixtures.sockets import rest_of, take_all
 from tests.fixtures.waiting import wait_until
 from tests.fixtures.wal import SYSTEM_IDENTIFIER, WalBuilder
 
@@ -258,4 +260,15 @@ async def test_a_standby_gets_its_segment_from_the_start_and_is_not_run_away_fro
             standby.send(Query(f"START_REPLICATION {Lsn(SEGMENT)} TIMELINE 1"))
             with pytest.raises(EOFError):
                 await standby.take(1)
-        sender.close()
+
+        # What waits for a slow one when the sender is closed stays here, although there is room for it by then.
+        lease_is_over = False
+        with socket.socket(socket.AF_UNIX) as slow:
+            slow.setblocking(False)
+            slow.connect(str(directory / f".s.PGSQL.{POSTGRES_PORT}"))
+            slow.send(StartupMessage({"user": "standby", "replication": "true"}).serialize())
+            slow.send(Query(f"START_REPLICATION {Lsn(SEGMENT)} TIMELINE 1").serialize())
+            await wait_until(lambda: any(each.get_write_buffer_size() for each in sender._connections.values()))
+            assert len(take_all(slow)) > 100_000
+            sender.close()
+            assert await rest_of(slow) == b""

@@ -17,7 +17,14 @@ from compute.proxy.routing import (
     take_endpoint,
 )
 from shared.api.safekeeper import ComputeAddress
-from shared.errors import LeaseExpiredError, PermissionDeniedError, RevokedError, ShreddedError, SuspendedError
+from shared.errors import (
+    KeylakeError,
+    LeaseExpiredError,
+    PermissionDeniedError,
+    RevokedError,
+    ShreddedError,
+    SuspendedError,
+)
 from shared.ids import EndpointId, ProjectId, WorkspaceId
 from shared.wire.pgproto import BackendKeyData, ErrorField, ErrorResponse
 from shared.wire.pgstartup import CancelRequest, StartupMessage
@@ -64,6 +71,29 @@ def test_options_survive_splitting_and_joining(words: list[str]) -> None:
 )
 def test_server_names(name: str | None, expected: str | None) -> None:
     assert endpoint_of_server_name(name, "db.keylake") == expected
+
+
+bits = st.sampled_from(["endpoint=", EP, OTHER, "-c", "--", " ", "\\", "=", "a", "\u0130", "replication", "on"])
+texts = st.lists(bits | st.text(st.characters(codec="utf-8"), max_size=4), max_size=8).map("".join)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["user", "options", "replication", "database"]) | texts, texts),
+    st.none() | texts | st.just(f"{EP}.db.keylake"),
+)
+def test_nonsense_is_refused_or_goes_where_it_says(parameters: dict[str, str], server_name: str | None) -> None:
+    """Whatever a client says, in a start-up packet and as a server name: Postgres gets no more than that, and only the
+    endpoint that is named does."""
+    parameters.setdefault("user", "app")  # without one it is no start-up packet
+    try:
+        found = route(StartupMessage(parameters), server_name, "db.keylake")
+    except KeylakeError:
+        return
+    said = " ".join([parameters.get("options", ""), (server_name or "").lower()]).replace("\\", "")
+    assert str(found.endpoint_id) in said
+    assert take_endpoint(found.startup.parameters.get("options", ""))[0] is None
+    kept = {name: value for name, value in found.startup.parameters.items() if name != "options"}
+    assert kept == {name: value for name, value in parameters.items() if name != "options"}
 
 
 def test_both_ways_must_agree() -> None:

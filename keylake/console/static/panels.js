@@ -79,7 +79,7 @@ function branch(project, wanted) {
 function endpoint(each) {
   const buttons = hat === "workspace-admin"
     ? [act("endpoint.start", each.endpoint_id, "Start"), act("endpoint.stop", each.endpoint_id, "Stop"), act("endpoint.kill", each.endpoint_id, "Kill −9", "danger")] : [];
-  const seconds = each.stages.reduce((sum, stage) => sum + stage.seconds, 0);
+  const seconds = each.stages.filter(({ stage }) => stage !== "first_query").reduce((sum, stage) => sum + stage.seconds, 0);
   return h("li", {}, `Endpoint ${each.name} `, state(each.state),
     h("small", {}, ` ${each.reason}${each.state === "RUNNING" ? `, term ${each.term}, started in ${seconds.toFixed(1)} s, ${each.volume}` : ""}`),
     buttons.length ? h("div", { class: "row" }, buttons) : null);
