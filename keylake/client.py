@@ -467,6 +467,10 @@ class KeylakeClient:
         """SIGKILL its compute, as a crash would."""
         return await self._endpoint_action(endpoint_id, "kill")
 
+    async def delete_endpoint(self, endpoint_id: EndpointId) -> None:
+        """For good, its compute with it. What was written stays in its branch."""
+        await self._manager.request("DELETE", f"/v1/endpoints/{endpoint_id}", timeout_s=START_TIMEOUT_S)
+
     async def _endpoint_action(self, endpoint_id: EndpointId, action: str) -> compute_api.Endpoint:
         path = f"/v1/endpoints/{endpoint_id}:{action}"
         return await self._manager.call(compute_api.Endpoint, "POST", path, timeout_s=START_TIMEOUT_S)

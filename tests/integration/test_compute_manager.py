@@ -20,6 +20,7 @@ import pytest
 
 from compute.crashes import Crashes
 from compute.follower import Follower
+from compute.repository import TimelineRow
 from keylake.ports import free_port
 from shared.api.compute import (
     ChangeEndpoint,
@@ -367,13 +368,46 @@ async def test_creation_is_idempotent_and_typed(cluster: ComputeCluster, client:
     assert row.scram_verifier.startswith("SCRAM-SHA-256$")
 
 
-async def test_two_endpoints_of_one_timeline_do_not_run_at_once(cluster: ComputeCluster, client: ServiceClient) -> None:
+async def test_two_endpoints_of_one_timeline_do_not_run_at_once_and_each_can_be_deleted(
+    cluster: ComputeCluster, client: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project_id = ProjectId.new()
     first = await make_endpoint(client, project_id, "first")
     second = await make_endpoint(client, project_id, "second")
-    await reach(client, first)
+    target = await reach(client, first)
     with pytest.raises(ConflictError):
         await reach(client, second)
+
+    # Until the first one is deleted, and its compute with it.
+    connection = await log_in(target, first)
+    await client.request("DELETE", f"/v1/endpoints/{first.endpoint_id}")
+    with pytest.raises(CONNECTION_LOST):
+        await connection.execute("SELECT 1")
+    assert not list(cluster.settings.runtime_dir.iterdir())
+    assert not list(cluster.settings.log_dir.iterdir())
+    await wait_until(lambda: not any(project_id in session.held for session in cluster.leases.sessions))
+    for method, verb in (("GET", ""), ("POST", ":connect"), ("DELETE", "")):
+        with pytest.raises(NotFoundError):
+            await client.request(method, f"/v1/endpoints/{first.endpoint_id}{verb}")
+    assert [each.endpoint_id for each in await cluster.manager.endpoints(project_id)] == [second.endpoint_id]
+    assert (await make_endpoint(client, project_id, "first")).endpoint_id != first.endpoint_id  # the name is free
+
+    # Who was about to start the other one when it was deleted does not start it.
+    looking, deleted = asyncio.Event(), asyncio.Event()
+    projects_of = cluster.manager._projects_of
+
+    async def slowly(row: TimelineRow) -> list[ProjectId]:
+        looking.set()
+        await deleted.wait()
+        return await projects_of(row)
+
+    monkeypatch.setattr(cluster.manager, "_projects_of", slowly)
+    starting = asyncio.create_task(reach(client, second))
+    await looking.wait()
+    await client.request("DELETE", f"/v1/endpoints/{second.endpoint_id}")
+    deleted.set()
+    with pytest.raises(NotFoundError):
+        await starting
 
 
 async def test_scopes_and_project_bound_tokens(cluster: ComputeCluster, client: ServiceClient) -> None:
