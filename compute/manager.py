@@ -410,6 +410,7 @@ class Manager:
             start_lsn=row.start_lsn if plan is None else plan.start_lsn,
             instance_id=None if run is None else run.instance_id,
             volume="" if run is None else run.volume,
+            boot_key_made_at=None if run is None else run.boot_key_made_at,
             stages=[] if run is None else list(run.stages),
             pages_at_start=None if run is None else run.pages_at_start,
             crashes=crashes.count,

@@ -361,6 +361,7 @@ def _act(
                     ("reason", after.reason),
                     ("crashes", _crashes(after)),
                     ("volume", after.volume),
+                    ("boot key made", after.boot_key_made_at),
                     ("term", after.term),
                     ("started at", after.start_lsn),
                     ("user", after.user),

@@ -16,7 +16,8 @@ from keylake.cluster import Customer
 from keylake.console.hats import Hat, Wardrobe
 from keylake.console.place import Place
 from shared.api.keymanager import AuditRecord
-from shared.errors import KeylakeError, PermissionDeniedError, UnavailableError
+from shared.api.shredding import Shred
+from shared.errors import KeylakeError, NotFoundError, PermissionDeniedError, UnavailableError
 from shared.ids import ProjectId
 
 AUDIT_TAIL: Final = 60
@@ -64,6 +65,7 @@ class Viewer:
         projects = [ProjectId.parse(each["project_id"]) for each in parts["projects"].get("value", [])]
         parts["keks"] = await self._part("keks", lambda: _of_each(projects, client.key_status))
         parts["revocations"] = await self._part("revocations", lambda: _of_each(projects, client.revocations))
+        parts["shreds"] = await self._part("shreds", lambda: _of_each(projects, lambda each: _shred(client, each)))
         return parts
 
     async def _part(self, name: str, ask: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
@@ -126,6 +128,14 @@ class Viewer:
 async def _of_each(projects: Sequence[ProjectId], ask: Callable[[ProjectId], Awaitable[Any]]) -> dict[str, Any]:
     """{project: answer}; refused as a whole by the first that is."""
     return {str(each): _plain(await ask(each)) for each in projects}
+
+
+async def _shred(client: KeylakeClient, project_id: ProjectId) -> Shred | None:
+    """None: nobody has asked for it."""
+    try:
+        return await client.shred(project_id)
+    except NotFoundError:
+        return None
 
 
 def _plain(value: Any) -> Any:

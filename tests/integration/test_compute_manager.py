@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +185,14 @@ async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, clie
     path = f"/v1/endpoints/{endpoint.endpoint_id}"
     half, later = ChangeEndpoint(size=EndpointSize.HALF), ChangeEndpoint(size=EndpointSize.QUARTER)
     assert (await client.call(Endpoint, "PATCH", path, body=half)).size is EndpointSize.HALF
+    began = datetime.now(UTC)
     target = await reach(client, endpoint)
     changed = await client.call(Endpoint, "PATCH", path, body=later)
     assert (changed.size, changed.running_size) == (EndpointSize.QUARTER, EndpointSize.HALF)
     assert changed.suspend_after_s == endpoint.suspend_after_s
     assert "1536 MiB" in changed.volume
+    assert changed.boot_key_made_at is not None
+    assert began <= changed.boot_key_made_at <= datetime.now(UTC)
     connection = await log_in(target, endpoint)
     assert await connection.fetchval("SHOW shared_buffers") == "64MB"
     reserved = int(await connection.fetchval("SHOW superuser_reserved_connections"))
@@ -200,6 +204,7 @@ async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, clie
     stopped = await client.call(Endpoint, "POST", f"/v1/endpoints/{endpoint.endpoint_id}:stop")
     assert stopped.state is EndpointState.STOPPED
     assert stopped.reason == "stopped on request"
+    assert stopped.boot_key_made_at is None
     assert not Path(target.compute.host).exists()
     assert not list(cluster.settings.log_dir.iterdir())
     # Stopping again, or killing, is fine.
