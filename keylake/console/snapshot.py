@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from shared.ids import ProjectId
 AUDIT_TAIL: Final = 60
 CLOUD_TAIL: Final = 40
 _PAGE: Final = 1000
+_LOOKS: Final = frozenset({"ListKeys", "DescribeKey", "GetKeyPolicy"})
 
 
 class Viewer:
@@ -107,7 +108,7 @@ class Viewer:
             keys = sorted((self._key(arn) for arn in arns), key=lambda key: str(key["created"]))
         except (BotoCoreError, ClientError) as error:
             raise UnavailableError(f"the customer's cloud does not answer: {type(error).__name__}") from None
-        log = self._customer.simulation.audit_log()[-CLOUD_TAIL:]
+        log = story_of(self._customer.simulation.audit_log())[-CLOUD_TAIL:]
         faults = self._customer.simulation.faults()
         return {"keys": keys, "log": log, "faults": faults.model_dump(mode="json", exclude_defaults=True)}
 
@@ -123,6 +124,26 @@ class Viewer:
             "material": key.get("CurrentKeyMaterialId"),
             "keylake": keylake_may(self._customer.aws.policy(arn), role_arn),
         }
+
+
+def story_of(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """CloudTrail's records, oldest first, for people: without the console's own looks at the keys, and with what
+    repeats itself, as a watcher's probe of each second, told once, with how often. Or there would be little else."""
+    told: list[dict[str, Any]] = []
+    for record in log:
+        who: Mapping[str, Any] = record.get("userIdentity") or {}
+        if who.get("type") == "IAMUser" and record["eventName"] in _LOOKS:
+            continue
+        line = {
+            "who": str(who.get("arn") or who.get("type") or "").rpartition("/")[2],
+            "what": record["eventName"],
+            "outcome": record.get("errorCode") or "ok",
+        }
+        if told and all(told[-1][name] == value for name, value in line.items()):
+            told[-1] |= {"at": record["eventTime"], "times": told[-1]["times"] + 1}
+        else:
+            told.append({"at": record["eventTime"], "times": 1, **line})
+    return told
 
 
 async def _of_each(projects: Sequence[ProjectId], ask: Callable[[ProjectId], Awaitable[Any]]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def test_the_guided_tour_from_a_key_to_its_loss_and_back(page: Page) -> None:
     page.get_by_role("button", name="Make a project called demo").click()
     done(page)
     onward(page, "Some data")
-    expect(page.locator("#sql-endpoint option")).to_have_count(1)
+    expect(page.locator("#sql-endpoint option")).to_have_count(1, timeout=60_000)  # it comes after its project
     do(page)
     done(page)
     expect(page.locator("#keys")).to_contain_text("KEKs: this role may not see them.")

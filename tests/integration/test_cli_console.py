@@ -211,6 +211,11 @@ def test_the_story(console: httpx.Client) -> None:
     arn = key_of(console)["arn"]
     assert act(console, Hat.CUSTOMER, "key.disable", arn).status_code == 204
     assert key_of(console)["state"] == "Disabled"
+    log = look(console, Hat.CUSTOMER)["parts"]["cloud"]["value"]["log"]
+    [disabled] = [each for each in log if (each["what"], each["outcome"]) == ("DisableKey", "ok")]
+    assert disabled["times"] == 1
+    assert any(each["what"] == "Decrypt" and each["times"] > 1 for each in log), "the watcher's probes are told once"
+    assert not any(each["what"] == "DescribeKey" and each["who"] == disabled["who"] for each in log)
     wait_for(console, "REVOKED")
     refused = sql(console, Hat.DATA_USER, "select note from notes")
     assert refused["sqlstate"] == "KL003"

@@ -184,8 +184,6 @@ export function ours(box, part) {
 }
 
 export function theirs(box, part) {
-  // Without the console's own looks at the keys, or there would be little else to see.
-  const looks = new Set(["ListKeys", "DescribeKey", "GetKeyPolicy"]);
   draw(box, part?.value?.log ?? part, () => or_refused(part, "The customer's log", ({ log }) => table(["time", "who", "what", "outcome"],
-    log.filter((each) => !(looks.has(each.eventName) && each.userIdentity?.type === "IAMUser")).reverse().map((each) => [each.eventTime.slice(11, 19), (each.userIdentity?.arn ?? each.userIdentity?.type ?? "").split("/").at(-1), each.eventName, each.errorCode ?? "ok"]), "The customer's log")));
+    [...log].reverse().map((each) => [each.at.slice(11, 19), each.who, each.times > 1 ? `${each.what} × ${each.times}` : each.what, each.outcome]), "The customer's log")));
 }
