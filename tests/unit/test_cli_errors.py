@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -15,6 +16,7 @@ from keylake.attached import NotRunningError
 from keylake.cli.app import app
 from keylake.cli.common import ExitCode, KeylakeGroup, error_line, exit_code, home_dir, printable
 from keylake.cli.session import cloud_error
+from keylake.reference.cli import examples_of
 from shared.errors import ERRORS_BY_CODE, KeylakeError
 from tests.unit.test_cli_help import commands, leaf, root
 
@@ -96,11 +98,10 @@ MAY_END_WITH: dict[str, tuple[ExitCode, ...]] = {
 STARTS_SOMETHING = {("up",), ("demo",), ("doctor",)}
 
 
-def examples_of(path: tuple[str, ...]) -> Iterator[list[str]]:
+def command_lines(command: Any) -> Iterator[list[str]]:
     """Words behind `keylake`, of each example in the command's help that is a command line of ours alone."""
-    for line in (leaf(path).epilog or "").splitlines()[1:]:
-        text = re.sub(r"\[/?(?:cyan|dim|bold)\]", "", line).replace("\\[", "[")
-        words = re.split(r" (?:\||&&|>) ", re.sub(r"^KEYLAKE_TOKEN=\$\w+ ", "", text))[0]
+    for example in examples_of(command):
+        words = re.split(r" (?:\||&&|>) ", re.sub(r"^KEYLAKE_TOKEN=\$\w+ ", "", example))[0]
         if words.startswith("keylake "):
             yield shlex.split(words, comments=True)[1:]
 
@@ -114,7 +115,7 @@ def test_every_example_says_so_without_a_cluster(
     """So each of them is a command line that is understood, too."""
     monkeypatch.setattr("typer.testing._get_command", lambda _: root())  # made once for all
     monkeypatch.chdir(tmp_path)
-    found = list(examples_of(path))
+    found = list(command_lines(leaf(path)))
     assert found
     wanted = MAY_END_WITH.get(" ".join(path), (ExitCode.NOT_RUNNING,))
     for arguments in found:
