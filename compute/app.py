@@ -157,6 +157,11 @@ def create_app(
     async def change(endpoint_id: EndpointPath, body: ChangeEndpoint) -> Endpoint:
         return await manager.change_endpoint(endpoint_id, body)
 
+    @app.delete(_ENDPOINT, dependencies=[stopper], status_code=204)
+    async def delete_endpoint(endpoint_id: EndpointPath) -> None:
+        """Its compute is stopped first. What was written to its timeline stays."""
+        await manager.delete_endpoint(endpoint_id)
+
     @app.get(_ENDPOINT, dependencies=[visible])
     async def endpoint(endpoint_id: EndpointPath) -> Endpoint:
         return await manager.endpoint(endpoint_id)

@@ -6,9 +6,9 @@ first by its election), read-only ones and replicas aside, which have none. A ru
 goes on.
 
 What may interleave: everything is on one event loop; `_runs` and `_tasks` change only between awaits. Who begins a run
-looks at its timeline first, and awaits more things: if a deletion or a replacement has begun since (`_interventions`),
-it looks again. One that begins later finds the run, and ends it. A project's lease is held from its first start until
-no endpoint of it runs any more.
+looks at its endpoint and timeline first, and awaits more things: if a deletion or a replacement has begun since
+(`_interventions`), it looks again. One that begins later finds the run, and ends it. A project's lease is held from its
+first start until no endpoint of it runs any more.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Manager:
         self._replacing: dict[TimelineId, asyncio.Event] = {}
         """Timelines in which a safekeeper is being replaced: no endpoint of them starts before the event."""
         self._interventions = 0
-        """Deletions of timelines and replacements in them that have begun so far."""
+        """Deletions of timelines and endpoints, and replacements of safekeepers, that have begun so far."""
         self._turns = asyncio.Semaphore(services.settings.max_starting)
         self._crashes: dict[EndpointId, Crashes] = {}
         """Of endpoints whose last compute crashed."""
@@ -359,6 +359,17 @@ class Manager:
             run.suspend_after_s = self._services.suspend_after_s(row)
         return self._endpoint_model(row)
 
+    async def delete_endpoint(self, endpoint_id: EndpointId) -> None:
+        """For good; what was written stays in its timeline. A compute of it is stopped gracefully, and is gone, with
+        its leases, keys and files, when this returns. Raises NotFoundError."""
+        await self._repository.delete_endpoint(endpoint_id)
+        # From here on no run of it begins: whoever has read its row before reads it again, or is found below.
+        self._interventions += 1
+        if (run := self._runs.get(endpoint_id)) is not None:
+            run.stop("its endpoint is deleted", graceful=True)
+            await asyncio.wait({self._tasks[endpoint_id]})
+        self._crashes.pop(endpoint_id, None)
+
     async def endpoint(self, endpoint_id: EndpointId) -> Endpoint:
         """Raises NotFoundError."""
         return self._endpoint_model(await self._repository.endpoint(endpoint_id))
@@ -400,6 +411,7 @@ class Manager:
             start_lsn=row.start_lsn if plan is None else plan.start_lsn,
             instance_id=None if run is None else run.instance_id,
             volume="" if run is None else run.volume,
+            boot_key_made_at=None if run is None else run.boot_key_made_at,
             stages=[] if run is None else list(run.stages),
             pages_at_start=None if run is None else run.pages_at_start,
             crashes=crashes.count,
@@ -465,6 +477,7 @@ class Manager:
             while (replacing := self._replacing.get(row.timeline_id)) is not None:
                 await replacing.wait()  # an election of ours would make it begin again
             interventions = self._interventions
+            row = await self._repository.endpoint(endpoint_id)
             timeline = await self._repository.timeline(row.timeline_id)
             if timeline.start_lsn is None:
                 raise ConflictError("the endpoint's timeline is not finished: create it again to finish it")

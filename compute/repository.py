@@ -318,6 +318,13 @@ class Repository:
             raise NotFoundError("no such endpoint")
         return _endpoint(rows[0])
 
+    async def delete_endpoint(self, endpoint_id: EndpointId) -> EndpointRow:
+        """What it was. Raises NotFoundError."""
+        rows = await self._rows("DELETE FROM endpoints WHERE endpoint_id = $1 RETURNING *", str(endpoint_id))
+        if not rows:
+            raise NotFoundError("no such endpoint")
+        return _endpoint(rows[0])
+
     async def endpoint(self, endpoint_id: EndpointId) -> EndpointRow:
         """Raises NotFoundError."""
         rows = await self._rows("SELECT * FROM endpoints WHERE endpoint_id = $1", str(endpoint_id))

@@ -19,6 +19,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -111,6 +112,7 @@ class Run:
         self.reason = "starting"
         self.plan: Plan | None = None
         self.volume = ""
+        self.boot_key_made_at: datetime | None = None
         self.stages: list[StageTiming] = []
         self.pages_at_start: int | None = None
         """Fetched one by one until it was up; None: all of them came with the basebackup."""
@@ -431,6 +433,7 @@ class Run:
     async def _start_agent(self, agent: AgentProcess, start: Start) -> Running:
         prepared = await agent.prepared
         self.volume = prepared.volume
+        self.boot_key_made_at = prepared.boot_key_made_at
         if prepared.lazy or self._endpoint.read_only_lsn is not None:
             await self._lsn_hold.take(start.start_lsn)
         await agent.start(start)

@@ -82,6 +82,10 @@ class Attached:
     def home(self) -> Path:
         return self.layout.home
 
+    @property
+    def trust_bundle(self) -> Path:
+        return self.layout.trust_bundle
+
     def stored(self) -> dict[str, Path]:
         """Where sealed data lies: store → directory."""
         return {

@@ -411,7 +411,7 @@ class KeylakeClient:
 
     async def delete_branch(self, branch: compute_api.Timeline) -> None:
         """With its endpoints. Raises ConflictError while other branches were made from it."""
-        path = f"/v1/projects/{branch.project_id}/timelines/{branch.timeline_id}"
+        path = _timeline_path(branch.project_id, branch.timeline_id)
         await self._manager.request("DELETE", path, timeout_s=START_TIMEOUT_S)
 
     async def timelines(self, project_id: ProjectId) -> list[compute_api.Timeline]:
@@ -467,6 +467,10 @@ class KeylakeClient:
         """SIGKILL its compute, as a crash would."""
         return await self._endpoint_action(endpoint_id, "kill")
 
+    async def delete_endpoint(self, endpoint_id: EndpointId) -> None:
+        """For good, its compute with it. What was written stays in its branch."""
+        await self._manager.request("DELETE", f"/v1/endpoints/{endpoint_id}", timeout_s=START_TIMEOUT_S)
+
     async def _endpoint_action(self, endpoint_id: EndpointId, action: str) -> compute_api.Endpoint:
         path = f"/v1/endpoints/{endpoint_id}:{action}"
         return await self._manager.call(compute_api.Endpoint, "POST", path, timeout_s=START_TIMEOUT_S)
@@ -501,7 +505,7 @@ class KeylakeClient:
 
     async def timeline_info(self, timeline: compute_api.Timeline) -> TimelineInfo:
         """What the pageserver has of it."""
-        path = f"/v1/projects/{timeline.project_id}/timelines/{timeline.timeline_id}"
+        path = _timeline_path(timeline.project_id, timeline.timeline_id)
         return await self._pageserver.call(TimelineInfo, "GET", path)
 
     async def checkpoint(self, timeline: compute_api.Timeline) -> TimelineInfo:
@@ -528,17 +532,20 @@ class KeylakeClient:
         """Keep one version readable for `ttl_s`, however far the retention window moves on."""
         return await self._of_timeline(LsnLease, timeline, "lease-lsn", LeaseLsn(read_lsn=read_lsn, ttl_s=ttl_s))
 
-    async def _of_timeline(
-        self, model: type[Model], timeline: compute_api.Timeline, action: str, body: BaseModel | None = None
-    ) -> Model:
-        """Takes as long as reading or writing all of it may take."""
-        path = f"/v1/projects/{timeline.project_id}/timelines/{timeline.timeline_id}:{action}"
-        return await self._pageserver.call(model, "POST", path, body=body, timeout_s=_SCRUB_TIMEOUT_S)
-
     async def scrub(self, timeline: TimelineInfo) -> ScrubReport:
         """The object store against a timeline's index, by the pageserver. Takes as long as reading all of it."""
-        path = f"/v1/projects/{timeline.project_id}/timelines/{timeline.timeline_id}:scrub"
-        return await self._pageserver.call(ScrubReport, "POST", path, timeout_s=_SCRUB_TIMEOUT_S)
+        return await self._of_timeline(ScrubReport, timeline, "scrub")
+
+    async def _of_timeline(
+        self,
+        model: type[Model],
+        timeline: compute_api.Timeline | TimelineInfo,
+        action: str,
+        body: BaseModel | None = None,
+    ) -> Model:
+        """Takes as long as reading or writing all of it may take."""
+        path = _timeline_path(timeline.project_id, timeline.timeline_id, action)
+        return await self._pageserver.call(model, "POST", path, body=body, timeout_s=_SCRUB_TIMEOUT_S)
 
     async def scrub_project(self, project_id: ProjectId) -> Strays | None:
         """What the object store holds of timelines that the pageserver does not know. None when it holds nothing, as of
@@ -554,40 +561,40 @@ class KeylakeClient:
 
         Raises UnavailableError when some have, or may have, and none answers.
         """
-        path = f"/v1/projects/{timeline.project_id}/timelines/{timeline.timeline_id}:scrub"
-        failure: UnavailableError | None = None
-        for client in self._safekeepers:
-            try:
-                return await client.call(WalScrubReport, "POST", path, timeout_s=_SCRUB_TIMEOUT_S)
-            except NotFoundError:
-                pass
-            except UnavailableError as error:
-                failure = error
-        if failure is not None:
-            raise failure
-        return None
+        path = _timeline_path(timeline.project_id, timeline.timeline_id, "scrub")
+        try:
+            return await self._of_some_safekeeper(WalScrubReport, path, None, _SCRUB_TIMEOUT_S)
+        except NotFoundError:
+            return None
 
     async def inspect_object(
         self, project_id: ProjectId, timeline_id: TimelineId, name: str, sha256: str
     ) -> ObjectContent:
         """What is in a sealed layer or index, by the pageserver. `sha256`: of the sealed object."""
-        path = f"/v1/projects/{project_id}/timelines/{timeline_id}:inspect"
+        path = _timeline_path(project_id, timeline_id, "inspect")
         body = InspectObject(object_name=name, sha256=sha256)
         return await self._pageserver.call(ObjectContent, "POST", path, body=body, timeout_s=_INSPECT_TIMEOUT_S)
 
     async def inspect_wal(self, project_id: ProjectId, timeline_id: TimelineId, piece: InspectWal) -> WalContent:
-        """Which records a sealed piece has, by the first safekeeper that has it.
+        """Which records a sealed piece has, by the first safekeeper that can say it."""
+        path = _timeline_path(project_id, timeline_id, "inspect")
+        return await self._of_some_safekeeper(WalContent, path, piece, _INSPECT_TIMEOUT_S)
 
-        Raises what the last one raised.
-        """
-        path = f"/v1/projects/{project_id}/timelines/{timeline_id}:inspect"
-        failure: KeylakeError = UnavailableError("there are no safekeepers")
+    async def _of_some_safekeeper(
+        self, model: type[Model], path: str, body: BaseModel | None, timeout_s: float
+    ) -> Model:
+        """By the first that can say it. Raises UnavailableError when one does not answer and none can say it,
+        NotFoundError when none has it."""
+        silent: UnavailableError | None = None
+        absent: NotFoundError | None = None
         for client in self._safekeepers:
             try:
-                return await client.call(WalContent, "POST", path, body=piece, timeout_s=_INSPECT_TIMEOUT_S)
-            except (NotFoundError, UnavailableError) as error:
-                failure = error
-        raise failure
+                return await client.call(model, "POST", path, body=body, timeout_s=timeout_s)
+            except NotFoundError as error:
+                absent = error
+            except UnavailableError as error:
+                silent = error
+        raise silent or absent or UnavailableError("there are no safekeepers")
 
     async def safekeeper_status(self, index: int) -> SafekeeperStatus:
         return await self._safekeepers[index].call(SafekeeperStatus, "GET", "/v1/status")
@@ -600,3 +607,9 @@ class KeylakeClient:
     ) -> list[Model]:
         response = await client.request("GET", path, params=params)
         return [model.model_validate(item) for item in TypeAdapter(list[object]).validate_json(response.content)]
+
+
+def _timeline_path(project_id: ProjectId, timeline_id: TimelineId, action: str = "") -> str:
+    """The compute manager's, the pageserver's and the safekeepers' alike."""
+    path = f"/v1/projects/{project_id}/timelines/{timeline_id}"
+    return f"{path}:{action}" if action else path

@@ -12,15 +12,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from compute.volume.mount import why_not_on_this_machine
+from keylake.layout import Layout
 from keylake.ports import free_port
 from keylake.supervision import is_free
 from shared.errors import KeylakeError, UnavailableError
 from shared.postgres import find_postgres, postgres_command, postgres_environment, unprivileged
 from shared.sandbox import SHARED_MEMORY_DIR, Isolation, detect_isolation
+from shared.tls import renewal_is_due, valid_until
 
 _MIN_SHARED_MEMORY_BYTES: Final = 256 << 20
 _MIN_DISK_BYTES: Final = 1 << 30
@@ -60,6 +63,7 @@ def examine(home: Path, proxy_port: int | None = None) -> list[Finding]:
         lambda: _swap(Path("/proc/swaps")),
         _open_files,
         lambda: _disk(home),
+        lambda: _certificates(home),
         lambda: _ports(proxy_port),
         _fuse,
         _docker,
@@ -204,6 +208,25 @@ def _disk(home: Path) -> Iterator[Finding]:
             yield Finding("sockets", Verdict.OK, f"{temporary} can be written")
     except OSError as error:
         yield Finding("sockets", Verdict.MISSING, f"{temporary}: {error.strerror}", f"make {temporary} writable")
+
+
+def _certificates(home: Path) -> Iterator[Finding]:
+    """Of a home that is there: `keylake up` renews them, so a cluster that is never restarted outlives them."""
+    certificate = Layout(home).ca_certificate
+    if not certificate.exists():
+        return
+    try:
+        end = valid_until(certificate)
+    except KeylakeError as error:
+        yield Finding("certificates", Verdict.MISSING, str(error), f"remove {certificate.parent}, then: keylake up")
+        return
+    detail = f"good until {end:%Y-%m-%d %H:%M} UTC"
+    if not renewal_is_due(certificate):
+        yield Finding("certificates", Verdict.OK, detail)
+        return
+    verdict = Verdict.WARNING if end > datetime.now(UTC) else Verdict.MISSING
+    remedy = f"keylake down, then keylake up: it issues new ones; copies of {certificate.name} are to be replaced"
+    yield Finding("certificates", verdict, detail, remedy)
 
 
 def _ports(proxy_port: int | None) -> Iterator[Finding]:

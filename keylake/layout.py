@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from keylake.ports import free_port
 from shared.auth import Service, TokenIssuer, TrustBundle
 from shared.config import Address
 from shared.roles import SERVICE_SCOPES
-from shared.tls import CertificateAuthority, service_host_name
+from shared.tls import CertificateAuthority, renewal_is_due, service_host_name
 
 SAFEKEEPERS: Final = 3
 PROXY_DOMAIN: Final = "db.localhost"
@@ -131,23 +132,40 @@ class Layout:
         return not self.trust_bundle.exists()
 
     def create(self, keymanagers: int = 1) -> None:
-        """Directories, certificates, signing keys, secrets. Only for a new home; an existing one keeps what it has, and
-        gets keys for keymanagers that it did not have before."""
+        """Directories, certificates, signing keys, secrets. Only for a new home; an existing one keeps what it has,
+        gets keys for keymanagers that it did not have before, and new certificates in time."""
         for directory in (self.home, self.pki, self.keys, self.config, self.logs, self.data):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
+        self._issue_certificates()
         if self.is_new:
-            self._create()
+            self._create_keys()
         self._add_keymanager_keys(keymanagers)
 
-    def _create(self) -> None:
+    def _issue_certificates(self) -> None:
+        """If there are none, or two thirds of their time are over: a new CA, since no CA's key is kept, and all that it
+        issues. Nothing runs meanwhile. Whoever has a copy of ca.crt needs the new one.
+
+        A crash leaves the old ones, or none, and then new ones are issued at the next start.
+        """
+        fresh, old = self.home / "pki.new", self.home / "pki.old"
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
+        if self.ca_certificate.exists() and not renewal_is_due(self.ca_certificate):
+            return
+        fresh.mkdir(mode=0o700)
         authority = CertificateAuthority()
-        write_secret(self.ca_certificate, authority.certificate_pem.decode("ascii"))
+        write_secret(fresh / self.ca_certificate.name, authority.certificate_pem.decode("ascii"))
         for service in Service:
             names = [service_host_name(service.value), "localhost"]
-            authority.issue_files(self.pki, service.value, names, ["127.0.0.1", "::1"])
-        authority.issue_files(self.pki, "postgres", ["localhost", f"*.{PROXY_DOMAIN}"], ["127.0.0.1", "::1"])
-        authority.issue_files(self.pki, "customercloud", ["localhost"], ["127.0.0.1"])
+            authority.issue_files(fresh, service.value, names, ["127.0.0.1", "::1"])
+        authority.issue_files(fresh, "postgres", ["localhost", f"*.{PROXY_DOMAIN}"], ["127.0.0.1", "::1"])
+        authority.issue_files(fresh, "customercloud", ["localhost"], ["127.0.0.1"])
+        self.pki.rename(old)
+        fresh.rename(self.pki)
+        shutil.rmtree(old)
+
+    def _create_keys(self) -> None:
         issuers = []
         for kid, scopes in SERVICE_SCOPES.items():
             if kid == Service.KEYMANAGER.value:

@@ -288,7 +288,7 @@ def _signing_keys(bundles: Mapping[str, Layout]) -> str:
     issuer.save(bundles[CONSOLE].admin_key)
     issuers.append(issuer)
     trust = TrustBundle.of(issuers).model_dump_json()
-    for name in (*SERVICES, CONSOLE):  # the console only looks whether it is there
+    for name in (*SERVICES, CONSOLE):  # the console checks receipts with it
         bundles[name].trust_bundle.write_text(trust)
     return trust
 

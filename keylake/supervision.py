@@ -37,6 +37,8 @@ _MAX_STATE_SIZE_BYTES: Final = 1 << 20
 
 ENTRIES: Final = (
     "pki",
+    "pki.new",
+    "pki.old",
     "keys",
     "config",
     "logs",

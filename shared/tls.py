@@ -20,7 +20,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from shared.errors import CorruptedError
+
 _VALIDITY = timedelta(days=365)
+RENEWED_BEFORE_END = _VALIDITY / 3
 _BACKDATE = timedelta(minutes=5)
 
 
@@ -36,7 +39,8 @@ def service_host_name(service: str) -> str:
 
 
 class CertificateAuthority:
-    """A CA with a P-256 key. Certificates last a year; a new cluster makes a new CA."""
+    """A CA with a P-256 key, which is not kept. Certificates last a year: before that, a new CA issues all of them
+    anew (`renewal_is_due`)."""
 
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -82,6 +86,19 @@ class CertificateAuthority:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(content)
         return files
+
+
+def valid_until(certificate: Path) -> datetime:
+    """Raises CorruptedError unless it is a PEM file with a certificate in it; OSError."""
+    try:
+        return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+    except ValueError:
+        raise CorruptedError(f"{certificate} is not a certificate") from None
+
+
+def renewal_is_due(certificate: Path) -> bool:
+    """Two thirds of its time are over. Raises as `valid_until`."""
+    return datetime.now(UTC) > valid_until(certificate) - RENEWED_BEFORE_END
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:

@@ -24,6 +24,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -107,6 +108,7 @@ class Agent:
         self._volume = volume
         self._no_network = no_network
         self._boot_key = SecretKey.generate()
+        self._boot_key_made_at = datetime.now(UTC)
         self._log_key = AeadKey(derive_key(self._boot_key, KEY_LABEL), default_suite())
         self._sealed_log = SealedLog(boot.sealed_log, self._log_key, boot.instance_id, boot.log_size_bytes)
         self._admin_password = secrets.token_urlsafe(32)
@@ -261,7 +263,12 @@ class Agent:
         lap("lease")
         await self._volume.prepare()
         lap("volume")
-        prepared = Prepared(volume=self._volume.description, lazy=self._volume.is_lazy, stages=self._stages)
+        prepared = Prepared(
+            boot_key_made_at=self._boot_key_made_at,
+            volume=self._volume.description,
+            lazy=self._volume.is_lazy,
+            stages=self._stages,
+        )
         await self._pipe.send(prepared)
         start = await self._start
         if self._volume.is_lazy:

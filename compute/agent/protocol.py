@@ -18,6 +18,7 @@ environment or files. A line is at most MAX_LINE_SIZE_BYTES; anything else on th
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -153,6 +154,7 @@ class ReadLog(ApiModel):
 
 class Prepared(ApiModel):
     op: Literal["prepared"] = "prepared"
+    boot_key_made_at: datetime
     volume: str
     lazy: bool = False
     """It reads at the start LSN for as long as it lives: keep that readable."""

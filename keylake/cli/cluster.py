@@ -48,7 +48,8 @@ def up(
 ) -> None:
     """Start a local cluster: every service as a process of its own, no Docker and no root needed.
 
-    It goes on when the terminal is closed. The data is kept in --home and is there again at the next start.
+    It goes on when the terminal is closed. The data is kept in --home and is there again at the next start. Its
+    certificates last a year; a start in the last third of it issues new ones (`keylake doctor` says when they end).
     """
     from keylake import supervision
     from keylake.attached import Attached

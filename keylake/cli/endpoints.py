@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keylake.cli.common import AsJson, Home, examples, group, home_dir, printable
+from keylake.cli.common import AsJson, Home, Yes, examples, group, home_dir, printable
 
 if TYPE_CHECKING:
     from keylake.client import Connection, KeylakeClient
@@ -314,6 +314,24 @@ def kill(endpoint: EndpointName, home: Home = None, as_json: AsJson = False) -> 
     _act(endpoint, home, as_json, lambda client, endpoint_id: client.kill_endpoint(endpoint_id))
 
 
+@app.command("delete", epilog=examples("keylake endpoint delete shop/reports --yes"))
+def delete(endpoint: EndpointName, yes: Yes = False, home: Home = None, as_json: AsJson = False) -> None:
+    """Delete an endpoint for good: its compute is stopped, its connections end. The branch and its data stay."""
+    from keylake.cli import lookup, session
+    from keylake.cli.output import emit
+    from keylake.connections import forget_connection
+
+    found = session.ask(home, lambda client: lookup.endpoint(client, endpoint))
+    if not yes:
+        running = f", which is {found.state.value}" if found.state.value != "STOPPED" else ""
+        typer.confirm(
+            f"Delete the endpoint {printable(found.name)!r} ({found.endpoint_id}){running}?", abort=True, err=True
+        )
+    session.ask(home, lambda client: client.delete_endpoint(found.endpoint_id))
+    forget_connection(home_dir(home), found.endpoint_id)
+    emit({"deleted": found}, as_json, lambda: f"endpoint {found.endpoint_id} is deleted; its branch keeps the data")
+
+
 def _act(
     text: str, home: Path | None, as_json: bool, action: Callable[[KeylakeClient, EndpointId], Awaitable[Endpoint]]
 ) -> None:
@@ -343,6 +361,7 @@ def _act(
                     ("reason", after.reason),
                     ("crashes", _crashes(after)),
                     ("volume", after.volume),
+                    ("boot key made", after.boot_key_made_at),
                     ("term", after.term),
                     ("started at", after.start_lsn),
                     ("user", after.user),

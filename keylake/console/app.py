@@ -27,8 +27,11 @@ from keylake.console.place import Place
 from keylake.console.setup import make_project
 from keylake.console.snapshot import Viewer
 from keylake.console.stored import StoredFiles
+from keylake.receipt_page import headline
+from shared.auth import SignatureVerifier, TrustBundle
 from shared.errors import InvalidInputError, KeylakeError, UnauthenticatedError
 from shared.ids import ProjectId
+from shared.receipt import MAX_RECEIPT_SIZE_BYTES, SignedReceipt
 from shared.service import error_response
 
 POLL_S: Final = 1.0
@@ -101,7 +104,7 @@ def create_app(place: Place, wardrobe: Wardrobe, customer: Customer, key: str, p
             if request.hat is Hat.CUSTOMER:
                 await actions.act_in_cloud(customer, request)
             else:
-                await actions.act_in_keylake(await wardrobe.client(request.hat), request)
+                await actions.act_in_keylake(place, await wardrobe.client(request.hat), request)
         finally:
             acted.beat()
 
@@ -131,13 +134,24 @@ def create_app(place: Place, wardrobe: Wardrobe, customer: Customer, key: str, p
         return await files.find(wanted.word)
 
     @app.get("/api/receipt")
-    async def receipt(hat: Hat, project_id: Annotated[str, Query(max_length=40)]) -> Response:
+    async def receipt(
+        hat: Hat,
+        project_id: Annotated[str, Query(max_length=40)],
+        kind: Annotated[str, Query(max_length=20)] = "revocation",
+        revocation_id: Annotated[str | None, Query(max_length=40)] = None,
+    ) -> Response:
         try:
             project = ProjectId.parse(project_id)
         except ValueError as error:
             raise InvalidInputError(str(error)) from None
-        content = await (await wardrobe.client(hat)).receipt(project)
+        content = await (await wardrobe.client(hat)).receipt(project, revocation_id, kind=kind)
         return Response(content, media_type="application/json")
+
+    @app.post("/api/verify")
+    async def verify(request: Request) -> dict[str, Any]:
+        """Is a receipt genuine, to the last byte? No service is asked."""
+        content = await request.body()
+        return await asyncio.to_thread(_verified, content, place.trust_bundle)
 
     app.mount("/static", StaticFiles(directory=STATIC))
     return app
@@ -148,12 +162,27 @@ def _check(request: Request, hosts: set[str], key: str) -> None:
     if request.headers.get("host", "").lower() not in hosts:
         raise UnauthenticatedError("this console answers to its own address only")
     length = request.headers.get("content-length", "0")
-    if request.method == "POST" and not (length.isdigit() and int(length) <= _MAX_BODY_SIZE_BYTES):
+    most = MAX_RECEIPT_SIZE_BYTES if request.url.path == "/api/verify" else _MAX_BODY_SIZE_BYTES
+    if request.method == "POST" and not (length.isdigit() and int(length) <= most):
         raise InvalidInputError("the request is too large, or does not say how large it is")
     if request.url.path.startswith("/api/"):
         given = request.headers.get(KEY_HEADER, "")
         if not hmac.compare_digest(given.encode(), key.encode()):
             raise UnauthenticatedError("open the console with the address that `keylake console` has printed")
+
+
+def _verified(content: bytes, trust_bundle: Path) -> dict[str, Any]:
+    """Raises MalformedReceiptError, IntegrityError."""
+    signed = SignedReceipt.parse(content)
+    signed.check(SignatureVerifier(TrustBundle.load(trust_bundle)))
+    receipt = signed.receipt
+    return {
+        "headline": f"{receipt.kind}: {headline(receipt)}",
+        "signed_by": receipt.kid,
+        "issued_at": receipt.issued_at.isoformat(),
+        "verified": receipt.verified,
+        "not_verified": receipt.not_verified,
+    }
 
 
 async def _look(viewer: Viewer) -> dict[str, Any]:

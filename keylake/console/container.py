@@ -46,6 +46,10 @@ class Stack:
         self._observed = observed
         self.home = home
 
+    @property
+    def trust_bundle(self) -> Path:
+        return Layout(self._directory).trust_bundle
+
     def stored(self) -> Mapping[str, Path]:
         return {"objects": self._observed / "minio", **{name: self._observed / name for name in SAFEKEEPER_NAMES}}
 

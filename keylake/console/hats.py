@@ -25,6 +25,8 @@ class Hat(enum.StrEnum):
     CUSTOMER = "customer"
     ACCOUNT_ADMIN = "account-admin"
     SECURITY_ADMIN = "security-admin"
+    SECOND_SECURITY_ADMIN = "second-security-admin"
+    """Another person than the first: shredding takes the word of two."""
     WORKSPACE_ADMIN = "workspace-admin"
     DATA_USER = "data-user"
     AUDITOR = "auditor"
@@ -34,7 +36,12 @@ class Hat(enum.StrEnum):
         """Raises PermissionDeniedError for the customer, who has none here."""
         if self is Hat.CUSTOMER:
             raise PermissionDeniedError("the customer has no role in Keylake: it acts in its own cloud")
-        return PersonRole(self.value)
+        return PersonRole.SECURITY_ADMIN if self is Hat.SECOND_SECURITY_ADMIN else PersonRole(self.value)
+
+    @property
+    def subject(self) -> str:
+        """Whom its tokens are for, as the audit chain has it."""
+        return "console-2" if self is Hat.SECOND_SECURITY_ADMIN else "console"
 
 
 class Wardrobe:
@@ -55,7 +62,7 @@ class Wardrobe:
         async with self._lock:
             worn = self._worn.get(hat)
             if worn is None or worn[1] < time.monotonic() + _RENEW_BEFORE_S:
-                token, issued = await self._owner.create_token(hat.role, subject="console", ttl_s=TOKEN_TTL_S)
+                token, issued = await self._owner.create_token(hat.role, subject=hat.subject, ttl_s=TOKEN_TTL_S)
                 self._tokens.append(issued.token_id)
                 if worn is not None:
                     await worn[0].aclose()

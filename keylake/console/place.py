@@ -17,6 +17,11 @@ class Place(Protocol):
         """Where the passwords of endpoints that are made here are kept (`keylake.connections`)."""
         ...
 
+    @property
+    def trust_bundle(self) -> Path:
+        """Public keys, with which receipts are checked."""
+        ...
+
     def stored(self) -> Mapping[str, Path]:
         """Where sealed data lies: store → directory."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -16,12 +16,14 @@ from keylake.cluster import Customer
 from keylake.console.hats import Hat, Wardrobe
 from keylake.console.place import Place
 from shared.api.keymanager import AuditRecord
-from shared.errors import KeylakeError, PermissionDeniedError, UnavailableError
+from shared.api.shredding import Shred
+from shared.errors import KeylakeError, NotFoundError, PermissionDeniedError, UnavailableError
 from shared.ids import ProjectId
 
 AUDIT_TAIL: Final = 60
 CLOUD_TAIL: Final = 40
 _PAGE: Final = 1000
+_LOOKS: Final = frozenset({"ListKeys", "DescribeKey", "GetKeyPolicy"})
 
 
 class Viewer:
@@ -64,6 +66,7 @@ class Viewer:
         projects = [ProjectId.parse(each["project_id"]) for each in parts["projects"].get("value", [])]
         parts["keks"] = await self._part("keks", lambda: _of_each(projects, client.key_status))
         parts["revocations"] = await self._part("revocations", lambda: _of_each(projects, client.revocations))
+        parts["shreds"] = await self._part("shreds", lambda: _of_each(projects, lambda each: _shred(client, each)))
         return parts
 
     async def _part(self, name: str, ask: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
@@ -105,7 +108,7 @@ class Viewer:
             keys = sorted((self._key(arn) for arn in arns), key=lambda key: str(key["created"]))
         except (BotoCoreError, ClientError) as error:
             raise UnavailableError(f"the customer's cloud does not answer: {type(error).__name__}") from None
-        log = self._customer.simulation.audit_log()[-CLOUD_TAIL:]
+        log = story_of(self._customer.simulation.audit_log())[-CLOUD_TAIL:]
         faults = self._customer.simulation.faults()
         return {"keys": keys, "log": log, "faults": faults.model_dump(mode="json", exclude_defaults=True)}
 
@@ -123,9 +126,37 @@ class Viewer:
         }
 
 
+def story_of(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """CloudTrail's records, oldest first, for people: without the console's own looks at the keys, and with what
+    repeats itself, as a watcher's probe of each second, told once, with how often. Or there would be little else."""
+    told: list[dict[str, Any]] = []
+    for record in log:
+        who: Mapping[str, Any] = record.get("userIdentity") or {}
+        if who.get("type") == "IAMUser" and record["eventName"] in _LOOKS:
+            continue
+        line = {
+            "who": str(who.get("arn") or who.get("type") or "").rpartition("/")[2],
+            "what": record["eventName"],
+            "outcome": record.get("errorCode") or "ok",
+        }
+        if told and all(told[-1][name] == value for name, value in line.items()):
+            told[-1] |= {"at": record["eventTime"], "times": told[-1]["times"] + 1}
+        else:
+            told.append({"at": record["eventTime"], "times": 1, **line})
+    return told
+
+
 async def _of_each(projects: Sequence[ProjectId], ask: Callable[[ProjectId], Awaitable[Any]]) -> dict[str, Any]:
     """{project: answer}; refused as a whole by the first that is."""
     return {str(each): _plain(await ask(each)) for each in projects}
+
+
+async def _shred(client: KeylakeClient, project_id: ProjectId) -> Shred | None:
+    """None: nobody has asked for it."""
+    try:
+        return await client.shred(project_id)
+    except NotFoundError:
+        return None
 
 
 def _plain(value: Any) -> Any:

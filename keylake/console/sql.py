@@ -7,7 +7,7 @@ from typing import Any, Final
 import asyncpg
 from pydantic import BaseModel, ConfigDict, Field
 
-from keylake.client import KeylakeClient
+from keylake.client import START_TIMEOUT_S, KeylakeClient
 from keylake.connections import load_connections
 from keylake.console.hats import Hat
 from keylake.console.place import Place
@@ -44,7 +44,7 @@ async def run(place: Place, client: KeylakeClient, statement: Statement) -> dict
     proxy = client.addresses.proxy
     target = saved.connection(proxy.host, proxy.port, client.ca_certificate)
     try:
-        connection = await asyncpg.connect(**target.asyncpg_arguments(), timeout=TIMEOUT_S)
+        connection = await asyncpg.connect(**target.asyncpg_arguments(), timeout=START_TIMEOUT_S)
     except asyncpg.PostgresError as error:
         return _refused(error)
     except (OSError, TimeoutError, asyncpg.InterfaceError) as error:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import asyncpg
 
-from keylake.client import Connection
+from keylake.client import START_TIMEOUT_S, Connection
 from keylake.demo import evidence, ledger
 from keylake.demo.pgbench import run_pgbench
 from keylake.demo.report import Report
@@ -91,7 +91,7 @@ class Story:
 
     async def _connect(self) -> asyncpg.Connection[Any]:
         connection: asyncpg.Connection[Any] = await asyncpg.connect(
-            **self._connection.asyncpg_arguments(), timeout=60, command_timeout=60
+            **self._connection.asyncpg_arguments(), timeout=START_TIMEOUT_S, command_timeout=60
         )
         return connection
 

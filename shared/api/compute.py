@@ -132,6 +132,8 @@ class Endpoint(ApiModel):
     start_lsn: Lsn | None
     instance_id: InstanceId | None
     volume: str
+    boot_key_made_at: datetime | None = None
+    """Of a compute that runs: since when it has its boot key, which ends with it."""
     stages: list[StageTiming]
     pages_at_start: int | None = None
     """How many pages came one by one from the pageserver until it was up; None: all came at once."""

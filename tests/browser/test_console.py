@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Page, Playwright, expect, sync_playwright
 
 from tests.fixtures.keylake_command import KeylakeCommand, running_console
 
@@ -83,6 +83,17 @@ def done(page: Page) -> None:
     expect(page.locator("#tour-wait")).to_have_text("✓ done", timeout=60_000)
 
 
+def check_receipt(page: Page, content: bytes, told: str) -> None:
+    page.get_by_label("Is a receipt genuine?").set_input_files(
+        FilePayload(name="receipt.json", mimeType="application/json", buffer=content)
+    )
+    expect(page.locator("#receipt-result")).to_contain_text(told, timeout=60_000)
+
+
+def wear(page: Page, hat: str) -> None:
+    page.get_by_role("radio", name=hat, exact=True).check()
+
+
 def test_the_guided_tour_from_a_key_to_its_loss_and_back(page: Page) -> None:
     page.get_by_role("button", name="Guided tour").click()
     expect(page.locator("#tour-title")).to_contain_text("The parts")
@@ -90,10 +101,12 @@ def test_the_guided_tour_from_a_key_to_its_loss_and_back(page: Page) -> None:
     page.get_by_role("button", name="Make a project called demo").click()
     done(page)
     onward(page, "Some data")
-    expect(page.locator("#sql-endpoint option")).to_have_count(1)
+    expect(page.locator("#sql-endpoint option")).to_have_count(1, timeout=60_000)  # it comes after its project
     do(page)
     done(page)
     expect(page.locator("#keys")).to_contain_text("KEKs: this role may not see them.")
+    expect(page.locator("#node-compute")).to_contain_text(re.compile(r"oldest boot key: \d+ s"))
+    expect(page.locator("#keys [data-since]")).to_have_text(re.compile(r"\d+ s old"))
     onward(page, "What a thief gets")
     do(page)
     page.get_by_label("Find in all of them").fill("treasure")
@@ -113,7 +126,9 @@ def test_the_guided_tour_from_a_key_to_its_loss_and_back(page: Page) -> None:
     picture(page, "sealed")
     with page.expect_download() as download:
         page.get_by_role("button", name="Signed receipt").first.click()
-    assert b'"signature"' in Path(download.value.path()).read_bytes()
+    receipt = Path(download.value.path()).read_bytes()
+    check_receipt(page, receipt, "Genuine. Signed by keymanager")
+    check_receipt(page, receipt.replace(b"REVOKED", b"SHREDDED"), "Not genuine")
     onward(page, "Nobody gets in")
     do(page)
     done(page)
@@ -191,3 +206,39 @@ def test_it_asks_nobody_else(browser: Browser, address: str) -> None:
 
 def test_the_address_does_not_keep_the_key(page: Page) -> None:
     assert "key=" not in page.url
+
+
+def test_the_network_is_cut_and_a_project_shredded_by_two_people(page: Page) -> None:
+    """What the tour leaves out. Last: the project is gone afterwards."""
+    wear(page, "customer")
+    page.get_by_role("button", name="Cut the network").click()
+    expect(page.locator("#customer")).to_contain_text("nothing that it says reaches Keylake", timeout=60_000)
+    wear(page, "auditor")
+    expect(page.locator("#keys .state.SUSPENDED").first).to_be_visible(timeout=60_000)
+    wear(page, "customer")
+    page.get_by_role("button", name="Let it answer again").click()
+    wear(page, "security admin")
+    expect(page.locator("#keys .state.ACTIVE").first).to_be_visible(timeout=60_000)
+
+    name = page.get_by_label("Name of demo, typed")
+    ask = page.get_by_role("button", name="Ask to shred")
+    ask.click()
+    expect(page.get_by_role("alert")).to_contain_text("project_name")  # nothing was typed
+    name.fill("demo")
+    ask.click()
+    approve = page.get_by_role("button", name="Approve: destroy its keys for good")
+    name.fill("demo")
+    approve.click()
+    expect(page.get_by_role("alert")).to_contain_text("another person")
+    wear(page, "second security admin")
+    expect(page.locator("#keys")).to_contain_text("asked by admin:console:", timeout=60_000)
+    name.fill("demo")
+    picture(page, "shred")
+    approve.click()
+    expect(page.locator("#keys .state.SHREDDED").first).to_be_visible(timeout=60_000)
+    with page.expect_download(timeout=90_000) as download:
+        page.get_by_role("button", name="Receipt of the shred").click()
+    check_receipt(page, Path(download.value.path()).read_bytes(), "Genuine")
+    wear(page, "workspace admin")
+    page.locator("#keys [data-action='endpoint.delete']").click()
+    expect(page.locator("#keys [data-action='endpoint.delete']")).to_have_count(0, timeout=60_000)

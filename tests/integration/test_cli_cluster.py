@@ -360,6 +360,13 @@ def test_an_endpoint_stops_and_starts_and_is_killed(keylake: KeylakeCommand) -> 
     assert {s["stage"] for s in started["stages"]} >= {"election", "basebackup", "postgres"}
     assert keylake.json("endpoint", "kill", "moves")["state"] == "STOPPED"
     assert select(keylake, "moves", "select x from t") == "42"
+    # Deleted while it runs; the branch keeps the data, and another endpoint gets a new password for it.
+    [saved] = [each["endpoint_id"] for each in keylake.json("project", "show", "moves")["endpoints"]]
+    assert keylake.json("endpoint", "delete", "moves", "--yes")["deleted"]["endpoint_id"] == saved
+    assert not (keylake.home / "connections" / f"{saved}.json").exists()
+    assert keylake.run("endpoint", "delete", saved, "--yes").returncode == 2
+    keylake("endpoint", "create", "moves")
+    assert select(keylake, "moves", "select x from t") == "42"
 
 
 def test_a_replica_follows(keylake: KeylakeCommand) -> None:

@@ -68,8 +68,8 @@ def sql(console: httpx.Client, hat: Hat, statement: str) -> dict[str, Any]:
     return body
 
 
-def act(console: httpx.Client, hat: Hat, action: str, target: str = "") -> httpx.Response:
-    return console.post("/api/act", json={"hat": hat, "action": action, "target": target})
+def act(console: httpx.Client, hat: Hat, action: str, target: str = "", **more: str) -> httpx.Response:
+    return console.post("/api/act", json={"hat": hat, "action": action, "target": target, **more})
 
 
 def key_of(console: httpx.Client) -> dict[str, Any]:
@@ -183,6 +183,7 @@ def test_buttons_are_the_services_to_refuse(console: httpx.Client) -> None:
         (Hat.WORKSPACE_ADMIN, "project.rotate-kek", project),
         (Hat.SECURITY_ADMIN, "endpoint.kill", endpoint(console)),
         (Hat.AUDITOR, "endpoint.stop", endpoint(console)),
+        (Hat.DATA_USER, "endpoint.delete", endpoint(console)),
     ):
         refused = act(console, hat, action, target)
         assert (refused.status_code, refused.json()["code"]) == (403, "permission_denied"), (hat, action)
@@ -191,6 +192,7 @@ def test_buttons_are_the_services_to_refuse(console: httpx.Client) -> None:
         (Hat.AUDITOR, "key.disable", ""),
         (Hat.SECURITY_ADMIN, "project.revoke", "prj-nonsense"),
         (Hat.CUSTOMER, "key.disable", "no such key"),
+        (Hat.SECURITY_ADMIN, "project.ask-shred", project),  # nothing was typed
     ):
         assert act(console, hat, action, target).status_code in (400, 404), (hat, action)
     assert console.post("/api/act", content=b"x" * 100_000).status_code == 400
@@ -209,6 +211,11 @@ def test_the_story(console: httpx.Client) -> None:
     arn = key_of(console)["arn"]
     assert act(console, Hat.CUSTOMER, "key.disable", arn).status_code == 204
     assert key_of(console)["state"] == "Disabled"
+    log = look(console, Hat.CUSTOMER)["parts"]["cloud"]["value"]["log"]
+    [disabled] = [each for each in log if (each["what"], each["outcome"]) == ("DisableKey", "ok")]
+    assert disabled["times"] == 1
+    assert any(each["what"] == "Decrypt" and each["times"] > 1 for each in log), "the watcher's probes are told once"
+    assert not any(each["what"] == "DescribeKey" and each["who"] == disabled["who"] for each in log)
     wait_for(console, "REVOKED")
     refused = sql(console, Hat.DATA_USER, "select note from notes")
     assert refused["sqlstate"] == "KL003"
@@ -219,10 +226,15 @@ def test_the_story(console: httpx.Client) -> None:
             break
         assert time.monotonic() < deadline
     project = wait_for(console, "REVOKED")["projects"]["value"][0]["project_id"]
-    receipt = console.get("/api/receipt", params={"hat": Hat.AUDITOR, "project_id": project})
-    assert receipt.status_code == 200
-    assert "signature" in receipt.json()
-    assert console.get("/api/receipt", params={"hat": Hat.DATA_USER, "project_id": project}).status_code == 403
+    of_it = {"project_id": project, "revocation_id": revocations[0]["revocation_id"]}
+    receipt = console.get("/api/receipt", params={"hat": Hat.AUDITOR, **of_it})
+    assert receipt.json()["revocation_id"] == of_it["revocation_id"]
+    genuine = console.post("/api/verify", content=receipt.content).json()
+    assert "REVOKED, sealed after" in genuine["headline"]
+    forged = console.post("/api/verify", content=receipt.content.replace(b"REVOKED", b"SUSPENDED"))
+    assert forged.json()["code"] == "integrity"
+    assert console.post("/api/verify", content=b"{}").json()["code"] == "malformed_receipt"
+    assert console.get("/api/receipt", params={"hat": Hat.DATA_USER, **of_it}).status_code == 403
 
     assert act(console, Hat.CUSTOMER, "key.enable", arn).status_code == 204
     wait_for(console, "ACTIVE")
@@ -231,11 +243,36 @@ def test_the_story(console: httpx.Client) -> None:
         assert time.monotonic() < deadline
     assert answer["rows"] == [["the treasure lies under the oak"]]
 
-    assert act(console, Hat.CUSTOMER, "cloud.outage").status_code == 204
+    for action, outage in (("cloud.outage", "refuse"), ("cloud.cut", "hang")):
+        assert act(console, Hat.CUSTOMER, action).status_code == 204
+        assert look(console, Hat.CUSTOMER)["parts"]["cloud"]["value"]["faults"]["outage"] == outage
     wait_for(console, "SUSPENDED")
     assert act(console, Hat.CUSTOMER, "cloud.recover").status_code == 204
     wait_for(console, "ACTIVE")
     assert console.post("/api/setup").json()["code"] == "conflict"
+
+
+def test_the_end_of_the_story(console: httpx.Client, keylake: KeylakeCommand) -> None:
+    """Shredding takes two people; what is left of the project's endpoint is deleted by a third."""
+    project = look(console, Hat.AUDITOR)["parts"]["projects"]["value"][0]["project_id"]
+    asks, other = Hat.SECURITY_ADMIN, Hat.SECOND_SECURITY_ADMIN
+    assert act(console, asks, "project.ask-shred", project, typed="dmeo").status_code == 400
+    assert act(console, asks, "project.ask-shred", project, typed="demo").status_code == 204
+    shred = look(console, other)["parts"]["shreds"]["value"][project]
+    assert shred["state"] == "asked"
+    approval = {"typed": "demo", "shred_id": shred["shred_id"]}
+    assert act(console, asks, "project.approve-shred", project, **approval).status_code == 403
+    assert act(console, other, "project.approve-shred", project, **approval).status_code == 204
+    wait_for(console, "SHREDDED")
+    deadline = time.monotonic() + 30
+    while (shred := look(console, Hat.AUDITOR)["parts"]["shreds"]["value"][project])["state"] != "done":
+        assert time.monotonic() < deadline, shred
+    receipt = console.get("/api/receipt", params={"hat": Hat.AUDITOR, "project_id": project, "kind": "shred"})
+    assert console.post("/api/verify", content=receipt.content).json()["headline"].startswith("shred: demo: SHREDDED")
+    gone = endpoint(console)
+    assert act(console, Hat.WORKSPACE_ADMIN, "endpoint.delete", gone).status_code == 204
+    assert look(console, Hat.DATA_USER)["parts"]["endpoints"]["value"] == []
+    assert not (keylake.home / "connections" / f"{gone}.json").exists()
 
 
 def test_its_tokens_end_with_it(keylake: KeylakeCommand) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 
 from compute.crashes import Crashes
 from compute.follower import Follower
+from compute.repository import TimelineRow
 from keylake.ports import free_port
 from shared.api.compute import (
     ChangeEndpoint,
@@ -194,11 +196,14 @@ async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, clie
     path = f"/v1/endpoints/{endpoint.endpoint_id}"
     half, later = ChangeEndpoint(size=EndpointSize.HALF), ChangeEndpoint(size=EndpointSize.QUARTER)
     assert (await client.call(Endpoint, "PATCH", path, body=half)).size is EndpointSize.HALF
+    began = datetime.now(UTC)
     target = await reach(client, endpoint)
     changed = await client.call(Endpoint, "PATCH", path, body=later)
     assert (changed.size, changed.running_size) == (EndpointSize.QUARTER, EndpointSize.HALF)
     assert changed.suspend_after_s == endpoint.suspend_after_s
     assert "1536 MiB" in changed.volume
+    assert changed.boot_key_made_at is not None
+    assert began <= changed.boot_key_made_at <= datetime.now(UTC)
     connection = await log_in(target, endpoint)
     assert await connection.fetchval("SHOW shared_buffers") == "64MB"
     reserved = int(await connection.fetchval("SHOW superuser_reserved_connections"))
@@ -210,6 +215,7 @@ async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, clie
     stopped = await client.call(Endpoint, "POST", f"/v1/endpoints/{endpoint.endpoint_id}:stop")
     assert stopped.state is EndpointState.STOPPED
     assert stopped.reason == "stopped on request"
+    assert stopped.boot_key_made_at is None
     assert not Path(target.compute.host).exists()
     assert not list(cluster.settings.log_dir.iterdir())
     # Stopping again, or killing, is fine.
@@ -378,13 +384,46 @@ async def test_creation_is_idempotent_and_typed(cluster: ComputeCluster, client:
     assert row.scram_verifier.startswith("SCRAM-SHA-256$")
 
 
-async def test_two_endpoints_of_one_timeline_do_not_run_at_once(cluster: ComputeCluster, client: ServiceClient) -> None:
+async def test_two_endpoints_of_one_timeline_do_not_run_at_once_and_each_can_be_deleted(
+    cluster: ComputeCluster, client: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project_id = ProjectId.new()
     first = await make_endpoint(client, project_id, "first")
     second = await make_endpoint(client, project_id, "second")
-    await reach(client, first)
+    target = await reach(client, first)
     with pytest.raises(ConflictError):
         await reach(client, second)
+
+    # Until the first one is deleted, and its compute with it.
+    connection = await log_in(target, first)
+    await client.request("DELETE", f"/v1/endpoints/{first.endpoint_id}")
+    with pytest.raises(CONNECTION_LOST):
+        await connection.execute("SELECT 1")
+    assert not list(cluster.settings.runtime_dir.iterdir())
+    assert not list(cluster.settings.log_dir.iterdir())
+    await wait_until(lambda: not any(project_id in session.held for session in cluster.leases.sessions))
+    for method, verb in (("GET", ""), ("POST", ":connect"), ("DELETE", "")):
+        with pytest.raises(NotFoundError):
+            await client.request(method, f"/v1/endpoints/{first.endpoint_id}{verb}")
+    assert [each.endpoint_id for each in await cluster.manager.endpoints(project_id)] == [second.endpoint_id]
+    assert (await make_endpoint(client, project_id, "first")).endpoint_id != first.endpoint_id  # the name is free
+
+    # Who was about to start the other one when it was deleted does not start it.
+    looking, deleted = asyncio.Event(), asyncio.Event()
+    projects_of = cluster.manager._projects_of
+
+    async def slowly(row: TimelineRow) -> list[ProjectId]:
+        looking.set()
+        await deleted.wait()
+        return await projects_of(row)
+
+    monkeypatch.setattr(cluster.manager, "_projects_of", slowly)
+    starting = asyncio.create_task(reach(client, second))
+    await looking.wait()
+    await client.request("DELETE", f"/v1/endpoints/{second.endpoint_id}")
+    deleted.set()
+    with pytest.raises(NotFoundError):
+        await starting
 
 
 async def test_scopes_and_project_bound_tokens(cluster: ComputeCluster, client: ServiceClient) -> None:

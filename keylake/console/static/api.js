@@ -19,10 +19,12 @@ export async function get(path, parameters = {}) {
   return (await answered(response)).json();
 }
 
-export async function post(path, body = {}) {
-  const response = await fetch(`/api/${path}`, {
-    method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body),
-  });
+export function post(path, body = {}) {
+  return upload(path, JSON.stringify(body));
+}
+
+export async function upload(path, body) {
+  const response = await fetch(`/api/${path}`, { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body });
   await answered(response);
   return response.status === 204 ? null : response.json();
 }

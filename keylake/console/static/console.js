@@ -1,12 +1,12 @@
 // The page: one hat, one stream, everything else follows from what it brings.
 
-import { get, post, stream } from "./api.js";
+import { get, post, stream, upload } from "./api.js";
 import * as diagram from "./diagram.js";
 import { draw, h, table, toast } from "./dom.js";
 import * as panels from "./panels.js";
 import * as tour from "./tour.js";
 
-const HATS = [["customer", "customer"], ["account-admin", "account admin"], ["security-admin", "security admin"],
+const HATS = [["customer", "customer"], ["account-admin", "account admin"], ["security-admin", "security admin"], ["second-security-admin", "second security admin"],
   ["workspace-admin", "workspace admin"], ["data-user", "data user"], ["auditor", "auditor"]];
 const at = (id) => document.getElementById(id);
 const svg = at("diagram");
@@ -35,6 +35,7 @@ function show(snapshot) {
   panels.keys(at("keys").querySelector(".body"), snapshot.parts);
   panels.customer(at("customer"), snapshot.parts);
   panels.revocations(at("revocations").querySelector(".body"), snapshot.parts);
+  panels.ages(snapshot.at);
   endpoints(snapshot.parts.endpoints?.value);
   tour.seen(snapshot);
 }
@@ -70,6 +71,20 @@ at("sql-form").addEventListener("submit", async (event) => {
 });
 at("sql-text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("sql-form").requestSubmit();
+});
+
+at("receipt-file").addEventListener("change", async (event) => {
+  const [file] = event.target.files;
+  if (!file) return;
+  const box = at("receipt-result");
+  try {
+    const told = await upload("verify", file);
+    box.replaceChildren(h("p", {}, h("strong", {}, "Genuine. "), `Signed by ${told.signed_by}, ${told.issued_at}. ${told.headline}`),
+      h("ul", {}, told.verified.map((each) => h("li", {}, `verified: ${each}`)), told.not_verified.map((each) => h("li", {}, `not verified: ${each}`))));
+  } catch (error) {
+    box.replaceChildren(h("p", { class: "refused" }, h("strong", {}, "Not genuine: "), error.message));
+  }
+  event.target.value = ""; // the same file may be chosen again
 });
 
 // --- what is stored ---

@@ -1,6 +1,6 @@
 // The architecture as a living picture. Drawn once; afterwards only what changes is touched.
 
-import { s } from "./dom.js";
+import { age, s } from "./dom.js";
 
 const NODES = [
   // id, x, y, width, title, service names in the health list, role of its leases
@@ -93,8 +93,9 @@ function describe(id, { value, keymanager, leases, least, snapshot }) {
     case "compute": {
       const endpoints = value("endpoints");
       if (!endpoints) return [snapshot.parts.endpoints?.denied ? "not for this role" : null, lease];
-      const running = endpoints.filter((endpoint) => endpoint.state === "RUNNING").length;
-      return [`${running} of ${endpoints.length} running`, lease, running ? "boot key in memory only" : "no boot key"];
+      const running = endpoints.filter((endpoint) => endpoint.state === "RUNNING");
+      const oldest = running.map((endpoint) => endpoint.boot_key_made_at).sort()[0];
+      return [`${running.length} of ${endpoints.length} running`, lease, oldest ? `oldest boot key: ${age(oldest, snapshot.at)}` : "no boot key"];
     }
     case "safekeeper-1": case "safekeeper-2": case "safekeeper-3": {
       const status = value("safekeepers")?.[Number(id.at(-1)) - 1];

@@ -24,13 +24,19 @@ function assign(element, attributes) {
 
 const drawn = new WeakMap();
 
-// Draw anew only when the data differs, and leave the focus where it was: a keyboard must survive a picture that lives.
+// Draw anew only when the data differs, and leave the focus and what was typed where they were: a keyboard must survive
+// a picture that lives.
 export function draw(parent, data, build) {
   const now = JSON.stringify(data);
   if (drawn.get(parent) === now) return;
   drawn.set(parent, now);
   const focused = document.activeElement?.dataset?.key;
+  const typed = [...parent.querySelectorAll("input[data-key]")].map((input) => [input.dataset.key, input.value]);
   parent.replaceChildren(...[build(data)].flat().filter(Boolean));
+  for (const [key, value] of typed) {
+    const input = parent.querySelector(`input[data-key="${CSS.escape(key)}"]`);
+    if (input) input.value = value;
+  }
   if (focused) parent.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
 }
 
@@ -42,6 +48,11 @@ export function table(titles, rows, caption) {
 
 export function state(word) {
   return h("span", { class: `state ${word}` }, word);
+}
+
+export function age(since, at) {
+  const seconds = Math.max(0, Math.round((Date.parse(at) - Date.parse(since)) / 1000));
+  return seconds < 120 ? `${seconds} s` : seconds < 7200 ? `${Math.floor(seconds / 60)} min` : `${Math.floor(seconds / 3600)} h`;
 }
 
 export function toast(text) {

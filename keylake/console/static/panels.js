@@ -1,19 +1,22 @@
 // Keys and data, the customer's cloud, revocations, both logs: what the snapshot of a hat holds, as tables and buttons.
 
 import { download, post } from "./api.js";
-import { draw, h, s, state, table, toast } from "./dom.js";
+import { age, draw, h, s, state, table, toast } from "./dom.js";
 
 let hat = "auditor";
 export function setHat(value) { hat = value; }
 
-function act(action, target, words, kind = "") {
+const security = () => hat === "security-admin" || hat === "second-security-admin";
+
+// `more`: asked for at the click, as it then is.
+function act(action, target, words, kind = "", more = () => ({})) {
   return h("button", {
     type: "button", class: kind, "data-key": `${action}:${target}`, "data-action": action,
     onclick: async (event) => {
       const button = event.currentTarget; // not `disabled` meanwhile: that would take the focus away
       if (button.hasAttribute("aria-disabled")) return;
       button.setAttribute("aria-disabled", "true");
-      try { await post("act", { hat, action, target }); } catch (error) { toast(error.message); }
+      try { await post("act", { hat, action, target, ...more() }); } catch (error) { toast(error.message); }
       button.removeAttribute("aria-disabled");
     },
   }, words);
@@ -27,7 +30,7 @@ function or_refused(part, what, build) {
 }
 
 export function keys(body, parts) {
-  const wanted = Object.fromEntries(["projects", "workspaces", "key_configurations", "keks", "endpoints"].map((name) => [name, parts[name]]));
+  const wanted = Object.fromEntries(["projects", "workspaces", "key_configurations", "keks", "endpoints", "shreds"].map((name) => [name, parts[name]]));
   draw(body, { hat, wanted }, () => {
     if (hat === "customer") return h("p", { class: "refused" }, "The customer sees its own cloud. What Keylake holds is for Keylake's roles.");
     return or_refused(wanted.projects, "Projects", (projects) => {
@@ -63,7 +66,8 @@ function tree(workspace, projects, wanted) {
 function branch(project, wanted) {
   const keks = wanted.keks?.value?.[project.project_id];
   const endpoints = (wanted.endpoints?.value ?? []).filter((each) => each.project_id === project.project_id);
-  const buttons = hat === "security-admin"
+  const gone = ["SHREDDED", "ERASED"].includes(project.state);
+  const buttons = security() && !gone
     ? [act("project.rotate-kek", project.project_id, "Rotate KEK"), act("project.revalidate", project.project_id, "Ask the KMS now"),
       act("project.revoke", project.project_id, "Revoke", "danger"), act("project.restore", project.project_id, "Restore")] : [];
   return h("li", {},
@@ -73,17 +77,33 @@ function branch(project, wanted) {
       wanted.keks?.denied ? h("li", { class: "refused" }, "KEKs: this role may not see them.")
         : (keks?.keks ?? []).map((kek) => h("li", {}, `KEK version ${kek.kek_version}`, h("small", {}, kek.destroyed ? " destroyed" : ` at most ${kek.wraps} DEKs wrapped; wrapped by CMK version ${kek.cmk_key_version.slice(0, 12)}…`))),
       wanted.endpoints?.denied ? h("li", { class: "refused" }, "Endpoints: this role may not see them.") : endpoints.map(endpoint)),
-    buttons.length ? h("div", { class: "row" }, buttons) : null);
+    buttons.length ? h("div", { class: "row" }, buttons) : null,
+    security() && !gone ? shredding(project, wanted.shreds?.value?.[project.project_id]) : null);
+}
+
+// One asks, another approves, both by typing the name. The services refuse the same person twice.
+function shredding(project, shred) {
+  const typed = h("input", { "data-key": `typed:${project.project_id}`, placeholder: "type the project's name", "aria-label": `Name of ${project.name}, typed`, autocomplete: "off" });
+  const word = () => ({ typed: typed.value });
+  if (shred?.state !== "asked") return h("div", { class: "row" }, typed, act("project.ask-shred", project.project_id, "Ask to shred", "danger", word));
+  return h("div", {},
+    h("p", {}, `To be shredded: asked by ${shred.asked_by}; another person approves until ${shred.expires_at.slice(0, 16).replace("T", " ")} UTC.`),
+    h("div", { class: "row" }, typed,
+      act("project.approve-shred", project.project_id, "Approve: destroy its keys for good", "danger", () => ({ ...word(), shred_id: shred.shred_id })),
+      act("project.cancel-shred", project.project_id, "Take it back")));
 }
 
 function endpoint(each) {
   const buttons = hat === "workspace-admin"
-    ? [act("endpoint.start", each.endpoint_id, "Start"), act("endpoint.stop", each.endpoint_id, "Stop"), act("endpoint.kill", each.endpoint_id, "Kill −9", "danger")] : [];
+    ? [act("endpoint.start", each.endpoint_id, "Start"), act("endpoint.stop", each.endpoint_id, "Stop"), act("endpoint.kill", each.endpoint_id, "Kill −9", "danger"), act("endpoint.delete", each.endpoint_id, "Delete", "danger")] : [];
   const seconds = each.stages.filter(({ stage }) => stage !== "first_query").reduce((sum, stage) => sum + stage.seconds, 0);
   return h("li", {}, `Endpoint ${each.name} `, state(each.state),
     h("small", {}, ` ${each.reason}${each.state === "RUNNING" ? `, term ${each.term}, started in ${seconds.toFixed(1)} s, ${each.volume}` : ""}`),
+    each.boot_key_made_at ? h("small", {}, "; boot key, in memory only: ", h("span", { "data-since": each.boot_key_made_at })) : null,
     buttons.length ? h("div", { class: "row" }, buttons) : null);
 }
+
+const OUTAGES = { refuse: "it answers every request of Keylake's with an error", hang: "nothing that it says reaches Keylake" };
 
 export function customer(section, parts) {
   section.hidden = hat !== "customer";
@@ -101,20 +121,22 @@ export function customer(section, parts) {
         act("key.rotate", key.arn, "Rotate")),
     ]), "Keys") : h("p", {}, "No keys yet."),
     h("div", { class: "row" }, "The KMS as a whole: ",
-      faults.outage ? act("cloud.recover", "", "Let it answer again", "primary") : act("cloud.outage", "", "Stop answering Keylake", "danger"),
-      faults.outage ? h("strong", {}, "it refuses every request of Keylake's") : "it works"),
+      ...(faults.outage ? [act("cloud.recover", "", "Let it answer again", "primary")]
+        : [act("cloud.outage", "", "Stop the KMS", "danger"), act("cloud.cut", "", "Cut the network", "danger")]),
+      faults.outage ? h("strong", {}, OUTAGES[faults.outage]) : "it works"),
   ]));
 }
 
 export function revocations(body, parts) {
-  const wanted = { denied: parts.revocations?.denied, value: parts.revocations?.value, error: parts.revocations?.error, projects: parts.projects?.value };
+  const wanted = { revocations: parts.revocations, shreds: parts.shreds?.value, projects: parts.projects?.value };
   draw(body, { hat, wanted }, () => {
     if (hat === "customer") return h("p", { class: "refused" }, "The customer reads receipts, which an auditor or security admin hands over.");
     return or_refused(parts.revocations, "Revocations", (all) => {
       const found = Object.entries(all).flatMap(([project, list]) => list.map((each) => ({ project, ...each })))
         .sort((a, b) => b.detected_at.localeCompare(a.detected_at));
-      if (!found.length) return h("p", {}, "None yet. Be the customer and disable the key.");
-      return found.slice(0, 5).map((each) => one(each, wanted.projects?.find((project) => project.project_id === each.project)));
+      const shreds = Object.values(wanted.shreds ?? {}).filter((each) => ["deleting", "done"].includes(each?.state)).map(shred);
+      if (!found.length && !shreds.length) return h("p", {}, "None yet. Be the customer and disable the key.");
+      return shreds.concat(found.slice(0, 5).map((each) => one(each, wanted.projects?.find((project) => project.project_id === each.project))));
     });
   });
 }
@@ -131,10 +153,29 @@ function one(revocation, project) {
       h("span", {}, what),
       s("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" }, s("rect", { width: 100 * (seconds ?? 0) / longest, height: 10 })),
       h("span", {}, seconds === null || seconds === undefined ? "waiting" : `${seconds.toFixed(3)} s`)])),
-    end === null ? null : h("div", { class: "row" }, h("button", {
-      type: "button", "data-key": `receipt:${revocation.revocation_id}`,
-      onclick: () => download("receipt", { hat, project_id: revocation.project }, `${revocation.revocation_id}.json`).catch((error) => toast(error.message)),
-    }, "Signed receipt"), h("small", {}, "check it anywhere: keylake receipt verify FILE")));
+    end === null ? null : h("div", { class: "row" },
+      receipt("Signed receipt", revocation.revocation_id, { project_id: revocation.project, revocation_id: revocation.revocation_id }),
+      h("small", {}, "check it below, or anywhere: keylake receipt verify FILE")));
+}
+
+function receipt(words, name, wanted) {
+  return h("button", {
+    type: "button", "data-key": `receipt:${name}`,
+    onclick: () => download("receipt", { hat, ...wanted }, `${name}.json`).catch((error) => toast(error.message)),
+  }, words);
+}
+
+function shred(each) {
+  return h("article", {},
+    h("h3", {}, state("SHREDDED"), ` ${each.project_name}, ${each.decided_at.slice(11, 19)} `),
+    h("p", {}, `Asked by ${each.asked_by}, approved by ${each.decided_by}: ${each.keks_destroyed} KEKs destroyed. `,
+      h("strong", {}, each.left.length ? `Left: ${each.left.join("; ")}` : "Every node has deleted what it stored.")),
+    each.state === "done" ? h("div", { class: "row" }, receipt("Receipt of the shred", each.shred_id, { project_id: each.project_id, kind: "shred" })) : null);
+}
+
+// What grows older each second is written over, and nothing is drawn anew for it.
+export function ages(at) {
+  for (const element of document.querySelectorAll("[data-since]")) element.textContent = `${age(element.dataset.since, at)} old`;
 }
 
 export function ours(box, part) {
@@ -143,8 +184,6 @@ export function ours(box, part) {
 }
 
 export function theirs(box, part) {
-  // Without the console's own looks at the keys, or there would be little else to see.
-  const looks = new Set(["ListKeys", "DescribeKey", "GetKeyPolicy"]);
   draw(box, part?.value?.log ?? part, () => or_refused(part, "The customer's log", ({ log }) => table(["time", "who", "what", "outcome"],
-    log.filter((each) => !(looks.has(each.eventName) && each.userIdentity?.type === "IAMUser")).reverse().map((each) => [each.eventTime.slice(11, 19), (each.userIdentity?.arn ?? each.userIdentity?.type ?? "").split("/").at(-1), each.eventName, each.errorCode ?? "ok"]), "The customer's log")));
+    [...log].reverse().map((each) => [each.at.slice(11, 19), each.who, each.times > 1 ? `${each.what} × ${each.times}` : each.what, each.outcome]), "The customer's log")));
 }
