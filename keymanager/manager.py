@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Final
 
 from keymanager import anchoring
+from keymanager.adapters import session_life_s
 from keymanager.anchoring import Anchorer, AnchorKeys
 from keymanager.audit_log import AuditLog
 from keymanager.bound import BoundSettings, worst_cases
@@ -28,7 +29,7 @@ from keymanager.lifecycle import KMS_EVENT
 from keymanager.moving import Mover, MoverHooks
 from keymanager.people import People
 from keymanager.projects import ProjectEntry, Projects
-from keymanager.providers import ProviderFactory, session_life_s
+from keymanager.providers import ProviderFactory
 from keymanager.receipts import Receipts
 from keymanager.records import StoredKek, StoredKeyConfiguration, StoredProject
 from keymanager.replacement import Replacer, ReplacerHooks

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from keylake.client import KeylakeClient
-    from shared.api.keymanager import CmkKey, KeyConfiguration, Replacement, Rewrap, Workspace
+    from shared.api.keymanager import KeyConfiguration, Replacement, Rewrap, Workspace
+    from shared.cmk import CmkKey
     from shared.ids import KeyConfigurationId
 
 _PROGRESS_POLL_S: Final = 0.2
@@ -363,7 +364,8 @@ def _any_key(
     from keylake.cli import session
     from keylake.cli.cloud import find_key
     from shared.api.common import problem
-    from shared.api.keymanager import CMK_KEY, AwsKey
+    from shared.api.keymanager import AwsKey
+    from shared.cmk import CMK_KEY
     from shared.errors import InvalidInputError
 
     if from_file is not None:

@@ -29,9 +29,10 @@ from keymanager.records import StoredKek, StoredKeyConfiguration, StoredLease, S
 from keymanager.session import Session
 from keymanager.state import KeyAccess, KeyEvent, KmsAccess
 from keymanager.transaction import Transaction
-from shared.api.keymanager import AwsKey, CmkKey, Generate, KeyState, ObjectName, Role, Unwrap, Workspace, WrappedObject
+from shared.api.keymanager import AwsKey, Generate, KeyState, ObjectName, Role, Unwrap, Workspace, WrappedObject
 from shared.audit_chain import AuditEntry
 from shared.auth import Principal, Scope, Service, TokenVerifier, TrustBundle
+from shared.cmk import CmkKey
 from shared.config import Address, Identity
 from shared.crypto.context import EncryptionContext
 from shared.crypto.secret import SecretKey
