@@ -141,7 +141,7 @@ class Place:
                 key, database.account_id, str(key), AWS, 600.0, 1.0, wrapped, digest, KmsAccess.ALLOWED, "", AT, AT, AT
             )
             cmks.add(key, AWS, cmks.make(AWS))
-            manager._key_stored(stored_key)
+            manager.key_configurations.put(stored_key)
             manager.watcher.add(stored_key)
             database.key_configurations[key] = stored_key
         workspace = manager.projects.workspaces[WORKSPACE] = Workspace(
