@@ -19,6 +19,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, TypeAdapter
 
 from keylake.encryption import Encryption, NodeKeys, join
+from keymanager import providers  # noqa: F401 - so that keys of every kind can be read
 from shared.api import compute as compute_api
 from shared.api import keymanager as key_api
 from shared.api import shredding
@@ -40,6 +41,7 @@ from shared.api.pageserver import (
 )
 from shared.api.safekeeper import InspectWal, SafekeeperStatus, WalContent, WalScrubReport
 from shared.auth import BearerToken, PersonRole, Service, TokenIssuer
+from shared.cmk import CmkKey
 from shared.config import Address
 from shared.errors import KeylakeError, NotFoundError, PermissionDeniedError, ShreddedError, UnavailableError
 from shared.http import ServiceClient
@@ -262,7 +264,7 @@ class KeylakeClient:
         )
 
     async def replace_key(
-        self, key_configuration_id: KeyConfigurationId, key: key_api.CmkKey, *, dry_run: bool = False
+        self, key_configuration_id: KeyConfigurationId, key: CmkKey, *, dry_run: bool = False
     ) -> key_api.Replacement:
         """Begin to move to another CMK, or only try it. `replacement` says how far it is."""
         return await self._keymanager.call(

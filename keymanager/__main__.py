@@ -7,9 +7,9 @@ import os
 import resource
 import sys
 
+from keymanager.adapters import provider_factory
 from keymanager.anchoring import AnchorKeys
 from keymanager.config import KeymanagerSettings
-from keymanager.providers import provider_factory
 from keymanager.replica import Replica
 from keymanager.seat import place_of
 from shared.auth import Service, TrustBundle

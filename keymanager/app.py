@@ -147,28 +147,28 @@ def create_app(
     @app.post("/v1/key-configurations", status_code=201)
     async def create_key_configuration(caller: account_admin, body: CreateKeyConfiguration) -> KeyConfiguration:
         """Register a CMK. It is tried at once, with every kind of call that is ever made of it."""
-        return await manager.create_key_configuration(body, caller.actor)
+        return await manager.key_configurations.create(body, caller.actor)
 
     @app.get("/v1/key-configurations")
     async def list_key_configurations(caller: key_lister) -> list[KeyConfiguration]:
         used = manager.projects.key_configurations_within(caller)
-        return [c for c in manager.key_configurations() if not caller.bound or c.key_configuration_id in used]
+        return [c for c in manager.key_configurations.all() if not caller.bound or c.key_configuration_id in used]
 
     @app.get("/v1/key-configurations/{key_configuration_id}", dependencies=[key_viewer])
     async def get_key_configuration(key_configuration_id: _Configuration) -> KeyConfiguration:
-        return manager.key_configuration(key_configuration_id)
+        return manager.key_configurations.show(key_configuration_id)
 
     @app.patch("/v1/key-configurations/{key_configuration_id}")
     async def change_key_configuration(
         caller: account_admin, key_configuration_id: _Configuration, body: ChangeKeyConfiguration
     ) -> KeyConfiguration:
         """Its name, outage grace, probe interval: in effect at once."""
-        return await manager.change_key_configuration(key_configuration_id, body, caller.actor)
+        return await manager.key_configurations.change(key_configuration_id, body, caller.actor)
 
     @app.delete("/v1/key-configurations/{key_configuration_id}", status_code=204)
     async def delete_key_configuration(caller: account_admin, key_configuration_id: _Configuration) -> None:
         """Only while no workspace and no project is bound to it."""
-        await manager.delete_key_configuration(key_configuration_id, caller.actor)
+        await manager.key_configurations.delete(key_configuration_id, caller.actor)
 
     @app.post("/v1/workspaces", status_code=201)
     async def create_workspace(caller: account_admin, body: CreateWorkspace) -> Workspace:
@@ -313,7 +313,7 @@ def create_app(
         events = kms_events.parse(await request.body())
         if isinstance(events, kms_events.Handshake):
             return JSONResponse({"validationResponse": events.validation_code})
-        return KmsEventsTaken(probed=await manager.take_kms_events(events, caller.actor))
+        return KmsEventsTaken(probed=await manager.key_configurations.take_events(events, caller.actor))
 
     @app.post("/v1/projects/{project_id}/shred", status_code=201)
     async def ask_shred(caller: security_admin, project_id: _Project, body: AskShred) -> Shred:

@@ -16,8 +16,8 @@ from keymanager.kms_ledger import KmsLedger
 from keymanager.providers import ProviderFactory
 from keymanager.state import KmsAccess
 from keymanager.watch import ProbeOutcome
-from shared.api.keymanager import CmkKey
 from shared.audit_chain import AuditEntry
+from shared.cmk import CmkKey
 from shared.crypto.context import EncryptionContext, KeyScope
 from shared.crypto.secret import SecretKey
 from shared.errors import InvalidInputError, UnavailableError

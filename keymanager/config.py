@@ -1,89 +1,25 @@
-"""Settings of the keymanager: `--config FILE` and `KEYLAKE_KEYMANAGER_…`."""
+"""Settings of the keymanager: `--config FILE` and `KEYLAKE_KEYMANAGER_…`.
+
+Beside its own there is one group for each kind of KMS, under the kind's name.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic import BaseModel, Field, SecretStr, create_model
 from pydantic_settings import SettingsConfigDict
 
+from keymanager.kms.kind import KmsKind
+from keymanager.providers import KINDS
 from shared.config import ServiceSettings
 from shared.crypto.limits import MAX_WRAPS_PER_KEK
 from shared.storage.config import ObjectStoreSettings
 
-
-class AwsSettings(BaseModel):
-    """How AWS is reached, and as whom. Endpoints are given for a simulated cloud; the real ones need none."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kms_endpoint_url: str | None = None
-    sts_endpoint_url: str | None = None
-    ca_bundle: Path | None = Field(default=None, description="PEM file of the roots that the endpoints chain to")
-    access_key_id: str | None = Field(
-        default=None, description="the vendor's own identity, which assumes the customer's role; None: boto3's chain"
-    )
-    secret_access_key: SecretStr | None = None
-    session_duration_s: int = Field(default=3600, ge=900, le=43200, description="of an assumed role")
+S = TypeVar("S", bound=BaseModel)
 
 
-class GoogleSettings(BaseModel):
-    """How Google Cloud is reached, and as whom. Endpoints are given for a simulated cloud; the real ones need none."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kms_endpoint_url: str | None = None
-    iam_endpoint_url: str | None = Field(default=None, description="of the IAM Credentials API")
-    ca_bundle: Path | None = Field(default=None, description="PEM file of the roots that the endpoints chain to")
-    credentials_file: Path | None = Field(
-        default=None,
-        description="key of the vendor's own service account, which impersonates the customer's; None: Application "
-        "Default Credentials",
-    )
-    session_duration_s: int = Field(default=3600, ge=60, le=3600, description="of an impersonated token")
-
-
-class OpenBaoServer(BaseModel):
-    """One customer's server, with what it gave us to log in with."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    ca_bundle: Path | None = Field(default=None, description="PEM file of the roots that the server chains to")
-    approle_mount: str = "approle"
-    secret_ids: dict[str, SecretStr] = Field(description="role id → secret id")
-
-
-class OpenBaoSettings(BaseModel):
-    """OpenBao servers by address. A secret id goes to the server that it is listed under and to no other, and a key
-    configuration must name a role id of that list: so none can be talked into using another customer's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    servers: dict[Annotated[str, StringConstraints(pattern=r"^https://")], OpenBaoServer] = Field(default_factory=dict)
-
-
-class AzureSettings(BaseModel):
-    """How Azure is reached, and as whom. `authority` and what follows are given for a simulated cloud only."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    client_secrets: dict[str, SecretStr] = Field(
-        default_factory=dict, description="secrets of the vendor's own applications, by client id"
-    )
-    federated_token_file: Path | None = Field(
-        default=None, description="workload identity, for applications without a secret"
-    )
-    token_max_age_s: int = Field(default=900, ge=60, le=86_400, description="when a token is renewed at the latest")
-    authority: str | None = Field(default=None, pattern=r"^https://[^/?#@]+$", description="the token service's URL")
-    disable_instance_discovery: bool = False
-    verify_challenge_resource: bool = Field(
-        default=True, description="off only where vaults are reached by address or by a name of one label"
-    )
-    ca_bundle: Path | None = Field(default=None, description="PEM file of the roots that the endpoints chain to")
-
-
-class KeymanagerSettings(ServiceSettings):
+class _OwnSettings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="KEYLAKE_KEYMANAGER_")
 
     metadata_dsn: SecretStr = Field(description="PostgreSQL connection string of the metadata database")
@@ -164,7 +100,18 @@ class KeymanagerSettings(ServiceSettings):
         le=3600,
         description="how often KMS calls are recorded; what was not yet recorded is lost with the process",
     )
-    aws: AwsSettings = AwsSettings()
-    google: GoogleSettings = GoogleSettings()
-    openbao: OpenBaoSettings = OpenBaoSettings()
-    azure: AzureSettings = AzureSettings()
+
+    def of(self, kind: KmsKind[Any, S]) -> S:
+        """How this kind of KMS is reached, and as whom."""
+        found: S = getattr(self, kind.name)
+        return found
+
+
+if TYPE_CHECKING:
+    KeymanagerSettings = _OwnSettings
+else:
+    KeymanagerSettings = create_model(
+        "KeymanagerSettings",
+        __base__=_OwnSettings,
+        **{name: (kind.settings, kind.settings()) for name, kind in KINDS.items()},
+    )

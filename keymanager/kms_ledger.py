@@ -21,11 +21,11 @@ from typing import Final
 
 from keymanager.kms.base import KmsCall
 from keymanager.repository import Repository
-from shared.api.keymanager import CmkKey
 from shared.audit_chain import AuditEntry
 from shared.audit_export import format_time
 from shared.audit_kms_calls import ACTION, MAX_CALLS_PER_RECORD
 from shared.clock import Clock
+from shared.cmk import CmkKey
 from shared.errors import KeylakeError, NotLeaderError
 from shared.telemetry import get_logger
 

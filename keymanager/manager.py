@@ -6,21 +6,19 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from typing import Final
 
 from keymanager import anchoring
 from keymanager.anchoring import Anchorer, AnchorKeys
 from keymanager.audit_log import AuditLog
-from keymanager.bound import BoundSettings, worst_cases
-from keymanager.cmk import Cmks, call_details, calls_made, kek_context, make_canary
+from keymanager.cmk import Cmks, call_details, calls_made, kek_context
 from keymanager.config import KeymanagerSettings
 from keymanager.eraser import Eraser
+from keymanager.key_configurations import KeyConfigurations
 from keymanager.key_users import KeyUsers
 from keymanager.keyring import Keyring, KeyringLimits
 from keymanager.kms.base import KmsError, Verdict
-from keymanager.kms_events import KmsEvent, names_of
 from keymanager.kms_ledger import KmsLedger
 from keymanager.leadership import Term
 from keymanager.lease_table import LeaseTable
@@ -28,9 +26,9 @@ from keymanager.lifecycle import KMS_EVENT
 from keymanager.moving import Mover, MoverHooks
 from keymanager.people import People
 from keymanager.projects import ProjectEntry, Projects
-from keymanager.providers import ProviderFactory, session_life_s
+from keymanager.providers import ProviderFactory
 from keymanager.receipts import Receipts
-from keymanager.records import StoredKek, StoredKeyConfiguration, StoredProject
+from keymanager.records import StoredKek, StoredProject
 from keymanager.replacement import Replacer, ReplacerHooks
 from keymanager.repository import Repository
 from keymanager.retirement import Retirement
@@ -39,22 +37,18 @@ from keymanager.rotation import Policy, Rotator
 from keymanager.session import SessionDeps, SessionLimits, Sessions
 from keymanager.shredding import Shredder
 from keymanager.state import KMS_STATE, KeyAccess, KeyEvent, KmsAccess
-from keymanager.watch import HoldDown, ProbeOutcome
+from keymanager.watch import HoldDown
 from keymanager.watcher import Watcher
 from shared.api.keymanager import (
     AuditRecord,
     AuditVerification,
-    ChangeKeyConfiguration,
     ChangeWorkspace,
-    CreateKeyConfiguration,
     CreateProject,
     CreateWorkspace,
-    KeyConfiguration,
     KeymanagerStatus,
     KeyState,
     LeaseInfo,
     Project,
-    RestoreHold,
     Revocation,
     Workspace,
 )
@@ -62,7 +56,7 @@ from shared.audit_chain import AuditEntry, Link
 from shared.auth import TokenVerifier
 from shared.clock import Clock
 from shared.crypto.context import KeyScope
-from shared.errors import InvalidInputError, KeylakeError, NotFoundError, NotLeaderError, UnavailableError
+from shared.errors import InvalidInputError, KeylakeError, NotLeaderError, UnavailableError
 from shared.ids import AccountId, KekId, KeyConfigurationId, ProjectId, WorkspaceId
 from shared.lease import key_access_error
 from shared.telemetry import get_logger
@@ -98,8 +92,7 @@ class KeyManager:
         self._clock = clock
         self._tasks = tasks
         self._account_id = account_id
-        self._configurations: dict[KeyConfigurationId, StoredKeyConfiguration] = {}
-        self._changing = asyncio.Lock()  # keeps the stored order of settings the order in which they come into effect
+        self._changing = asyncio.Lock()  # what is stored of workspaces comes into effect in the same order
         self.projects = Projects()
         self.leases = LeaseTable()
         self.sessions = Sessions()
@@ -128,6 +121,16 @@ class KeyManager:
             random.SystemRandom(),
             HoldDown(settings.restore_hold_s, settings.restore_hold_max_s, settings.restore_calm_s),
         )
+        self.key_configurations = KeyConfigurations(
+            settings,
+            repository,
+            self.audit_log,
+            self._cmks,
+            self.watcher,
+            clock,
+            account_id,
+            lambda configuration: self.rotator.work(configuration) + self.replacer.work(configuration),
+        )
         self.rotator = Rotator(
             repository,
             self.audit_log,
@@ -140,8 +143,8 @@ class KeyManager:
                 settings.kek_max_wraps,
                 settings.rotation_check_interval_s,
             ),
-            self._configuration,
-            self._key_stored,
+            self.key_configurations.get,
+            self.key_configurations.put,
         )
         self.retirement = Retirement(
             repository,
@@ -160,7 +163,9 @@ class KeyManager:
             self._cmks,
             clock,
             tasks,
-            ReplacerHooks(self._configuration, self.watcher.access, self._key_stored, self.rotator.lock_of),
+            ReplacerHooks(
+                self.key_configurations.get, self.watcher.access, self.key_configurations.put, self.rotator.lock_of
+            ),
         )
         self.mover = Mover(
             repository,
@@ -170,7 +175,7 @@ class KeyManager:
             self._cmks,
             self.revoker,
             MoverHooks(
-                self._configuration,
+                self.key_configurations.get,
                 self.watcher.access,
                 self.rotator.lock_of,
                 self.replacer.is_under_way,
@@ -197,7 +202,7 @@ class KeyManager:
             self.revoker,
             self.shredder,
             clock,
-            self._configuration,
+            self.key_configurations.get,
             self.verify_audit,
             can_sign=anchor_keys is not None,
         )
@@ -207,7 +212,7 @@ class KeyManager:
             self.shredder,
             clock,
             anchor_keys,
-            self._configuration,
+            self.key_configurations.get,
             self.verify_audit,
             lambda: self._ledger.flush(repository),
         )
@@ -284,24 +289,17 @@ class KeyManager:
         if self._anchorer is not None:
             self._anchorer.soon()
 
-    def _key_stored(self, stored: StoredKeyConfiguration) -> None:
-        self._configurations[stored.key_configuration_id] = stored
-        self.watcher.replace(stored)
-
     # --- start ---
 
     async def _load(self) -> None:
         for workspace in await self._repository.workspaces():
             self.projects.workspaces[workspace.workspace_id] = workspace
-        for stored in await self._repository.key_configurations():
-            self._configurations[stored.key_configuration_id] = stored
-            self._cmks.add(stored.key_configuration_id, stored.key, self._cmks.make_usable(stored.key))
-            self.watcher.add(stored)
+        await self.key_configurations.load()
         keks: dict[ProjectId, list[StoredKek]] = {}
         for kek in await self._repository.keks():
             keks.setdefault(kek.project_id, []).append(kek)
         for project in await self._repository.projects():
-            kms = self._configurations[project.key_configuration_id].kms_access
+            kms = self.key_configurations.stored[project.key_configuration_id].kms_access
             access = KeyAccess.of(
                 kms, held=project.held, shredded=project.shredded, erased=project.state is KeyState.ERASED
             )
@@ -318,13 +316,13 @@ class KeyManager:
         await self.shredder.load()
         # Nothing is issued on the word of a database: every KMS is asked. One that is slow, or away, holds up its own
         # projects, whose leases run on meanwhile, and nobody else's.
-        asked = [self._tasks.create_task(self._confirm(key)) for key in self._configurations]
+        asked = [self._tasks.create_task(self._confirm(key)) for key in self.key_configurations.stored]
         if asked:
             await asyncio.wait(asked, timeout=_FIRST_ANSWERS_S)
 
     async def _confirm(self, key_configuration_id: KeyConfigurationId) -> None:
         await self.watcher.check(key_configuration_id)
-        if key_configuration_id not in self._configurations:  # it was deleted meanwhile
+        if key_configuration_id not in self.key_configurations.stored:  # it was deleted meanwhile
             return
         self.watcher.start(key_configuration_id)
         await self.watcher.heard(key_configuration_id)
@@ -367,148 +365,11 @@ class KeyManager:
             else:
                 self.leases.forget(over)
 
-    # --- key configurations ---
-
-    async def create_key_configuration(self, request: CreateKeyConfiguration, actor: str) -> KeyConfiguration:
-        """Proves that the key can be used: a canary is wrapped and unwrapped.
-
-        Raises InvalidInputError that says what the customer has to change, UnavailableError when the KMS cannot be
-        reached, ConflictError when the name is taken.
-        """
-        key_configuration_id = KeyConfigurationId.new()
-        provider = self._cmks.make(request.key)
-        try:
-            with calls_made() as calls:
-                canary = await make_canary(
-                    provider,
-                    request.key,
-                    self._account_id,
-                    key_configuration_id,
-                    self.audit_log,
-                    actor,
-                    "key_configuration.create",
-                )
-            now = self._clock.now()
-            stored = StoredKeyConfiguration(
-                key_configuration_id,
-                self._account_id,
-                request.name,
-                request.key,
-                request.outage_grace_s,
-                request.probe_interval_s,
-                canary.wrapped,
-                canary.digest,
-                KmsAccess.ALLOWED,
-                ProbeOutcome.ALLOWED.value,
-                now,
-                now,
-                now,
-                canary_cmk_key_version=canary.key_version,
-            )
-            details = {
-                "key_configuration_id": str(key_configuration_id),
-                "provider": request.key.provider,
-                "key": request.key.identifier,
-                "principal": request.key.principal,
-                **call_details(calls),
-            }
-            async with self._repository.transaction() as transaction:
-                await transaction.insert_key_configuration(stored)
-                await transaction.audit([AuditEntry(actor, "key_configuration.create", "ok", None, details)])
-        except BaseException:
-            await provider.aclose()
-            raise
-        self._configurations[key_configuration_id] = stored
-        self._cmks.add(key_configuration_id, request.key, provider)
-        self.watcher.add(stored)
-        self.watcher.start(key_configuration_id)
-        return self._configuration_model(stored)
-
-    def key_configurations(self) -> list[KeyConfiguration]:
-        return [self._configuration_model(stored) for stored in self._configurations.values()]
-
-    def key_configuration(self, key_configuration_id: KeyConfigurationId) -> KeyConfiguration:
-        """Raises NotFoundError."""
-        return self._configuration_model(self._configuration(key_configuration_id))
-
-    async def change_key_configuration(
-        self, key_configuration_id: KeyConfigurationId, request: ChangeKeyConfiguration, actor: str
-    ) -> KeyConfiguration:
-        """In effect at once. Raises NotFoundError, InvalidInputError when nothing is to be changed, ConflictError when
-        the name is taken."""
-        before = self._configuration(key_configuration_id)
-        changes = request.model_dump(exclude_none=True)
-        if not changes:
-            raise InvalidInputError("say what is to be changed: name, outage_grace_s, probe_interval_s")
-        after = replace(before, **changes)
-        details = {"key_configuration_id": str(key_configuration_id)}
-        for name in changes:
-            details |= {f"old_{name}": str(getattr(before, name)), name: str(getattr(after, name))}
-        async with self._changing:
-            async with self._repository.transaction() as transaction:
-                await transaction.change_key_configuration(
-                    key_configuration_id, after.name, after.outage_grace_s, after.probe_interval_s
-                )
-                await transaction.audit([AuditEntry(actor, "key_configuration.change", "ok", None, details)])
-            # The rest of the row may have changed: its canary, for one.
-            self._key_stored(replace(self._configuration(key_configuration_id), **changes))
-        return self.key_configuration(key_configuration_id)
-
-    async def delete_key_configuration(self, key_configuration_id: KeyConfigurationId, actor: str) -> None:
-        """Raises NotFoundError, ConflictError while a workspace or a project is bound to it."""
-        self._configuration(key_configuration_id)
-        details = {"key_configuration_id": str(key_configuration_id)}
-        async with self._repository.transaction() as transaction:
-            await transaction.delete_key_configuration(key_configuration_id)
-            await transaction.audit([AuditEntry(actor, "key_configuration.delete", "ok", None, details)])
-        self._configurations.pop(key_configuration_id, None)
-        self.watcher.remove(key_configuration_id)
-        await self._cmks.remove(key_configuration_id)
-
-    def _configuration(self, key_configuration_id: KeyConfigurationId) -> StoredKeyConfiguration:
-        stored = self._configurations.get(key_configuration_id)
-        if stored is None:
-            raise NotFoundError("there is no such key configuration")
-        return stored
-
-    def _configuration_model(self, stored: StoredKeyConfiguration) -> KeyConfiguration:
-        verdict, probed_at = self.watcher.last(stored.key_configuration_id)
-        return KeyConfiguration(
-            key_configuration_id=stored.key_configuration_id,
-            account_id=stored.account_id,
-            name=stored.name,
-            key=stored.key,
-            outage_grace_s=stored.outage_grace_s,
-            probe_interval_s=stored.probe_interval_s,
-            state=KMS_STATE[self.watcher.access(stored.key_configuration_id)],
-            last_verdict=verdict,
-            last_probe_at=probed_at,
-            restore_hold=self._hold(stored.key_configuration_id),
-            created_at=stored.created_at,
-            worst_cases=worst_cases(self._bound_settings(stored)),
-            work=self.rotator.work(stored.key_configuration_id) + self.replacer.work(stored.key_configuration_id),
-        )
-
-    def _hold(self, key_configuration_id: KeyConfigurationId) -> RestoreHold | None:
-        hold = self.watcher.hold(key_configuration_id)
-        return None if hold is None else RestoreHold(flaps=hold.flaps, needed_s=hold.needed_s, left_s=hold.left_s)
-
-    def _bound_settings(self, stored: StoredKeyConfiguration) -> BoundSettings:
-        settings = self._settings
-        return BoundSettings(
-            interval_s=stored.probe_interval_s,
-            grace_s=stored.outage_grace_s,
-            deadline_s=settings.kms_deadline_s,
-            lease_ttl_s=settings.lease_ttl_s,
-            leader_ttl_s=settings.leader_ttl_s,
-            session_s=session_life_s(stored.key, settings),
-        )
-
     # --- workspaces and projects ---
 
     async def create_workspace(self, request: CreateWorkspace, actor: str) -> Workspace:
         """Raises NotFoundError, ConflictError."""
-        self._configuration(request.key_configuration_id)
+        self.key_configurations.get(request.key_configuration_id)
         workspace = Workspace(
             workspace_id=WorkspaceId.new(),
             account_id=self._account_id,
@@ -536,7 +397,7 @@ class KeyManager:
         if not changes:
             raise InvalidInputError("say what is to be changed: name, key_configuration_id")
         if request.key_configuration_id is not None:
-            self._configuration(request.key_configuration_id)
+            self.key_configurations.get(request.key_configuration_id)
         async with self._changing:
             before = self.projects.workspace(workspace_id)
             after = before.model_copy(update=changes)
@@ -570,7 +431,7 @@ class KeyManager:
         """
         workspace = self.projects.workspace(workspace_id)
         key_configuration_id = request.key_configuration_id or workspace.key_configuration_id
-        generation = self._configuration(key_configuration_id).key_generation
+        generation = self.key_configurations.get(key_configuration_id).key_generation
         access = self.watcher.access(key_configuration_id)
         if access is not KmsAccess.ALLOWED:
             raise key_access_error(KMS_STATE[access], "its key cannot be used now")
@@ -655,25 +516,6 @@ class KeyManager:
         of_projects = {entry.key_configuration_id for entry in self.projects.of_workspace(workspace_id)}
         await asyncio.gather(*map(self.watcher.ask_now, of_projects | {workspace.key_configuration_id}))
         return self.projects_of(workspace_id)
-
-    async def take_kms_events(self, events: Sequence[KmsEvent], actor: str) -> int:
-        """Have the KMS of every key that they name asked. Returns how many key configurations that are.
-
-        Probes come first, then the audit records: of each probe that an event has begun, not of each event, so that
-        whoever may send them cannot fill the chain with what Keylake knows nothing of.
-        """
-        by_name = {name: event for event in events for name in event.names}
-        found = {
-            key_configuration_id: by_name[name]
-            for key_configuration_id, stored in self._configurations.items()
-            for name in names_of(stored.key)
-            if name in by_name
-        }
-        begun = [each for each in found if self.watcher.hint(each)]
-        if begun:
-            details = ({"key_configuration_id": str(each), "event": found[each].kind} for each in begun)
-            await self.audit_log.record(*(AuditEntry(actor, "kms.event", "probe", None, each) for each in details))
-        return len(found)
 
     async def revoke_project(self, project_id: ProjectId, reason: str, actor: str) -> Project:
         """An operator's own hold. Returns when it is in force and its Revokes are on their way, not when it is sealed.

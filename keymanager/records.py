@@ -8,7 +8,8 @@ from datetime import datetime
 
 from keymanager.lease_table import Holder
 from keymanager.state import KmsAccess
-from shared.api.keymanager import CmkKey, KeyState, KeyUse
+from shared.api.keymanager import KeyState, KeyUse
+from shared.cmk import CmkKey
 from shared.ids import AccountId, KekId, KeyConfigurationId, ProjectId, TokenId, WorkspaceId
 from shared.roles import PersonRole
 

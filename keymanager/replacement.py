@@ -31,9 +31,10 @@ from keymanager.projects import ProjectEntry, Projects
 from keymanager.records import StagedKek, StoredKek, StoredKeyConfiguration, StoredReplacement
 from keymanager.repository import Repository
 from keymanager.state import KMS_STATE, KmsAccess
-from shared.api.keymanager import CmkKey, KeyState, KeyWork, KeyWorkKind, Replacement
+from shared.api.keymanager import KeyState, KeyWork, KeyWorkKind, Replacement
 from shared.audit_chain import AuditEntry
 from shared.clock import Clock
+from shared.cmk import CmkKey
 from shared.crypto.secret import KeyWipedError
 from shared.errors import ConflictError, KeylakeError, NotFoundError, UnavailableError
 from shared.failpoints import failpoint

@@ -35,8 +35,9 @@ from keymanager.records import (
 from keymanager.state import KmsAccess
 from keymanager.transaction import Transaction
 from shared import audit_chain as audit
-from shared.api.keymanager import CMK_KEY, CmkKey, InstanceSealed, KeyState, KeyUse, Revocation, Role, Workspace
+from shared.api.keymanager import InstanceSealed, KeyState, KeyUse, Revocation, Role, Workspace
 from shared.clock import Clock
+from shared.cmk import CMK_KEY, CmkKey
 from shared.errors import CorruptedError, InvalidInputError, NotFoundError, NotLeaderError, UnavailableError
 from shared.ids import AccountId, InstanceId, KekId, KeyConfigurationId, ProjectId, TokenId, WorkspaceId
 from shared.migrate import load_migrations, migrate

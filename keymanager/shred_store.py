@@ -12,8 +12,9 @@ from pydantic import TypeAdapter
 
 from keymanager.repository import Repository
 from keymanager.transaction import Transaction
-from shared.api.keymanager import CMK_KEY, CmkKey, ReportDeletion
+from shared.api.keymanager import ReportDeletion
 from shared.api.shredding import ErasureReport, ShredNode
+from shared.cmk import CMK_KEY, CmkKey
 from shared.ids import KeyConfigurationId, ProjectId
 
 ShredState = Literal["asked", "cancelled", "expired", "approved"]

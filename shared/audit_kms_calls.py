@@ -21,8 +21,6 @@ _UNSURE: Final = frozenset({"unreachable", "throttled", "ambiguous"})
 """Verdicts of calls that may not have got as far as the customer's log: no answer, an answer from before the caller was
 known, an error in between."""
 
-_SIGN_INS: Final = frozenset({"AssumeRole", "CreateClient", "GetToken", "GenerateAccessToken", "OwnToken"})
-
 
 class MalformedCallsError(CorruptedError):
     """A record of KMS calls that is none."""
@@ -47,11 +45,6 @@ class RecordedCall:
     """Both "" where the record does not say."""
     sequence: int
     """Of the audit record."""
-
-    @property
-    def is_key_call(self) -> bool:
-        """And no sign-in, which the cloud keeps in another log."""
-        return self.operation not in _SIGN_INS
 
     @property
     def must_be_logged(self) -> bool:

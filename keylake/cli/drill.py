@@ -109,10 +109,23 @@ def outage(
 
 @app.command(
     "rotation",
-    epilog=examples("keylake drill rotation", "keylake drill rotation --while pgbench --json | jq .promises"),
+    epilog=examples(
+        "keylake drill rotation",
+        "keylake drill rotation --while pgbench --json | jq .promises",
+        "keylake drill rotation --through azure.json --through google.json  # and back: docs/key-configurations.md",
+    ),
 )
 def rotation(
     project: ProjectOption = None,
+    through: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="JSON file with another key, in any cloud, that everything is moved to. May be repeated: to one after "
+            "the other, and back.",
+            show_default=False,
+            dir_okay=False,
+        ),
+    ] = None,
     while_: While = None,
     while_load: WhileLoad = False,
     clients: Clients = _TPCB_CLIENTS,
@@ -122,13 +135,18 @@ def rotation(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """The customer's key gets a new version, the project a new KEK, and every data key is wrapped again.
+    """The customer's key gets a new version, the project a new KEK, every data key is wrapped again, and then all data
+    sealed anew.
 
     No client may notice.
     """
+    from functools import partial
+
+    from keylake.cli.keys import key_from_file
     from keylake.drill import rotation as drill
 
-    _drill("rotation", drill.run, project, while_, while_load, clients, hold, out, yes, home, as_json)
+    run = partial(drill.run, through=[key_from_file(each) for each in through or ()])
+    _drill("rotation", run, project, while_, while_load, clients, hold, out, yes, home, as_json)
 
 
 @app.command(

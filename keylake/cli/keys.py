@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from keylake.client import KeylakeClient
-    from shared.api.keymanager import CmkKey, KeyConfiguration, Replacement, Rewrap, Workspace
+    from shared.api.keymanager import KeyConfiguration, Replacement, Rewrap, Workspace
+    from shared.cmk import CmkKey
     from shared.ids import KeyConfigurationId
 
 _PROGRESS_POLL_S: Final = 0.2
@@ -351,6 +352,23 @@ def replace(
     emit(after, as_json, lambda: facts([("key configuration", after.name), ("key", after.key.identifier)]))
 
 
+def key_from_file(path: Path) -> CmkKey:
+    """Raises InvalidInputError that says what is wrong with it."""
+    from pydantic import ValidationError
+
+    from keymanager import providers  # noqa: F401 - so that keys of every kind can be read
+    from shared.api.common import problem
+    from shared.cmk import CMK_KEY
+    from shared.errors import InvalidInputError
+
+    try:
+        return CMK_KEY.validate_json(path.read_bytes())
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise InvalidInputError(f"{path}: {'; '.join(problem(e) for e in error.errors()[:5])}") from None
+
+
 def _any_key(
     key: str | None,
     from_file: Path | None,
@@ -358,21 +376,13 @@ def _any_key(
     role_arn: str | None = None,
     external_id: str | None = None,
 ) -> CmkKey:
-    from pydantic import ValidationError
 
     from keylake.cli import session
     from keylake.cli.cloud import find_key
-    from shared.api.common import problem
-    from shared.api.keymanager import CMK_KEY, AwsKey
-    from shared.errors import InvalidInputError
+    from shared.api.keymanager import AwsKey
 
     if from_file is not None:
-        try:
-            return CMK_KEY.validate_json(from_file.read_bytes())
-        except OSError as error:
-            raise InvalidInputError(f"{from_file} cannot be read: {error.strerror}") from None
-        except ValidationError as error:
-            raise InvalidInputError(f"{from_file}: {'; '.join(problem(e) for e in error.errors()[:5])}") from None
+        return key_from_file(from_file)
     with session.customer(home) as customer:
         arn = key if key is not None and key.startswith("arn:") else find_key(customer, key)["Arn"]
         role_arn = role_arn or customer.bootstrap.role_arn

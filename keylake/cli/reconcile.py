@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from keylake.client import KeylakeClient
     from keylake.cluster import Customer
-    from keylake.reconcile.core import LoggedCall, Window
+    from keylake.reconcile.core import Window
     from keylake.reconcile.run import Report
+    from shared.kms_log import LoggedCall, Recorded
 
 _TIMES = ["%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d"]
 
@@ -28,8 +29,8 @@ def reconcile(
         Path | None,
         typer.Option(
             help="The customer's log in a file: CloudTrail (lookup-events, or a trail's file), Azure Monitor "
-            "AuditEvent, or gcloud logging read, as JSON. Without it the local cluster's cloud is asked, for all "
-            "three logs.",
+            "AuditEvent, gcloud logging read, or an audit device of OpenBao, as JSON. Without it the local cluster's "
+            "cloud is asked, for all three logs.",
             show_default=False,
             dir_okay=False,
         ),
@@ -78,12 +79,12 @@ def _from_file(cloud_log: Path, audit: Path | None, keys: Sequence[str], window:
     from keylake.reconcile.logs import read_log
     from keylake.reconcile.run import OurSide, reach
 
-    cloud, theirs = read_log(cloud_log)
     side = OurSide()
     if audit is None:
         session.ask(home, side.read_on)
     else:
         side.read_file(audit)
+    cloud, theirs = read_log(cloud_log, side.ours.recorded)
     return side.compare(theirs, cloud, keys, reach(theirs, window))
 
 
@@ -93,23 +94,28 @@ def _from_customer(keys: Sequence[str], window: Window, home: Path | None) -> Re
 
     with session.customer(home) as customer:
 
+        async def read_log(recorded: Recorded) -> list[LoggedCall]:
+            return await asyncio.to_thread(live_calls, customer, recorded)
+
         async def compare(client: KeylakeClient) -> Report:
-            return await compare_now(client, lambda: asyncio.to_thread(live_calls, customer), None, keys, window)
+            return await compare_now(
+                client, lambda recorded: asyncio.to_thread(live_calls, customer, recorded), None, keys, window
+            )
 
         return session.ask(home, compare)
 
 
-def live_calls(customer: Customer) -> list[LoggedCall]:
+def live_calls(customer: Customer, recorded: Recorded) -> list[LoggedCall]:
     """Of all the local cluster's clouds: CloudTrail with the customer's own credentials; Azure's and Google's logs, for
     which it has none of its own, from the cloud's administrator."""
-    from keylake.reconcile.logs import Cloud, calls_of
+    from keylake.reconcile.logs import calls_of
 
     logs = {
-        Cloud.AWS: customer.aws.events(),
-        Cloud.AZURE: customer.simulation.azure_audit_log(),
-        Cloud.GOOGLE: customer.simulation.google_audit_log(),
+        "aws": customer.aws.events(),
+        "azure": customer.simulation.azure_audit_log(),
+        "google": customer.simulation.google_audit_log(),
     }
-    return [call for cloud, records in logs.items() for call in calls_of(records, cloud)]
+    return [call for cloud, records in logs.items() for call in calls_of(records, cloud, recorded)]
 
 
 def _shown(report: Report) -> RenderableType:

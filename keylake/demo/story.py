@@ -18,12 +18,13 @@ from keylake.demo import evidence, ledger
 from keylake.demo.pgbench import run_pgbench
 from keylake.demo.report import Report
 from keylake.demo.target import Target
-from keylake.reconcile.core import Kind, LoggedCall
-from keylake.reconcile.logs import Cloud, calls_of
+from keylake.reconcile.core import Kind
+from keylake.reconcile.logs import calls_of
 from keylake.reconcile.run import compare_now
 from shared.api.compute import Endpoint, EndpointState
 from shared.api.keymanager import AwsKey, CreateKeyConfiguration, KeyState, Project, Revocation, Workspace
 from shared.errors import KeylakeError, RevokedError
+from shared.kms_log import LoggedCall, Recorded
 
 SCALE: Final = 10
 CLIENTS: Final = 4
@@ -360,10 +361,10 @@ class Story:
         verification = await self._client.verify_audit()
         report.check(f"our audit chain is intact: {verification.records} records", verification.intact)
 
-        async def read_log() -> list[LoggedCall]:
-            return list(calls_of(await self._target.customer.audit_log(), Cloud.AWS))
+        async def read_log(recorded: Recorded) -> list[LoggedCall]:
+            return list(calls_of(await self._target.customer.audit_log(), "aws", recorded))
 
-        result = (await compare_now(self._client, read_log, Cloud.AWS, [self._key_arn])).result
+        result = (await compare_now(self._client, read_log, "aws", [self._key_arn])).result
         for (who, operation, outcome), count in sorted(result.by_operation.items()):
             report.say(f"{who:10} {operation:24} {outcome:20} {count:5}")
         ours = [finding for finding in result.findings if finding.kind is Kind.NOT_LOGGED]

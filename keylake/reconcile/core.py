@@ -18,30 +18,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
+from keylake.reconcile.logs import SIGN_INS
 from shared.audit_kms_calls import RecordedCall
+from shared.kms_log import LoggedCall
 
 CLOCK_SKEW: Final = timedelta(seconds=5)
 """Between the customer's log and ours, the time that a call takes included."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoggedCall:
-    """One record of the customer's log."""
-
-    at: datetime
-    operation: str
-    """As our adapter for this cloud names it; the cloud's own name where our adapter has none."""
-    key: str | None
-    """As `CmkKey.identifier` has it; None when the record names no key."""
-    principal: str
-    """As `CmkKey.principal` has it, when it is one of ours."""
-    request_id: str | None
-    outcome: str
-    """ "ok", or the cloud's code."""
-    uses_key: bool
-    """Encrypts or decrypts with it."""
-    is_key_call: bool = True
-    """False: signing in, or a request from before that; stands in some logs and not in others."""
 
 
 class Kind(enum.StrEnum):
@@ -109,8 +91,12 @@ class Ours:
         self.providers: dict[str, str] = {}
         """Key → whose it is."""
 
+    def recorded(self, request_id: str) -> tuple[str, str] | None:
+        call = self.by_id.get(request_id)
+        return None if call is None else (call.key, call.principal)
+
     def add(self, call: RecordedCall) -> None:
-        if not call.is_key_call:
+        if call.operation in SIGN_INS:
             return
         self.principals.setdefault(call.key, set())
         if call.principal:

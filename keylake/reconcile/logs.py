@@ -3,51 +3,39 @@
     AWS      `aws cloudtrail lookup-events --output json`: {"Events": […]}; the files of a trail: {"Records": […]}
     Azure    the blobs of insights-logs-auditevent: one JSON object a line; {"records": […]}
     Google   `gcloud logging read … --format=json`: […]
+    OpenBao  the file of an audit device: one JSON object a line
 
 Any of these is also taken as JSON lines, and a file may hold several documents after each other.
 """
 
 from __future__ import annotations
 
-import enum
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from keylake.reconcile import aws, azure, google
-from keylake.reconcile.core import LoggedCall
-from keylake.reconcile.parsing import MalformedLogError
+from keymanager.providers import KINDS
 from shared.errors import InvalidInputError
+from shared.kms_log import LoggedCall, MalformedLogError, Recorded
 
 MAX_LOG_SIZE_BYTES: Final = 1 << 30
 _LISTS: Final = ("Events", "Records", "records", "value")
 _SPACE: Final = " \t\r\n\ufeff"
 
 
-class Cloud(enum.StrEnum):
-    """As the provider is called in a key configuration."""
-
-    AWS = "aws"
-    AZURE = "azure"
-    GOOGLE = "google"
+READERS: Final = {name: kind.log for name, kind in KINDS.items() if kind.log is not None}
+"""By the `provider` of a key configuration's key."""
+SIGN_INS: Final = frozenset[str]().union(*(reader.sign_ins for reader in READERS.values()))
 
 
-_READERS: Final[dict[Cloud, Callable[[Iterator[dict[str, Any]]], Iterator[LoggedCall]]]] = {
-    Cloud.AWS: aws.calls,
-    Cloud.AZURE: azure.calls,
-    Cloud.GOOGLE: google.calls,
-}
-_TESTS: Final = {Cloud.AWS: aws.is_record, Cloud.AZURE: azure.is_record, Cloud.GOOGLE: google.is_record}
-
-
-def calls_of(records: Iterable[dict[str, Any]], cloud: Cloud) -> Iterator[LoggedCall]:
+def calls_of(records: Iterable[dict[str, Any]], cloud: str, recorded: Recorded) -> Iterator[LoggedCall]:
     """Raises MalformedLogError."""
-    return _READERS[cloud](iter(records))
+    return READERS[cloud].calls(iter(records), recorded)
 
 
-def read_log(path: Path) -> tuple[Cloud, list[LoggedCall]]:
+def read_log(path: Path, recorded: Recorded) -> tuple[str, list[LoggedCall]]:
     """Raises MalformedLogError, InvalidInputError when the file cannot be read."""
     try:
         if path.stat().st_size > MAX_LOG_SIZE_BYTES:
@@ -57,19 +45,19 @@ def read_log(path: Path) -> tuple[Cloud, list[LoggedCall]]:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise MalformedLogError(f"{path} is not UTF-8") from None
-    return parse_log(content)
+    return parse_log(content, recorded)
 
 
-def parse_log(content: str) -> tuple[Cloud, list[LoggedCall]]:
+def parse_log(content: str, recorded: Recorded) -> tuple[str, list[LoggedCall]]:
     """Raises MalformedLogError."""
     records = _records(content)
     first = next(records, None)
     if first is None:
         raise MalformedLogError("the cloud's log holds no record")
-    for cloud, fits in _TESTS.items():
-        if fits(first):
-            return cloud, list(calls_of(chain([first], records), cloud))
-    raise MalformedLogError("this is no log of AWS CloudTrail, Azure Monitor or Google Cloud Audit Logs")
+    for cloud, reader in READERS.items():
+        if reader.is_record(first):
+            return cloud, list(calls_of(chain([first], records), cloud, recorded))
+    raise MalformedLogError(f"this is no log of {', '.join(reader.title for reader in READERS.values())}")
 
 
 def _records(content: str) -> Iterator[dict[str, Any]]:

@@ -12,18 +12,19 @@ from typing import Final
 
 from keylake.audit_file import lines_of, records_after
 from keylake.client import KeylakeClient
-from keylake.reconcile.core import CLOCK_SKEW, Kind, LoggedCall, Ours, Reconciliation, Window, reconcile
-from keylake.reconcile.logs import Cloud
+from keylake.reconcile.core import CLOCK_SKEW, Kind, Ours, Reconciliation, Window, reconcile
+from keylake.reconcile.logs import READERS
 from shared.api.keymanager import AuditRecord
 from shared.audit_chain import ChainVerifier, Link
 from shared.audit_export import ExportVerifier
 from shared.audit_kms_calls import forgotten_calls, recorded_calls
+from shared.kms_log import LoggedCall, Recorded
 
 _IN_FLIGHT: Final = timedelta(seconds=10)
 """A call that the customer's log has for so long was answered, or given up."""
 _POLL_S: Final = 0.5
 
-ReadLog = Callable[[], Awaitable[Sequence[LoggedCall]]]
+ReadLog = Callable[[Recorded], Awaitable[Sequence[LoggedCall]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +82,14 @@ class OurSide:
     def compare(
         self,
         theirs: Sequence[LoggedCall],
-        cloud: Cloud | None,
+        cloud: str | None,
         only: Iterable[str],
         window: Window,
         newest_record: int | None = None,
     ) -> Report:
         """`cloud`: whose log it is; None for all of them together. `only`: these keys; none: all of those clouds' that
         we recorded a call on."""
-        clouds = set(Cloud) if cloud is None else {cloud}
+        clouds = set(READERS) if cloud is None else {cloud}
         keys = sorted(only) or sorted(key for key, provider in self.ours.providers.items() if provider in clouds)
         result = reconcile(self.ours, theirs, keys=keys, window=window, newest_record=newest_record)
         return Report(result, keys, window, self.last, self.chain_problem)
@@ -97,7 +98,7 @@ class OurSide:
 async def compare_now(
     client: KeylakeClient,
     read_log: ReadLog,
-    cloud: Cloud | None,
+    cloud: str | None,
     only: Iterable[str] = (),
     window: Window | None = None,
     *,
@@ -111,7 +112,7 @@ async def compare_now(
     side = OurSide()
     await side.read_on(client)
     newest = side.last
-    theirs = await read_log()
+    theirs = await read_log(side.ours.recorded)
     read_at, deadline_s = datetime.now(UTC), monotonic() + in_flight.total_seconds()
     window = window or Window()
     # A log that reaches back so far only says nothing about before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 from keylake.reference.text import one_line, schema_type, table
@@ -38,9 +39,11 @@ def _service(service: Service, document: dict[str, Any]) -> str:
         about = document["paths"].get(each.path, {}).get(each.method.lower())
         if about is not None:
             parts.append(_operation(each, about, link))
-    models = document["components"]["schemas"]
+    models, whole = document["components"]["schemas"], json.dumps(document)
+    # A class that others are made from stands there, too, and is nobody's body.
+    used = [name for name in sorted(models) if f'"#/components/schemas/{name}"' in whole]
     # Two services may have different models of one name.
-    parts += [_model(f"{service.value}: {name}", models[name], link) for name in sorted(models)]
+    parts += [_model(f"{service.value}: {name}", models[name], link) for name in used]
     return "\n".join(parts)
 
 

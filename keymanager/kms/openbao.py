@@ -335,19 +335,19 @@ class OpenBaoKms:
         await self._calls.aclose()
         self._http.close()
 
-    async def _decrypt(self, blob: WrappedBlob, associated: dict[str, str], operation: str = "Decrypt") -> SecretKey:
+    async def _decrypt(self, blob: WrappedBlob, associated: dict[str, str]) -> SecretKey:
         def call(token: str) -> Answer[SecretKey]:
             data, request_id = self._transit("decrypt", token, {"ciphertext": blob.ciphertext(), **associated})
             return Answer(_key(data["plaintext"]), request_id, str(blob.key_version))
 
-        return await self._call(operation, call)
+        return await self._call("Decrypt", call)
 
     async def _require_bound_context(self, blob: WrappedBlob) -> None:
         """Once: what opens without its context is not bound to it, and nothing may be stored under such a server."""
         if self._binds_context:
             return
         try:
-            opened = await self._decrypt(blob, {}, "DecryptWithoutContext")
+            opened = await self._decrypt(blob, {})
         except KmsError as error:
             if error.verdict is not Verdict.CORRUPT:
                 raise

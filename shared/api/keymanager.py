@@ -20,6 +20,7 @@ from typing import Annotated, Final, Literal
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from shared.api.common import PRINTABLE, ApiModel
+from shared.cmk import CmkKey, CustomerKey
 from shared.ids import (
     AccountId,
     InstanceId,
@@ -378,7 +379,7 @@ SERVER_MESSAGE: TypeAdapter[ServerMessage] = TypeAdapter(ServerMessage)
 # --- admin API ---
 
 
-class AwsKey(ApiModel):
+class AwsKey(CustomerKey):
     """An AWS KMS key and the role by which Keylake uses it."""
 
     provider: Literal["aws"] = "aws"
@@ -395,7 +396,7 @@ class AwsKey(ApiModel):
         return self.role_arn
 
 
-class GoogleKey(ApiModel):
+class GoogleKey(CustomerKey):
     """A crypto key of Google Cloud KMS and the service account as which Keylake uses it.
 
     Ids as Google defines them: project, `[a-z][a-z0-9-]{4,28}[a-z0-9]`; key ring and key, `[a-zA-Z0-9_-]{1,63}`. No
@@ -420,32 +421,10 @@ class GoogleKey(ApiModel):
         return self.service_account
 
 
-class OpenBaoKey(ApiModel):
-    """A transit key of an OpenBao (or Vault) server and the AppRole by which Keylake uses it.
-
-    The secret id that goes with `role_id` is not in here: it is in the keymanager's settings, under this address.
-    """
-
-    provider: Literal["openbao"] = "openbao"
-    address: str = Field(max_length=255, pattern=r"^https://[A-Za-z0-9.\-\[\]:]+$")
-    namespace: str | None = Field(default=None, max_length=255, pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")
-    mount: str = Field(default="transit", max_length=255, pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")
-    key_name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")
-    role_id: str = Field(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9_.-]+$")
-
-    @property
-    def identifier(self) -> str:
-        return f"{self.address}/v1/{self.mount}/keys/{self.key_name}"
-
-    @property
-    def principal(self) -> str:
-        return self.role_id
-
-
 _UUID: Final = r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 
 
-class AzureKey(ApiModel):
+class AzureKey(CustomerKey):
     """A key in Azure Key Vault and the service principal by which Keylake uses it.
 
     The principal is that of Keylake's application in the customer's tenant; its secret is the keymanager's setting.
@@ -472,11 +451,6 @@ class AzureKey(ApiModel):
     @property
     def principal(self) -> str:
         return self.client_id
-
-
-CmkKey = Annotated[AwsKey | AzureKey | GoogleKey | OpenBaoKey, Field(discriminator="provider")]
-"""A customer's key, whichever cloud it is in. `identifier` is its full name there, `principal` as whom we use it."""
-CMK_KEY: TypeAdapter[CmkKey] = TypeAdapter(CmkKey)
 
 
 class CreateKeyConfiguration(ApiModel):

@@ -1,14 +1,15 @@
-"""Every kind of rotation under pgbench, while branches are made, layers compacted and services killed: no transaction
-fails and no row is lost."""
+"""Every kind of rotation under pgbench, through three clouds, while branches are made, layers compacted and services
+killed, the keymanager that leads among them: no transaction fails and no row is lost."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
@@ -19,10 +20,16 @@ from keylake.demo.pgbench import run_pgbench
 from keylake.encryption import Encryption
 from shared.api.keymanager import AwsKey, KeyState
 from shared.api.pageserver import Compact, TimelineInfo
-from shared.errors import ConflictError
+from shared.cmk import CmkKey
+from shared.errors import ConflictError, UnavailableError
 from tests.cluster.primary import call_pageserver
 from tests.fixtures.forked_cluster import ForkedCluster
+from tests.fixtures.kms_customer_azure import AzureCustomer, azure_customer
+from tests.fixtures.kms_customer_google import GoogleCustomer, google_customer
 from tests.fixtures.waiting import wait_until
+
+if TYPE_CHECKING:
+    from tests.fixtures.kms_clouds import KmsClouds
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
@@ -103,9 +110,31 @@ async def restart(cluster: Cluster, name: str) -> None:
     await cluster.service(name).start()
 
 
-async def test_every_rotation_under_load(tmp_path: Path) -> None:
-    settings = {"pageserver": {"checkpoint_distance_mb": 2}, "keymanager": {"lease_ttl_s": 3}}
-    async with ForkedCluster(settings=settings) as cluster:
+async def restart_leader(cluster: Cluster) -> None:
+    """By SIGKILL: the other keymanager goes on with what this one had begun."""
+    leader = await cluster.leader()
+    await leader.kill()
+    [other] = {"keymanager", "keymanager-2"} - {leader.name}
+    assert (await cluster.leader()).name == other
+    await leader.start()
+
+
+@pytest.fixture
+def elsewhere(kms_clouds: KmsClouds) -> Iterator[tuple[AzureCustomer, GoogleCustomer]]:
+    """The same customer in two other clouds."""
+    cloud = kms_clouds.customercloud
+    with azure_customer(cloud) as azure, google_customer(cloud, kms_clouds.directory) as google:
+        yield azure, google
+
+
+async def test_every_rotation_under_load(tmp_path: Path, elsewhere: tuple[AzureCustomer, GoogleCustomer]) -> None:
+    azure, google = elsewhere
+    settings = {
+        "pageserver": {"checkpoint_distance_mb": 2},
+        # Here it is about what goes on after a takeover; test_replicas.py holds the takeover against the default lease.
+        "keymanager": {"lease_ttl_s": 15} | azure.keymanager_settings | google.keymanager_settings,
+    }
+    async with ForkedCluster(keymanagers=2, settings=settings) as cluster:
         customer, client = cluster.customer, cluster.client
         cmk = await customer.create_key()
         workspace = await cluster.create_workspace(cmk)
@@ -143,23 +172,37 @@ async def test_every_rotation_under_load(tmp_path: Path) -> None:
             looked = await client.retire_keks(project_id, dry_run=True)
             assert looked.retired + sorted({use.kek_version for use in looked.in_use}) == [1, 2]
 
-            # CMK version, then another CMK: everything is under it, so the customer may disable the old one.
+            # CMK version, then other CMKs: AWS → Azure → Google → AWS. Everything is under the new one, so the customer
+            # may disable the old one. In the middle the keymanager is killed that moves the KEKs.
             await asyncio.to_thread(customer.aws.rotate, cmk)
             await client.rewrap(configuration_id)
             assert (await client.rewrap(configuration_id, dry_run=True)).outdated == 0
             bootstrap = customer.bootstrap
-            new = AwsKey(
+            back = AwsKey(
                 key_arn=await customer.create_key("another"),
                 role_arn=bootstrap.role_arn,
                 external_id=bootstrap.external_id,
             )
-            await client.replace_key(configuration_id, new)
 
             async def replaced() -> bool:
-                return await client.replacement(configuration_id) is None
+                with contextlib.suppress(UnavailableError):  # nobody leads just now
+                    return await client.replacement(configuration_id) is None
+                return False
 
-            await wait_until(replaced, 30)
+            async def replace(key: CmkKey) -> None:
+                await client.replace_key(configuration_id, key)
+                if key == google.cmk:
+                    await restart_leader(cluster)
+                await wait_until(replaced, 30)
+                [found] = await client.key_configurations()
+                assert found.key == key
+
+            await replace(azure.cmk)
             await customer.disable(cmk)
+            await replace(google.cmk)
+            await asyncio.to_thread(azure.disable)
+            await replace(back)
+            await asyncio.to_thread(google.disable)
 
             # All data anew, while a store dies in the middle of it.
             begun = await client.rekey(project_id)
@@ -182,9 +225,10 @@ async def test_every_rotation_under_load(tmp_path: Path) -> None:
 
         # Nobody's memory helps: everything that holds a key starts anew, with an empty cache.
         await client.kill_endpoint(project.endpoint.endpoint_id)
-        for name in ("keymanager", "safekeeper-1", "safekeeper-2", "safekeeper-3", "pageserver"):
+        keyed = ("keymanager", "keymanager-2", "safekeeper-1", "safekeeper-2", "safekeeper-3", "pageserver")
+        for name in keyed:
             await cluster.service(name).kill()
-        for name in ("keymanager", "safekeeper-1", "safekeeper-2", "safekeeper-3", "pageserver"):
+        for name in keyed:
             await cluster.service(name).start()
         await drill.check()
         for branch, least in branches:

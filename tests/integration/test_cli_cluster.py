@@ -655,6 +655,16 @@ def test_drills(keylake: KeylakeCommand, tmp_path: Path) -> None:
     assert outage["project_id"] == revocation["project_id"]
     [suspended] = [r for r in keylake.json("project", "revocations", "drill") if r["state"] == "SUSPENDED"]
     assert outage["revocation_id"] == suspended["revocation_id"]
+    own = keylake.json("key-config", "show", "drill")["key"]
+    [another] = [each["key"] for each in keylake.json("key-config", "list") if each["key"] != own][:1]
+    (tmp_path / "another.json").write_text(json.dumps(another))
+    rotation = drilled(keylake, tmp_path, "rotation", "--through", str(tmp_path / "another.json"))
+    measured = {promise["what"]: promise["measured"] for promise in rotation["promises"]}
+    assert measured["no data is left under an older data key"] == "0 bytes"
+    assert [each["measured"] for each in rotation["promises"] if each["what"] == "the key is replaced"] == [
+        another["key_arn"],
+        own["key_arn"],
+    ]
     # On what belongs to others, only by wish; nobody answers here.
     for arguments in (("revocation", "--project", "first"), ("outage",)):
         assert keylake.run("drill", *arguments).returncode == 1

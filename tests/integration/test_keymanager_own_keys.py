@@ -17,7 +17,6 @@ from shared.api.keymanager import (
     AwsKey,
     ChangeKeyConfiguration,
     ChangeWorkspace,
-    CmkKey,
     CreateKeyConfiguration,
     CreateProject,
     CreateWorkspace,
@@ -31,6 +30,7 @@ from shared.api.keymanager import (
     Workspace,
 )
 from shared.auth import BearerToken, Scope
+from shared.cmk import CmkKey
 from shared.errors import (
     ConflictError,
     InvalidInputError,

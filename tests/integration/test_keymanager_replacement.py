@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from shared.api.keymanager import (
-    CmkKey,
     CreateKeyConfiguration,
     CreateWorkspace,
     KeyConfiguration,
@@ -26,6 +25,7 @@ from shared.api.keymanager import (
     Workspace,
 )
 from shared.auth import Scope
+from shared.cmk import CmkKey
 from shared.errors import ConflictError, InvalidInputError, NotFoundError, PermissionDeniedError, RevokedError
 from shared.ids import KeyConfigurationId, ProjectId
 from tests.fixtures.customercloud import new_tenant

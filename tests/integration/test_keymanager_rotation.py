@@ -9,11 +9,11 @@ import asyncpg
 import pytest
 
 from customercloud.faults import Faults, Service
+from keymanager.adapters import provider_factory
 from keymanager.config import KeymanagerSettings
 from keymanager.keyring import WRAP_BLOCK
 from keymanager.leadership import Term
 from keymanager.manager import KeyManager
-from keymanager.providers import provider_factory
 from keymanager.repository import Repository
 from shared.api.keymanager import (
     KeyConfiguration,

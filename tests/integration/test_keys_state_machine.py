@@ -1,22 +1,20 @@
 """Keys through everything that can happen to them, beside an oracle: every DEK opens if and only if the oracle says so.
 
 A real keymanager process over TLS, on a real PostgreSQL, with CMKs in three (simulated) clouds through the vendors' own
-SDKs. The oracle knows three facts of a project: does the customer allow its current CMK, did an operator revoke it, and
-which DEKs did it get. Rotations and replacements must change none of them.
+SDKs. The oracle (`tests/fixtures/keys_oracle.py`) knows of a project: which CMK is it under and does its customer allow
+it, did an operator revoke it, which DEKs did it get, and which KEKs were destroyed by the nodes' own word. Rotations,
+replacements, moves and re-keys change nothing of what opens; a retirement ends what a node said that it does not need.
 
 CI runs few examples, always the same. `make fuzz-keys EXAMPLES=500` runs others, as many as wanted.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import secrets
-import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
@@ -35,17 +33,16 @@ from hypothesis.stateful import (
 from shared.api.keymanager import (
     CreateKeyConfiguration,
     KeyState,
+    KeyUse,
     ObjectName,
+    RetiredKeks,
     RevokeRequest,
 )
-from shared.crypto.envelope import Envelope
 from shared.errors import ConflictError, IntegrityError, InvalidInputError, KeyAccessError, RevokedError
-from shared.ids import KeyConfigurationId, ProjectId, WorkspaceId
-from shared.keyclient import KeyClient
-from shared.lease import Lease
 from tests.fixtures.customercloud import new_tenant
 from tests.fixtures.key_source_contract import NONCE, Losses, named
 from tests.fixtures.keymanager import Keymanager
+from tests.fixtures.keys_oracle import Cmk, Configuration, Dek, Known, Loop, World
 from tests.fixtures.kms_customer_aws import aws_customer
 from tests.fixtures.kms_customer_azure import azure_customer
 from tests.fixtures.kms_customer_google import google_customer
@@ -62,91 +59,6 @@ pytestmark = pytest.mark.integration
 T = TypeVar("T")
 EXAMPLES: Final = int(os.environ.get("KEYLAKE_KEY_EXAMPLES", "0"))
 """0: those of CI."""
-
-
-# --- what the machine works on ---
-
-
-class Loop:
-    """An event loop in a thread: Hypothesis's rules are plain functions."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(120)
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
-@dataclass
-class World:
-    """Shared by all examples; what one leaves behind is never touched again."""
-
-    loop: Loop
-    manager: Keymanager
-    customers: list[KmsCustomer]
-    reader: KeyClient
-    """Takes a lease for each look, and gives it back: every DEK comes from the keymanager."""
-    holder: KeyClient
-    """Holds a lease on every project, so that each revocation has somebody to wait for."""
-    kills_left: int = EXAMPLES or 2
-    """A start takes longer than everything else."""
-
-
-@dataclass
-class Cmk:
-    """The oracle's view of a customer's key."""
-
-    customer: KmsCustomer
-    enabled: bool = True
-    pending_deletion: bool = False
-
-    @property
-    def allowed(self) -> bool:
-        return self.enabled and not self.pending_deletion
-
-    def give_back(self) -> None:
-        if self.pending_deletion:
-            self.customer.cancel_deletion()  # and enables it, which is a step of its own in some clouds
-        else:
-            self.customer.enable()
-        self.enabled, self.pending_deletion = True, False
-
-
-@dataclass
-class Configuration:
-    key_configuration_id: KeyConfigurationId
-    workspace_id: WorkspaceId
-    cmk: Cmk
-
-
-@dataclass
-class Dek:
-    name: ObjectName
-    envelope: Envelope
-    sealed: bytes
-
-
-@dataclass
-class Known:
-    """The oracle's view of a project."""
-
-    project_id: ProjectId
-    configuration: Configuration
-    lease: Lease
-    held: bool = False
-    kek_version: int = 1
-    deks: list[Dek] = field(default_factory=list)
-
-    @property
-    def state(self) -> KeyState:
-        return KeyState.ACTIVE if self.configuration.cmk.allowed and not self.held else KeyState.REVOKED
 
 
 NUMBERS: Final = st.integers(0, 5)
@@ -251,7 +163,7 @@ class Keys(RuleBasedStateMachine):
         if rotate:
             configuration.cmk.customer.rotate()
         self._run(self._post(path))
-        assert len(self._run(self._cmk_versions(configuration))) == 1
+        assert len(self._run(self._cmk_versions(configuration))) <= 1
 
     @rule(number=NUMBERS, to=NUMBERS)
     def replace_cmk(self, number: int, to: int) -> None:
@@ -265,6 +177,78 @@ class Keys(RuleBasedStateMachine):
         else:
             with pytest.raises((KeyAccessError, InvalidInputError)):
                 self._run(self._replace(configuration, new))
+
+    @rule(number=NUMBERS, to=NUMBERS)
+    def move_to_another_configuration(self, number: int, to: int) -> None:
+        """Its KEKs, and nobody else's. From then on it is the other customer's yes and no that counts."""
+        known, target = self._project(number), self.configurations[to % len(self.configurations)]
+        source = known.configuration
+        if target is source or (source.cmk.allowed and target.cmk.allowed):
+            self._run(self._move(known, target))
+            known.configuration = target
+        else:
+            with pytest.raises(KeyAccessError):
+                self._run(self._move(known, target))
+
+    # --- what nodes do so that an old KEK may go ---
+
+    @rule(number=NUMBERS)
+    def rekey(self, number: int) -> None:
+        known = self._project(number)
+        if known.state is KeyState.ACTIVE:
+            self._run(self._rekey(known))
+            known.kek_version += 1
+            known.dek_floor = known.kek_version
+        else:
+            with pytest.raises(KeyAccessError):
+                self._run(self._rekey(known))
+
+    @rule(number=NUMBERS)
+    def wrap_again(self, number: int) -> None:
+        """The same DEKs, under the newest KEK. Below the floor of a re-key: other DEKs, and the data sealed anew."""
+        known = self._project(number)
+        deks = [dek for dek in known.deks if known.opens(dek)]
+        if not deks:
+            return
+        if known.state is not KeyState.ACTIVE:
+            with pytest.raises(KeyAccessError):
+                self._run(self._rewrap(known, deks))
+            return
+        old = [dek for dek in deks if dek.envelope.dek_version < known.dek_floor]
+        kept = [dek for dek in deks if dek.envelope.dek_version >= known.dek_floor]
+        self._run(self._rewrap(known, kept))
+        if old:
+            for dek in old:
+                assert self._run(self._open(known, dek, dek.name)) == b"row"
+            known.deks = [dek for dek in known.deks if dek not in old] + self._run(self._generate(known, len(old)))
+        left = {dek.envelope.kek_version for dek in known.deks if known.opens(dek)}
+        assert left == {known.kek_version}
+
+    @rule(number=NUMBERS, lie=st.booleans())
+    def report(self, number: int, lie: bool) -> None:
+        """What the node keeps; one that lies has only itself to blame."""
+        known = self._project(number)
+        uses = [] if lie else [dek.use for dek in known.deks if known.opens(dek)]
+        if known.state is KeyState.ACTIVE:
+            self._run(self._report(known, uses))
+            known.kek_floor = max(known.kek_floor, min([known.kek_version, *(use.kek_version for use in uses)]))
+        else:
+            with pytest.raises(KeyAccessError):
+                self._run(self._report(known, uses))
+
+    @rule(number=NUMBERS, dry_run=st.booleans())
+    def retire(self, number: int, dry_run: bool) -> None:
+        """Also of a project whose keys are revoked: to destroy takes no key."""
+        known = self._project(number)
+        if known.old and not known.retirable and not dry_run:
+            with pytest.raises(ConflictError):
+                self._run(self._retire(known, dry_run=dry_run))
+            return
+        done = self._run(self._retire(known, dry_run=dry_run))
+        assert done.retired == known.retirable
+        assert {use.kek_version for use in done.in_use} == known.old - set(known.retirable)
+        if not dry_run:
+            known.destroyed |= set(done.retired)
 
     # --- and what else can happen ---
 
@@ -302,8 +286,7 @@ class Keys(RuleBasedStateMachine):
 
         await wait_until(agrees)  # a return is over when the revocation before it is sealed
         if known.state is KeyState.ACTIVE:
-            for dek in known.deks:
-                assert await self._open(known, dek, dek.name) == b"row"
+            await self._look_into(known)
         else:
             for dek in known.deks[:1]:
                 with pytest.raises(RevokedError):
@@ -359,10 +342,59 @@ class Keys(RuleBasedStateMachine):
         finally:
             await reader.release(known.project_id)
 
+    async def _look_into(self, known: Known) -> None:
+        """All DEKs under one lease: those that open in one request, each of the others for itself."""
+        reader = self.world.reader
+        opening = [dek for dek in known.deks if known.opens(dek)]
+        try:
+            await reader.acquire(known.project_id, Losses())
+            keys = (
+                await reader.unwrap(known.project_id, [(dek.name, dek.envelope) for dek in opening]) if opening else []
+            )
+            for dek, key in zip(opening, keys, strict=True):
+                assert key.open(NONCE, dek.sealed, b"") == b"row"
+            for dek in known.deks:
+                if not known.opens(dek):
+                    with pytest.raises(IntegrityError):
+                        await reader.unwrap(known.project_id, [(dek.name, dek.envelope)])
+        finally:
+            await reader.release(known.project_id)
+
+    async def _rewrap(self, known: Known, deks: list[Dek]) -> None:
+        reader = self.world.reader
+        try:
+            await reader.acquire(known.project_id, Losses())
+            made = await reader.rewrap(known.project_id, [(dek.name, dek.envelope) for dek in deks]) if deks else []
+        finally:
+            await reader.release(known.project_id)
+        for dek, envelope in zip(deks, made, strict=True):
+            dek.envelope = envelope
+
+    async def _report(self, known: Known, uses: list[KeyUse]) -> None:
+        reader = self.world.reader
+        try:
+            await reader.acquire(known.project_id, Losses())
+            await reader.report(known.project_id, known.kek_version, uses)
+        finally:
+            await reader.release(known.project_id)
+
+    async def _retire(self, known: Known, *, dry_run: bool) -> RetiredKeks:
+        async with self.world.manager.keylake() as keylake:
+            return await keylake.retire_keks(known.project_id, dry_run=dry_run)
+
+    async def _rekey(self, known: Known) -> None:
+        async with self.world.manager.keylake() as keylake:
+            assert (await keylake.rekey(known.project_id)).dek_floor == known.kek_version + 1
+
+    async def _move(self, known: Known, target: Configuration) -> None:
+        async with self.world.manager.keylake() as keylake:
+            moved = await keylake.move_project(known.project_id, target.key_configuration_id)
+        assert moved.key_configuration_id == target.key_configuration_id
+
     async def _cmk_versions(self, configuration: Configuration) -> set[str]:
         mine = [known for known in self.projects if known.configuration is configuration]
         projects = [await self.world.manager.project(known.project_id) for known in mine]
-        return {kek.cmk_key_version for project in projects for kek in project.keks}
+        return {kek.cmk_key_version for project in projects for kek in project.keks if not kek.destroyed}
 
     async def _post(self, path: str) -> None:
         async with self.world.manager.client() as http:
@@ -418,7 +450,7 @@ def world(
             holder = manager.key_client(node_id="holder")
             loop.run(reader.__aenter__())
             loop.run(holder.__aenter__())
-            yield World(loop, manager, customers, reader, holder)
+            yield World(loop, manager, customers, reader, holder, EXAMPLES or 2)
             loop.run(reader.__aexit__(None, None, None))
             loop.run(holder.__aexit__(None, None, None))
             assert manager.stop() == 0

@@ -21,15 +21,15 @@ from customercloud.azure.access import Mode, Permission
 from customercloud.azure.admin import VaultRequest
 from customercloud.azure.identity import FederatedCredential
 from customercloud.faults import ErrorKind, Faults, Outage, Service
-from keymanager.config import AzureSettings, KeymanagerSettings
 from keymanager.kms.azure import AzureKms, AzureKmsConfig
 from keymanager.kms.azure_blob import AzureBlob
 from keymanager.kms.base import DenialReason, KeyState, KmsCall, KmsError, KmsProvider, Verdict
-from keymanager.providers import azure_factory
+from keymanager.providers.azure import KIND, AzureSettings
 from shared.api.keymanager import AzureKey
 from shared.clock import SystemClock
 from shared.crypto.context import EncryptionContext
 from shared.crypto.secret import SecretKey
+from tests.fixtures.kms_adapter import surroundings
 from tests.fixtures.kms_customer_azure import AzureTenant, azure_customer, azure_tenant
 from tests.fixtures.kms_customers import KmsCustomer
 
@@ -502,10 +502,6 @@ async def test_the_keymanagers_factory_makes_a_working_provider(azure: AzureTena
         verify_challenge_resource=False,
         ca_bundle=azure.cloud.ca_bundle,
     )
-    settings = KeymanagerSettings.model_construct(
-        azure=azure_settings, kms_connect_timeout_s=2.0, kms_read_timeout_s=2.0, kms_deadline_s=4.0
-    )
-    make = azure_factory(settings, SystemClock())
     key = AzureKey(
         vault_url=azure.cloud.url,
         key_name=azure.key_name,
@@ -513,8 +509,10 @@ async def test_the_keymanagers_factory_makes_a_working_provider(azure: AzureTena
         client_id=azure.vendor.client_id,
     )
     calls: list[KmsCall] = []
-    kms = make(key, calls.append)
-    unknown = make(key.model_copy(update={"client_id": azure.names.vendor.client_id}), calls.append)
+    around = surroundings(calls.append)
+    kms = KIND.connect(key, azure_settings, around)
+    another = key.model_copy(update={"client_id": azure.names.vendor.client_id})
+    unknown = KIND.connect(another, azure_settings, around)
     try:
         kek = await kms.generate_kek(CONTEXT)
         assert (await kms.unwrap(kek.wrapped, CONTEXT)).matches(kek.plaintext)

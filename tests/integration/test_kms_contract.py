@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import pytest
 
@@ -27,6 +27,7 @@ from tests.fixtures.kms_customers import KmsCustomer
 pytestmark = pytest.mark.integration
 
 T = TypeVar("T")
+TestFunction = TypeVar("TestFunction", bound=Callable[..., Awaitable[None]])
 
 CONTEXT = EncryptionContext({"keylake:account": "acc-1", "keylake:project": "prj-1"})
 WRONG_CONTEXTS = {
@@ -41,10 +42,20 @@ WRONG_CONTEXTS = {
 PATIENCE_S = 30.0
 
 
-def over(*operations: str) -> pytest.MarkDecorator:
+NEEDS: Final[dict[str, frozenset[str]]] = {}
+"""Test → what the customer must be able to do, for those that are not over all providers."""
+
+
+def over(*operations: str) -> Callable[[TestFunction], TestFunction]:
     """Only the providers that have all of these."""
     able = [name for name in sorted(CUSTOMERS) if CAN[name].issuperset(operations)]
-    return pytest.mark.parametrize("customer", able, indirect=True)
+
+    def mark(test: TestFunction) -> TestFunction:
+        NEEDS[test.__name__] = frozenset(operations)
+        marked: TestFunction = pytest.mark.parametrize("customer", able, indirect=True)(test)
+        return marked
+
+    return mark
 
 
 @pytest.fixture(params=sorted(CUSTOMERS))

@@ -19,16 +19,16 @@ import pytest
 from pydantic import ValidationError
 
 from customercloud.faults import ErrorKind, Faults, Outage, Service
-from keymanager.config import GoogleSettings, KeymanagerSettings
 from keymanager.kms.base import DenialReason, KeyState, KmsCall, KmsError, KmsProvider, Verdict
 from keymanager.kms.gcp import GoogleKms, GoogleKmsConfig
-from keymanager.providers import google_factory
+from keymanager.providers.google import KIND, GoogleSettings
 from shared.api.keymanager import GoogleKey
 from shared.clock import SystemClock
 from shared.crypto.context import EncryptionContext
 from shared.crypto.secret import SecretKey
 from shared.errors import InvalidInputError
 from tests.fixtures.google import new_google_tenant
+from tests.fixtures.kms_adapter import surroundings
 from tests.fixtures.kms_customer_google import GoogleCustomer, google_customer
 from tests.fixtures.waiting import wait_until
 
@@ -446,20 +446,15 @@ def test_configurations_that_are_refused(wrong: dict[str, Any]) -> None:
 
 
 async def test_the_factory_makes_providers_as_the_settings_say(google: GoogleTenant, key: str) -> None:
-    settings = KeymanagerSettings.model_construct(
-        google=GoogleSettings(
-            kms_endpoint_url=google.cloud.url,
-            iam_endpoint_url=google.cloud.url,
-            ca_bundle=google.cloud.ca_bundle,
-            credentials_file=google.credentials_file,
-        ),
-        kms_connect_timeout_s=1.0,
-        kms_read_timeout_s=2.0,
-        kms_deadline_s=4.0,
+    settings = GoogleSettings(
+        kms_endpoint_url=google.cloud.url,
+        iam_endpoint_url=google.cloud.url,
+        ca_bundle=google.cloud.ca_bundle,
+        credentials_file=google.credentials_file,
     )
     calls: list[KmsCall] = []
     model = GoogleKey(key_name=key, service_account=google.names.service_account)
-    kms = google_factory(settings, SystemClock())(model, calls.append)
+    kms = KIND.connect(model, settings, surroundings(calls.append))
     try:
         kek = await kms.generate_kek(CONTEXT)
         assert (await kms.unwrap(kek.wrapped, CONTEXT)).matches(kek.plaintext)

@@ -28,6 +28,7 @@ from keylake.layout import Layout
 from keylake.metadata import METADATA_DATABASE, MetadataSettings
 from keylake.provision import BUCKET, OPERATOR, make_secrets, open_account, open_objects
 from keymanager.config import KeymanagerSettings
+from keymanager.providers import aws as aws_kind
 from pageserver.redo import build
 from shared import c_library
 from shared.config import Address
@@ -277,11 +278,11 @@ async def test_the_keymanager_gets_its_access_key_and_keeps_its_settings(tmp_pat
         with pytest.raises(ConflictError):
             await asyncio.to_thread(open_account, tmp_path, url)
     assert json.loads(first).items() > before.items()
-    aws = KeymanagerSettings.load(keymanager).aws
+    aws = KeymanagerSettings.load(keymanager).of(aws_kind.KIND)
     assert aws.access_key_id is not None
     assert stat.S_IMODE(keymanager.stat().st_mode) == 0o600
     other = Layout(tmp_path / "keymanager-2").config / "keymanager-2.json"
-    assert KeymanagerSettings.load(other).aws == aws
+    assert KeymanagerSettings.load(other).of(aws_kind.KIND) == aws
 
 
 async def test_an_s3_server_without_an_admin_api_gets_the_bucket_and_no_user(

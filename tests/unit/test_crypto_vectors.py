@@ -12,15 +12,19 @@ from shared.crypto.aead import TAG_SIZE_BYTES, AeadKey
 from shared.crypto.context import EncryptionContext, KeyScope
 from shared.crypto.envelope import ENVELOPE_SIZE_BYTES, Envelope, rewrap_dek, unwrap_dek
 from shared.crypto.sealed_object import HEADER_SIZE_BYTES, open_object, seal_object
-from shared.crypto.secret import SecretKey
+from shared.crypto.secret import KEY_SIZE_BYTES, SecretKey
 from shared.errors import CorruptedError, IntegrityError
 from shared.ids import AccountId, KekId, ProjectId, TimelineId, WorkspaceId
 
+WRAPPED_KEY_SIZE_BYTES = KEY_SIZE_BYTES + TAG_SIZE_BYTES
 VECTORS = Path(__file__).parent.parent / "vectors"
 GCM: list[dict[str, str]] = json.loads((VECTORS / "aes_256_gcm.json").read_text())
 CAVP: list[dict[str, str | None]] = json.loads((VECTORS / "nist_cavp_gcm_256.json").read_text())
 """Of NIST's Cryptographic Algorithm Validation Program (gcmtestvectors.zip): every combination of lengths with a 96-bit
 nonce and a 128-bit tag, three that open and up to two that must not (plaintext null)."""
+WYCHEPROOF: dict[str, Any] = json.loads((VECTORS / "wycheproof" / "aes_256_gcm.json").read_text())
+"""A key is wrapped with the same AEAD (`Envelope`, our own format): RFC 3394 and 5649 are used nowhere. The vectors of
+the customer's own wrap, RSA-OAEP, are in test_customercloud_azure.py."""
 GOLDEN: dict[str, Any] = json.loads((VECTORS / "golden_v1.json").read_text())
 
 
@@ -55,6 +59,8 @@ def test_aes_256_gcm(vector: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("opens", [True, False])
 def test_nist_cavp_vectors(opens: bool) -> None:
+    """What is as long as a wrapped key is opened as one, too."""
+    keys = 0
     vectors = [vector for vector in CAVP if (vector["plaintext"] is not None) is opens]
     assert len(vectors) >= 40
     for vector in vectors:
@@ -67,6 +73,33 @@ def test_nist_cavp_vectors(opens: bool) -> None:
         else:
             with pytest.raises(IntegrityError):
                 cipher.open(fields["nonce"], sealed, fields["aad"])
+        if len(sealed) == WRAPPED_KEY_SIZE_BYTES:
+            keys += 1
+            if opens:
+                opened = cipher.open_key(fields["nonce"], sealed, fields["aad"])
+                assert opened.matches(SecretKey(fields["plaintext"]))
+            else:
+                with pytest.raises(IntegrityError):
+                    cipher.open_key(fields["nonce"], sealed, fields["aad"])
+    assert keys > 0
+
+
+@pytest.mark.parametrize("result", ["valid", "invalid"])
+def test_wycheproof_vectors(result: str) -> None:
+    """Altered tags in every way, counters that wrap, long AADs."""
+    [group] = WYCHEPROOF["testGroups"]
+    vectors = [vector for vector in group["tests"] if vector["result"] == result]
+    assert len(vectors) >= 20
+    for vector in vectors:
+        names = ("key", "iv", "aad", "msg", "ct", "tag")
+        secret, nonce, aad, message, ciphertext, tag = (bytes.fromhex(vector[name]) for name in names)
+        cipher, sealed = AeadKey(SecretKey(secret)), ciphertext + tag
+        if result == "valid":
+            assert cipher.open(nonce, sealed, aad) == message, vector["tcId"]
+            assert cipher.seal(nonce, message, aad) == sealed, vector["tcId"]
+        else:
+            with pytest.raises(IntegrityError):
+                cipher.open(nonce, sealed, aad)
 
 
 def test_golden_context() -> None:

@@ -464,3 +464,24 @@ def test_the_state_comes_back_from_its_json_and_shows_no_secret() -> None:
     assert again.keys["v/cmk"].current.private_key == PRIVATE_KEY
     assert again.model_dump_json() == snapshot.model_dump_json()
     assert "private_key" not in repr(snapshot)
+
+
+@pytest.mark.parametrize("result", ["valid", "invalid"])
+def test_wycheproof_vectors_of_rsa_oaep(result: str) -> None:
+    """Every refusal is the same one: told apart, they would be Manger's oracle. Key Vault knows no labels, so what has
+    one does not open."""
+    file = Path(__file__).parent.parent / "vectors" / "wycheproof" / "rsa_oaep_2048_sha256.json"
+    [group] = json.loads(file.read_text())["testGroups"]
+    key = RsaKey(bytes.fromhex(group["privateKeyPkcs8"]))
+    vectors = [vector for vector in group["tests"] if vector["result"] == result]
+    assert len(vectors) >= 10
+    refusals = set()
+    for vector in vectors:
+        ciphertext = bytes.fromhex(vector["ct"])
+        if result == "valid" and not vector["label"]:
+            assert key.decrypt("RSA-OAEP-256", ciphertext) == bytes.fromhex(vector["msg"]), vector["tcId"]
+        else:
+            with pytest.raises(AzureError) as refused:
+                key.decrypt("RSA-OAEP-256", ciphertext)
+            refusals.add(str(refused.value))
+    assert len(refusals) == 1

@@ -17,7 +17,7 @@ EVENT = KmsEvent("aws DisableKey", names_of(AWS))
 async def watched_seldom(place: Place) -> None:
     """KEY is probed once, and then every hour."""
     stored = replace(place.database.key_configurations[KEY], probe_interval_s=3600.0)
-    place.manager._key_stored(stored)
+    place.manager.key_configurations.put(stored)
     place.manager.watcher.start(KEY)
     await asyncio.sleep(5)
     assert len(place.cmk.answers) == 1
@@ -45,7 +45,8 @@ def test_many_hints_are_few_probes_and_few_records() -> None:
     async def story(place: Place) -> None:
         await watched_seldom(place)
         for _ in range(1000):
-            assert await place.manager.take_kms_events([EVENT], "test") == 2, "both key configurations have this key"
+            asked = await place.manager.key_configurations.take_events([EVENT], "test")
+            assert asked == 2, "both key configurations have this key"
             await asyncio.sleep(0.01)
         long_s = place.process.monotonic_s()
         records = [link.entry for link in place.database.chain if link.entry.action == "kms.event"]
@@ -67,6 +68,7 @@ def test_a_hint_about_what_is_gone_does_nothing() -> None:
         await asyncio.sleep(5)
         assert len(place.cmk.answers) == 1
         assert watcher.hint(OTHER_KEY), "and one that is not watched yet will be, with a probe"
-        assert await place.manager.take_kms_events([KmsEvent("aws DisableKey", frozenset())], "test") == 0
+        nothing = [KmsEvent("aws DisableKey", frozenset())]
+        assert await place.manager.key_configurations.take_events(nothing, "test") == 0
 
     play(story)

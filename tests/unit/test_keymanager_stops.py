@@ -29,9 +29,10 @@ from keymanager.records import StoredKek, StoredKeyConfiguration, StoredLease, S
 from keymanager.session import Session
 from keymanager.state import KeyAccess, KeyEvent, KmsAccess
 from keymanager.transaction import Transaction
-from shared.api.keymanager import AwsKey, CmkKey, Generate, KeyState, ObjectName, Role, Unwrap, Workspace, WrappedObject
+from shared.api.keymanager import AwsKey, Generate, KeyState, ObjectName, Role, Unwrap, Workspace, WrappedObject
 from shared.audit_chain import AuditEntry
 from shared.auth import Principal, Scope, Service, TokenVerifier, TrustBundle
+from shared.cmk import CmkKey
 from shared.config import Address, Identity
 from shared.crypto.context import EncryptionContext
 from shared.crypto.secret import SecretKey
@@ -140,7 +141,7 @@ class Place:
                 key, database.account_id, str(key), AWS, 600.0, 1.0, wrapped, digest, KmsAccess.ALLOWED, "", AT, AT, AT
             )
             cmks.add(key, AWS, cmks.make(AWS))
-            manager._key_stored(stored_key)
+            manager.key_configurations.put(stored_key)
             manager.watcher.add(stored_key)
             database.key_configurations[key] = stored_key
         workspace = manager.projects.workspaces[WORKSPACE] = Workspace(

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from keymanager.config import AzureSettings
 from keymanager.kms.azure_blob import (
     FORMAT_VERSION,
     MAGIC,
@@ -23,6 +22,7 @@ from keymanager.kms.azure_blob import (
 from keymanager.kms.azure_clients import AzureKmsConfig, scope_for
 from keymanager.kms.azure_verdicts import UNWRAP_KEY, classify, classify_token
 from keymanager.kms.base import Classification, DenialReason, Verdict
+from keymanager.providers.azure import AzureSettings
 from shared.api.keymanager import AzureKey
 from shared.crypto.context import EncryptionContext
 from shared.crypto.secret import SecretKey

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from keymanager.kms_events import MAX_EVENT_SIZE_BYTES, Handshake, KmsEvent, names_of, parse
-from shared.api.keymanager import AzureKey, CmkKey, GoogleKey
+from shared.api.keymanager import AzureKey, GoogleKey
+from shared.cmk import CmkKey
 from shared.errors import InvalidInputError
 from tests.fixtures.cloud_events import (
     ARN,

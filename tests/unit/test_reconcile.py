@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from keylake.reconcile.core import Kind, LoggedCall, Ours, Reconciliation, Window, reconcile
-from keylake.reconcile.logs import Cloud, calls_of, parse_log
-from keylake.reconcile.parsing import MalformedLogError
+from keylake.reconcile.core import Kind, Ours, Reconciliation, Window, reconcile
+from keylake.reconcile.logs import calls_of, parse_log
 from keylake.reconcile.run import reach
 from shared.audit_chain import AuditEntry, ChainHead, append
 from shared.audit_kms_calls import MalformedCallsError, RecordedCall, forgotten_calls, recorded_calls
+from shared.kms_log import LoggedCall, MalformedLogError
 
 AT = datetime(2026, 11, 26, 5, 0, tzinfo=UTC)
 KEY, OTHER_KEY, US = "arn:aws:kms:x:1:key/a", "arn:aws:kms:x:1:key/b", "arn:aws:iam::1:role/keylake"
@@ -192,6 +192,21 @@ AUDIT_EVENT = {
     "identity": {"claim": {"appid": "app-1", "oid": "o-1"}},
     "properties": {"id": "https://v.vault.azure.net/keys/cmk/0123", "httpStatusCode": 200},
 }
+BAO_RECORD: dict[str, Any] = {
+    "time": "2026-11-26T05:00:00.123456789Z",
+    "type": "response",
+    "auth": {"display_name": "approle", "metadata": {"role_name": "keylake"}, "token_type": "service"},
+    "request": {
+        "id": "0e14a478-7db5-3d0a-7b0c-94c7c9354bd6",
+        "operation": "update",
+        "mount_point": "transit/",
+        "mount_type": "transit",
+        "namespace": {"id": "n1", "path": "team/"},
+        "path": "transit/decrypt/cmk",
+        "headers": {"x-correlation-id": ["1"]},
+    },
+    "error": "1 error occurred:\n\t* permission denied\n\n",
+}
 LOG_ENTRY = {
     "logName": "projects/p/logs/cloudaudit.googleapis.com%2Fdata_access",
     "insertId": "i",
@@ -207,14 +222,18 @@ LOG_ENTRY = {
 }
 
 
+def unknown(_: str) -> None:
+    """No call of ours."""
+
+
 @pytest.mark.parametrize(
     ("document", "cloud", "expected"),
     [
-        ({"Records": [CLOUDTRAIL, CLOUDTRAIL]}, Cloud.AWS, LoggedCall(AT, "Decrypt", KEY, US, "1", "ok", True)),
-        ({"Events": [{"EventId": "e", "CloudTrailEvent": json.dumps(CLOUDTRAIL)}]}, Cloud.AWS, None),
+        ({"Records": [CLOUDTRAIL, CLOUDTRAIL]}, "aws", LoggedCall(AT, "Decrypt", KEY, US, "1", "ok", True)),
+        ({"Events": [{"EventId": "e", "CloudTrailEvent": json.dumps(CLOUDTRAIL)}]}, "aws", None),
         (
             {"records": [AUDIT_EVENT, {**AUDIT_EVENT, "category": "AzurePolicyEvaluationDetails"}]},
-            Cloud.AZURE,
+            "azure",
             LoggedCall(
                 AT.replace(microsecond=123456),
                 "UnwrapKey",
@@ -227,7 +246,7 @@ LOG_ENTRY = {
         ),
         (
             [LOG_ENTRY, LOG_ENTRY],
-            Cloud.GOOGLE,
+            "google",
             LoggedCall(
                 AT.replace(microsecond=123456),
                 "Decrypt",
@@ -238,16 +257,67 @@ LOG_ENTRY = {
                 True,
             ),
         ),
+        (
+            [{**BAO_RECORD, "type": "request"}, BAO_RECORD],
+            "openbao",
+            LoggedCall(
+                AT.replace(microsecond=123456),
+                "Decrypt",
+                "team/transit/keys/cmk",
+                "keylake",
+                "0e14a478-7db5-3d0a-7b0c-94c7c9354bd6",
+                "1 error occurred: * permission denied",
+                True,
+            ),
+        ),
     ],
 )
-def test_logs_as_the_vendors_tools_write_them(document: object, cloud: Cloud, expected: LoggedCall | None) -> None:
+def test_logs_as_the_vendors_tools_write_them(document: object, cloud: str, expected: LoggedCall | None) -> None:
     for text in (json.dumps(document), json.dumps(document, indent=2) + "\n"):
-        assert parse_log(text)[0] is cloud
-        [call] = parse_log(text)[1]
+        assert parse_log(text, unknown)[0] == cloud
+        [call] = parse_log(text, unknown)[1]
         assert expected is None or call == expected
     [inner] = [document] if isinstance(document, list) else document.values() if isinstance(document, dict) else []
     lines = "\n".join(json.dumps(record) for record in inner)
-    assert parse_log(lines) == parse_log(json.dumps(document))
+    assert parse_log(lines, unknown) == parse_log(json.dumps(document), unknown)
+
+
+def bao(request_id: str, role: str, path: str, **changes: Any) -> dict[str, Any]:
+    request = BAO_RECORD["request"] | {
+        "id": f"i-{request_id}",
+        "path": path,
+        "headers": {"x-correlation-id": [request_id]},
+    }
+    return BAO_RECORD | {"request": request, "auth": {"metadata": {"role_name": role}}, "error": None} | changes
+
+
+def test_openbao_names_keys_and_roles_as_our_own_calls_do() -> None:
+    """Its log knows neither its address nor a role id: both are known from the calls that we have recorded."""
+    records = [
+        bao("1", "keylake", "transit/datakey/plaintext/cmk"),
+        bao("2", "keylake", "transit/decrypt/cmk"),
+        bao("3", "keylake", "transit/encrypt/other"),
+        bao("4", "stranger", "transit/export/encryption-key/cmk"),
+        bao("5", "owner", "transit/keys/cmk/config"),
+        bao("6", "keylake", "auth/approle/login"),
+        bao("7", "keylake", "auth/token/lookup-self"),
+        bao("8", "keylake", "secret/encrypt/cmk"),
+    ]
+    records[-1]["request"]["mount_type"] = "kv"
+    ours = {"1": ("https://bao/v1/team/transit/keys/cmk", "role-1")}
+    found = [
+        (call.request_id, call.operation, call.key, call.principal, call.uses_key, call.is_key_call)
+        for call in calls_of(records, "openbao", ours.get)
+    ]
+    cmk = "https://bao/v1/team/transit/keys/cmk"
+    assert found == [
+        ("1", "GenerateDataKey", cmk, "role-1", True, True),
+        ("i-2", "Decrypt", cmk, "role-1", True, True),
+        ("i-3", "Encrypt", "team/transit/keys/other", "keylake", True, True),
+        ("i-4", "update export/encryption-key", cmk, "stranger", True, True),
+        ("i-5", "update keys/config", cmk, "owner", False, True),
+        ("i-6", "Login", None, "keylake", False, False),
+    ]
 
 
 def test_the_key_of_a_refused_azure_call_is_in_its_address() -> None:
@@ -255,9 +325,9 @@ def test_the_key_of_a_refused_azure_call_is_in_its_address() -> None:
         "requestUri": "https://V.vault.azure.net/keys/cmk/0123/unwrapkey?api-version=7.5",
         "httpStatusCode": 403,
     }
-    [call] = calls_of([{**AUDIT_EVENT, "properties": properties}], Cloud.AZURE)
+    [call] = calls_of([{**AUDIT_EVENT, "properties": properties}], "azure", unknown)
     assert (call.key, call.outcome) == ("https://v.vault.azure.net/keys/cmk", "403")
-    [challenge] = calls_of([{**AUDIT_EVENT, "operationName": "Authentication", "identity": {}}], Cloud.AZURE)
+    [challenge] = calls_of([{**AUDIT_EVENT, "operationName": "Authentication", "identity": {}}], "azure", unknown)
     assert not challenge.is_key_call
     assert challenge.principal == "unknown"
 
@@ -268,15 +338,15 @@ def test_the_key_of_a_refused_azure_call_is_in_its_address() -> None:
 )
 def test_other_files_are_refused(content: str) -> None:
     with pytest.raises(MalformedLogError):
-        parse_log(content)
+        parse_log(content, unknown)
 
 
-@pytest.mark.parametrize("record", [CLOUDTRAIL, AUDIT_EVENT, LOG_ENTRY])
+@pytest.mark.parametrize("record", [CLOUDTRAIL, AUDIT_EVENT, LOG_ENTRY, BAO_RECORD])
 def test_records_with_anything_in_them_are_read_or_refused(record: dict[str, Any]) -> None:
     """Every member of a record, at every depth, replaced by every kind of value."""
     for broken in variants(record):
         try:
-            parse_log(json.dumps(broken))
+            parse_log(json.dumps(broken), unknown)
         except MalformedLogError as error:
             assert len(str(error)) < 120  # noqa: PT017 - most variants are read
 

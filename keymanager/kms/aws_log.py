@@ -10,8 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
-from keylake.reconcile.core import LoggedCall
-from keylake.reconcile.parsing import MalformedLogError, items, members, text, time
+from shared.kms_log import LoggedCall, LogReader, MalformedLogError, Recorded, items, members, text, time
 
 _USES: Final = frozenset(
     {
@@ -31,11 +30,11 @@ _USES: Final = frozenset(
 )
 
 
-def is_record(value: dict[str, Any]) -> bool:
+def _is_record(value: dict[str, Any]) -> bool:
     return "eventSource" in value or "CloudTrailEvent" in value
 
 
-def calls(records: Iterator[dict[str, Any]]) -> Iterator[LoggedCall]:
+def _calls(records: Iterator[dict[str, Any]], _: Recorded) -> Iterator[LoggedCall]:
     """Raises MalformedLogError."""
     seen: set[str] = set()
     for wrapped in records:
@@ -86,3 +85,6 @@ def _principal(identity: dict[str, Any]) -> str:
         if isinstance(who, str):
             return who
     return "unknown"
+
+
+READER: Final = LogReader("AWS CloudTrail", _is_record, _calls, frozenset({"AssumeRole", "CreateClient"}))

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from keylake.reconcile.core import LoggedCall
-from keylake.reconcile.parsing import members, text, time
+from shared.kms_log import LoggedCall, LogReader, Recorded, members, text, time
 
 _OPERATIONS: Final = {
     "KeyWrap": "WrapKey",
@@ -26,11 +25,11 @@ _USES: Final = frozenset({"KeyWrap", "KeyUnwrap", "KeyEncrypt", "KeyDecrypt", "K
 _KEY_PATH: Final = re.compile(r"/(?:deleted)?keys/([0-9A-Za-z-]{1,127})(?:/.*)?", re.ASCII)
 
 
-def is_record(value: dict[str, Any]) -> bool:
+def _is_record(value: dict[str, Any]) -> bool:
     return "operationName" in value and "correlationId" in value
 
 
-def calls(records: Iterator[dict[str, Any]]) -> Iterator[LoggedCall]:
+def _calls(records: Iterator[dict[str, Any]], _: Recorded) -> Iterator[LoggedCall]:
     """Raises MalformedLogError."""
     for record in records:
         if record.get("category") != "AuditEvent":
@@ -71,3 +70,6 @@ def _principal(identity: dict[str, Any]) -> str:
         if isinstance(who, str):
             return who
     return "unknown"
+
+
+READER: Final = LogReader("Azure Monitor", _is_record, _calls, frozenset({"GetToken"}))

@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from keylake.reconcile.core import LoggedCall
-from keylake.reconcile.parsing import members, text, time
+from shared.kms_log import LoggedCall, LogReader, Recorded, members, text, time
 
 _USES: Final = frozenset(
     {"Encrypt", "Decrypt", "RawEncrypt", "RawDecrypt", "AsymmetricSign", "AsymmetricDecrypt", "MacSign", "MacVerify"}
 )
 
 
-def is_record(value: dict[str, Any]) -> bool:
+def _is_record(value: dict[str, Any]) -> bool:
     return "protoPayload" in value and "logName" in value
 
 
-def calls(records: Iterator[dict[str, Any]]) -> Iterator[LoggedCall]:
+def _calls(records: Iterator[dict[str, Any]], _: Recorded) -> Iterator[LoggedCall]:
     """Raises MalformedLogError."""
     seen: set[tuple[str, str]] = set()
     for record in records:
@@ -54,3 +53,6 @@ def _key(resource: object) -> str | None:
     if not isinstance(resource, str) or "/cryptoKeys/" not in resource:
         return None
     return resource.partition("/cryptoKeyVersions/")[0]
+
+
+READER: Final = LogReader("Google Cloud Audit Logs", _is_record, _calls, frozenset({"GenerateAccessToken", "OwnToken"}))
