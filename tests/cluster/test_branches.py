@@ -341,6 +341,27 @@ async def test_branches_are_made_while_keys_rotate(place: Place) -> None:
     assert await content(await place.endpoint(branches[-1], "rotated")) == expected
 
 
+async def test_branches_both_ways_between_two_projects_are_made_at_once(place: Place) -> None:
+    client = place.cluster.client
+    configuration = await place.cluster.create_key_configuration(place.key_arn, "both ways")
+    other = await client.create_project(
+        place.main.project.workspace_id, "shop/both-ways", configuration.key_configuration_id
+    )
+    there = await client.create_branch(place.main.timeline, "main", project_id=other.project_id)
+    expected = await content(place.main)
+    for number in range(2):
+        async with asyncio.timeout(20):  # the pageserver's own patience is longer
+            made = await asyncio.gather(
+                client.create_branch(place.main.timeline, f"there-{number}", project_id=other.project_id),
+                client.create_branch(there, f"back-{number}", project_id=place.main.project.project_id),
+            )
+        assert [each.project_id for each in made] == [other.project_id, place.main.project.project_id]
+    # One of `main`'s own project that reads through another project, and `main` again.
+    back = await place.endpoint(made[1], "back")
+    assert await content(back) == expected
+    await client.stop_endpoint(back.endpoint.endpoint_id)
+
+
 async def test_revocation_ends_every_compute_of_every_branch(place: Place) -> None:
     cluster, client = place.cluster, place.cluster.client
     branch = await place.branch(place.main, "revoked")
