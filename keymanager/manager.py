@@ -17,6 +17,7 @@ from keymanager.bound import BoundSettings, worst_cases
 from keymanager.cmk import Cmks, call_details, calls_made, kek_context, make_canary
 from keymanager.config import KeymanagerSettings
 from keymanager.eraser import Eraser
+from keymanager.kek_canary import new_kek
 from keymanager.key_users import KeyUsers
 from keymanager.keyring import Keyring, KeyringLimits
 from keymanager.kms.base import KmsError, Verdict
@@ -205,6 +206,7 @@ class KeyManager:
             repository,
             self.projects,
             self.shredder,
+            self.key_users,
             clock,
             anchor_keys,
             self._configuration,
@@ -591,7 +593,7 @@ class KeyManager:
                     raise key_access_error(KeyState.REVOKED, why) from None
                 why = self._cmks.explain(key_configuration_id, error)
                 raise UnavailableError(f"the project's key could not be made: {why}") from None
-        kek = StoredKek(scope.project_id, kek_id, _FIRST_KEK_VERSION, generated.wrapped, generated.key_version, 0, now)
+        kek = new_kek(scope, kek_id, _FIRST_KEK_VERSION, generated, now)
         stored = StoredProject(
             scope.project_id, workspace_id, request.name, False, False, KeyState.ACTIVE, "", now, key_configuration_id
         )

@@ -403,7 +403,16 @@ class Tenants:
             project.ancestors[timeline_id] = of_project, ancestor_id
             return self.timeline(of_project, ancestor_id)
 
-        return await Timeline.open(project_id, timeline_id, services, lease, config, at_least_lsn=announced, find=find)
+        timeline = await Timeline.open(
+            project_id, timeline_id, services, lease, config, at_least_lsn=announced, find=find
+        )
+        if timeline.ancestor is not None:  # once more: the metadata database may be an older one than the store
+            await self._note(project_id, timeline.ancestor.project_id)
+        return timeline
+
+    async def _note(self, project_id: ProjectId, ancestor_project_id: ProjectId) -> None:
+        if ancestor_project_id != project_id:
+            await self._environment.keys.note_branch(project_id, ancestor_project_id)
 
     async def _keep(self, project: _Project, timeline: Timeline) -> None:
         attached = AttachedTimeline(timeline, self._environment)
@@ -491,6 +500,7 @@ class Tenants:
     async def _branch(
         self, project: _Project, timeline_id: TimelineId, lease: Lease, ancestor: AncestorInfo
     ) -> Timeline:
+        await self._note(project.project_id, ancestor.project_id)
         try:
             return await Timeline.branch(
                 project.project_id,

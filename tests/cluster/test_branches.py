@@ -349,13 +349,19 @@ async def test_branches_both_ways_between_two_projects_are_made_at_once(place: P
     )
     there = await client.create_branch(place.main.timeline, "main", project_id=other.project_id)
     expected = await content(place.main)
-    for number in range(2):
-        async with asyncio.timeout(20):  # the pageserver's own patience is longer
-            made = await asyncio.gather(
-                client.create_branch(place.main.timeline, f"there-{number}", project_id=other.project_id),
-                client.create_branch(there, f"back-{number}", project_id=place.main.project.project_id),
+    # Two each way: whoever waits for the first one is handed one lock while the next has the other.
+    async with asyncio.timeout(25):  # the pageserver's own patience is longer
+        made = await asyncio.gather(
+            *(
+                branch
+                for number in range(2)
+                for branch in (
+                    client.create_branch(place.main.timeline, f"there-{number}", project_id=other.project_id),
+                    client.create_branch(there, f"back-{number}", project_id=place.main.project.project_id),
+                )
             )
-        assert [each.project_id for each in made] == [other.project_id, place.main.project.project_id]
+        )
+    assert [each.project_id for each in made] == [other.project_id, place.main.project.project_id] * 2
     # One of `main`'s own project that reads through another project, and `main` again.
     back = await place.endpoint(made[1], "back")
     assert await content(back) == expected

@@ -18,7 +18,7 @@ from keylake.receipt_page import page
 from shared.api.keymanager import AwsKey, KeyState, MoveProject, Project, RegisterToken, ReplaceKey, Replacement, Role
 from shared.api.shredding import ApproveShred, AskShred, Attestation, ErasureReport, Shred, VerifyErasure
 from shared.auth import BearerToken, PersonRole, Service, SignatureVerifier, TrustBundle
-from shared.deletion import Deletion
+from shared.deletion import Deleted, Deletion, ObjectKind
 from shared.errors import (
     ConflictError,
     InvalidInputError,
@@ -198,7 +198,8 @@ class Store:
         self.looks += 1
         deleted, self.objects = self.objects, 0
         remains = ("a layer: AccessDenied",) if self.left else ()
-        return Deletion(deleted, deleted * 100, self.left, remains)
+        gone = {ObjectKind.LAYER: Deleted(deleted, deleted // 2, deleted * 100)} if deleted else {}
+        return Deletion(gone, self.left, remains)
 
 
 async def test_everything_goes_everywhere_and_never_comes_back(manager: Keymanager) -> None:
