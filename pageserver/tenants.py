@@ -616,7 +616,9 @@ class Tenants:
             project.tasks[timeline_id] = self._spawn(self._attach(project.project_id, timeline_id))
 
     async def _create(self, project: _Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
-        parent = SHARED_MEMORY_DIR if SHARED_MEMORY_DIR.is_dir() else None
+        parent = self._environment.redo_binaries.sandboxes or (
+            SHARED_MEMORY_DIR if SHARED_MEMORY_DIR.is_dir() else None
+        )
         directory = Path(tempfile.mkdtemp(prefix="keylake-initdb-", dir=parent))
         try:
             pgdata = directory / "pgdata"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -185,10 +186,16 @@ async def test_a_branch_of_a_branch_and_a_restart_of_everything_by_sigkill(place
     await session.execute("insert into own select g from generate_series(101, 150) g")
     await session.close()
     expected = [(project, await content(project)) for project in (place.main, one, two)]
+    sandboxes = Path(json.loads((cluster.layout.config / "pageserver.json").read_text())["cache_dir"]) / "sandboxes"
+    left = sandboxes.readlink()
+    assert list(left.iterdir()), "of its redo workers"
     names = ["keymanager", *(f"safekeeper-{n}" for n in range(1, SAFEKEEPERS + 1)), "pageserver", "compute", "proxy"]
     await asyncio.gather(*(cluster.service(name).kill() for name in names))
+    assert left.is_dir(), "who is killed wipes nothing"
     for name in names:
         await cluster.service(name).start()
+    assert not left.exists()
+    assert sandboxes.readlink().is_dir()
     for project, rows in expected:
         assert await content_in_time(project) == rows
     for project, own_rows in ((two, 150), (one, 100)):
