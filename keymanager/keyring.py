@@ -42,6 +42,8 @@ SLICE: Final = 64
 """Keys per turn of the event loop, about a millisecond."""
 
 _SWEEPS_PER_TTL: Final = 8
+_UNWRAPS_AT_ONCE: Final = 16
+"""When every KEK of an account is tried."""
 
 _Kek = tuple[ProjectId, int]
 
@@ -336,6 +338,7 @@ class Keyring:
         opened: list[str] = []
         not_tried: list[str] = []
         not_live = 0
+        at_once = asyncio.Semaphore(_UNWRAPS_AT_ONCE)
 
         async def try_one(of: _Kek, cipher: AeadKey) -> None:
             async with self.turn:
@@ -346,18 +349,20 @@ class Keyring:
                     if opens(cipher, shredded.scope, canary)
                 )
 
-        for other in others:
-            for kek in list(other.keks.values()):
-                if kek.wrapped is None:
-                    continue
-                of = other.project_id, kek.kek_version
-                try:
+        async def try_stored(other: ProjectEntry, kek: StoredKek) -> None:
+            nonlocal not_live
+            of = other.project_id, kek.kek_version
+            try:
+                async with at_once:
                     other.check()
                     await try_one(of, await self._cipher(other, kek))
-                except (KeyAccessError, KeyWipedError):
-                    not_live += 1
-                except (UnavailableError, IntegrityError) as error:
-                    not_tried.append(f"version {of[1]} of {of[0]}: {error}")
+            except (KeyAccessError, KeyWipedError):
+                not_live += 1
+            except (UnavailableError, IntegrityError) as error:
+                not_tried.append(f"version {of[1]} of {of[0]}: {error}")
+
+        stored = [(other, kek) for other in others for kek in other.keks.values() if kek.wrapped is not None]
+        await asyncio.gather(*(try_stored(other, kek) for other, kek in stored))
         for project_id, version, cipher in self._keks.live:
             if (project_id, version) not in tried:
                 with suppress(KeyWipedError):

@@ -10,7 +10,8 @@ from typing import Final
 
 from shared.ids import ProjectId
 
-_PIECE: Final = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{16}\.[0-9a-f]{4,8}", re.ASCII)
+_PIECE: Final = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{16}\.\S+", re.ASCII)
+"""A piece of WAL, at a safekeeper or in the object store."""
 
 
 class ObjectKind(enum.StrEnum):
