@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final, assert_never
 
+from shared.api.shredding import deleted_kinds
 from shared.receipt import (
     ErasureReceipt,
     Receipt,
     ReceiptKek,
+    ReceiptKept,
     ReceiptNode,
     RestoreReceipt,
     RevocationReceipt,
@@ -45,6 +47,7 @@ def page(signed: SignedReceipt) -> str:
         f"<p>{escape(receipt.reason)}. Detected {receipt.detected_at.isoformat()}.</p>",
         *_of_kind(receipt),
         _facts(receipt),
+        _kept(receipt.kept),
         _calls(receipt),
         _list("Verified", receipt.verified),
         _list("Not verified", receipt.not_verified),
@@ -180,7 +183,7 @@ def _nodes(nodes: Sequence[ReceiptNode]) -> str:
         (
             each.node_id,
             "not yet" if each.looked_at is None else each.looked_at.isoformat(),
-            each.deleted_objects,
+            f"{each.deleted_objects}: {deleted_kinds(each.deleted)}" if each.deleted else each.deleted_objects,
             each.deleted_size_bytes,
             each.left_objects,
             "; ".join([*each.remains, *each.not_checked]),
@@ -189,6 +192,23 @@ def _nodes(nodes: Sequence[ReceiptNode]) -> str:
     ]
     heads = ("node", "looked", "objects deleted", "bytes", "left", "which, and where it could not look")
     return "<h2>What the nodes deleted</h2>" + _table(heads, rows)
+
+
+def _kept(kept: Sequence[ReceiptKept]) -> str:
+    if not kept:
+        return ""
+    rows = [
+        (
+            each.node_id,
+            "not yet" if each.reported_at is None else each.reported_at.isoformat(),
+            each.kek_version or "",
+            each.objects,
+            each.size_bytes,
+        )
+        for each in kept
+    ]
+    heads = ("node", "reported", "KEK version", "objects", "bytes, sealed")
+    return "<h2>What is stored, by the nodes' last reports</h2>" + _table(heads, rows)
 
 
 def _preconditions(receipt: ErasureReceipt) -> str:

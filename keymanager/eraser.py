@@ -111,6 +111,14 @@ class Eraser:
             wraps_left=await shred_store.wraps_left(self._repository, project_id),
             keys_in_memory=self._keyring.keys_in_memory(project_id),
             leases_left=await shred_store.leases_left(self._repository, project_id),
+            canaries=await self._keyring.scan(
+                entry, [each for each in self._projects.all() if each.scope.account_id == entry.scope.account_id]
+            ),
+            branches=[
+                f"{branch.name} ({project_id}) is {branch.state}"
+                for project_id in await shred_store.branches(self._repository, entry.project_id)
+                if not (branch := self._projects.get(project_id)).state.final
+            ],
             keys=keys,
             keys_forgotten=sorted(in_audit - {each.key.identifier for each in used}),
             nodes=nodes,

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from keymanager.kek_canary import CanaryScan
 from shared.api.keymanager import AuditVerification, InstanceSealed
 from shared.api.shredding import Attestation, DestroyedKey, Precondition, Shred, ShredNode
 
@@ -43,6 +44,9 @@ class Facts:
     wraps_left: int
     keys_in_memory: int
     leases_left: Sequence[str]
+    canaries: CanaryScan
+    branches: Sequence[str]
+    """In words: projects with branches of this one that are not shredded."""
     keys: Sequence[AskedKey]
     keys_forgotten: Sequence[str]
     """By the audit chain these wrapped the project's KEKs, and we do not know how to ask about them any more."""
@@ -60,6 +64,8 @@ def judge(facts: Facts, attestations: Sequence[Attestation], by: str) -> list[Pr
         _no_wraps(facts),
         _keys_destroyed(facts),
         _canary(facts.keys),
+        _scan(facts.canaries),
+        _branches(facts.branches),
         _no_plaintext(facts, said),
         _nothing_stored(facts.nodes),
         _stated("no copy outside can be opened without the destroyed keys", "backups", said),
@@ -112,6 +118,20 @@ def _canary(keys: Sequence[AskedKey]) -> Precondition:
     return _of("a canary under the key does not open", not_met, unknown, met)
 
 
+def _scan(scan: CanaryScan) -> Precondition:
+    unknown = [f"version {version} of the KEK has no canary to try keys on" for version in scan.missing]
+    met = f"{scan.tried} live KEKs were tried on {scan.canaries} canaries, and none opens one"
+    if scan.not_live:
+        met += f"; {scan.not_live} KEKs are of projects that are stopped: nobody has them now"
+    return _of("no live KEK opens what its KEKs sealed", scan.opened, [*unknown, *scan.not_tried], [met])
+
+
+def _branches(alive: Sequence[str]) -> Precondition:
+    not_met = [f"{each}: what was changed on its branches of this project is a copy under its keys" for each in alive]
+    met = "no project with a branch of this one is alive"
+    return _of("no part of it is kept under the keys of a branch", not_met, [], [met])
+
+
 def _no_plaintext(facts: Facts, said: Mapping[Subject, str]) -> Precondition:
     name = "no plaintext key in any instance"
     not_met = [f"{facts.keys_in_memory} keys in the keymanager"] if facts.keys_in_memory else []
@@ -137,7 +157,10 @@ def _nothing_stored(nodes: Sequence[ShredNode]) -> Precondition:
         if node.looked_at is not None and node.left_objects
     ]
     unknown = [f"{node.node_id}: {text}" for node in nodes if node.looked_at is not None for text in node.not_checked]
-    met = [f"{node.node_id} deleted {node.deleted_objects} objects, and found none now" for node in nodes]
+    met = [
+        f"{node.node_id} deleted {node.deleted_objects} objects ({node.deleted_kinds or 'none'}), and found none now"
+        for node in nodes
+    ]
     return _of("no object, old version or orphan is stored", left, [*silent, *unknown], met or ["nobody had any"])
 
 

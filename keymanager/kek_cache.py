@@ -40,6 +40,16 @@ class KekCache:
         """The project of each KEK that is in memory."""
         return [project_id for project_id, live in self._live.items() for cipher in list(live) if not cipher.wiped]
 
+    @property
+    def live(self) -> list[tuple[ProjectId, int, AeadKey]]:
+        """Each KEK that is in memory, with its project and version."""
+        return [
+            (project_id, version, cipher)
+            for project_id, live in self._live.items()
+            for cipher, version in list(live.items())
+            if not cipher.wiped
+        ]
+
     def get(self, project_id: ProjectId, kek_version: int) -> AeadKey | None:
         """The KEK, which is used now."""
         kept = self._kept.get((project_id, kek_version))

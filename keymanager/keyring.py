@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Final
 from weakref import WeakValueDictionary
@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 from keymanager.audit_log import AuditLog
 from keymanager.cmk import Cmks, call_details, calls_made, kek_context
 from keymanager.kek_cache import KekCache
+from keymanager.kek_canary import CanaryScan, make_canary, opens
 from keymanager.kms.base import KmsError
 from keymanager.projects import ProjectEntry
 from keymanager.records import StoredKek
@@ -31,8 +32,8 @@ from shared.clock import Clock
 from shared.crypto.aead import AeadKey
 from shared.crypto.envelope import Envelope, rewrap_dek, unwrap_dek, wrap_dek
 from shared.crypto.limits import MAX_WRAPS_PER_KEK
-from shared.crypto.secret import SecretKey
-from shared.errors import ConflictError, IntegrityError, UnavailableError
+from shared.crypto.secret import KeyWipedError, SecretKey
+from shared.errors import ConflictError, IntegrityError, KeyAccessError, UnavailableError
 from shared.ids import KeyConfigurationId, ProjectId
 
 WRAP_BLOCK: Final = 4096
@@ -41,6 +42,8 @@ SLICE: Final = 64
 """Keys per turn of the event loop, about a millisecond."""
 
 _SWEEPS_PER_TTL: Final = 8
+_UNWRAPS_AT_ONCE: Final = 16
+"""When every KEK of an account is tried."""
 
 _Kek = tuple[ProjectId, int]
 
@@ -299,8 +302,9 @@ class Keyring:
                 await self._audit_log.record(self._kek_entry(entry, kek, "failed", call_details(calls)))
                 why = self._cmks.explain(entry.key_configuration_id, error)
                 raise UnavailableError(f"the project's key could not be unwrapped: {why}") from None
+            canary = await self._canary_of(entry, kek, plaintext, call_details(calls))
             now = self._clock.now()
-            await self._repository.note_unwrap(entry.project_id, kek.kek_version, now)
+            await self._repository.note_unwrap(entry.project_id, kek.kek_version, now, canary)
             await self._audit_log.record(self._kek_entry(entry, kek, "ok", call_details(calls)))
             entry.check(epoch)  # Invariant: no KEK enters memory after its project was stopped, or after `close`
             if self._closed:
@@ -309,8 +313,62 @@ class Keyring:
                 raise IntegrityError("this KEK was destroyed")
             cipher = AeadKey(held.release(plaintext))
         self._keks.put(entry.project_id, kek.kek_version, cipher)
-        entry.keks[kek.kek_version] = replace(entry.keks[kek.kek_version], last_unwrap_at=now)
+        entry.keks[kek.kek_version] = replace(entry.keks[kek.kek_version], last_unwrap_at=now, canary=canary)
         return cipher
+
+    async def _canary_of(
+        self, entry: ProjectEntry, kek: StoredKek, plaintext: SecretKey, details: dict[str, str]
+    ) -> bytes | None:
+        """The one that is kept, which this KEK opens, or a new one; None for a KEK that was wiped as it arrived.
+        Raises IntegrityError, UnavailableError."""
+        if plaintext.wiped:
+            return kek.canary
+        cipher = AeadKey(plaintext)
+        if kek.canary is None:
+            return make_canary(cipher, entry.scope, kek.kek_id, kek.kek_version)
+        if opens(cipher, entry.scope, kek.canary):
+            return kek.canary
+        await self._audit_log.record(self._kek_entry(entry, kek, "failed", details))
+        raise IntegrityError("the KMS unwrapped another key than the KEK that was made: its row was changed")
+
+    async def scan(self, shredded: ProjectEntry, others: Sequence[ProjectEntry]) -> CanaryScan:
+        """Try every KEK that is in memory, and every one of `others`, on the canaries of a shredded project."""
+        canaries = {version: kek.canary for version, kek in shredded.keks.items() if kek.canary is not None}
+        tried: set[_Kek] = set()
+        opened: list[str] = []
+        not_tried: list[str] = []
+        not_live = 0
+        at_once = asyncio.Semaphore(_UNWRAPS_AT_ONCE)
+
+        async def try_one(of: _Kek, cipher: AeadKey) -> None:
+            async with self.turn:
+                tried.add(of)
+                opened.extend(
+                    f"version {version} of the KEK is that of version {of[1]} of {of[0]}"
+                    for version, canary in canaries.items()
+                    if opens(cipher, shredded.scope, canary)
+                )
+
+        async def try_stored(other: ProjectEntry, kek: StoredKek) -> None:
+            nonlocal not_live
+            of = other.project_id, kek.kek_version
+            try:
+                async with at_once:
+                    other.check()
+                    await try_one(of, await self._cipher(other, kek))
+            except (KeyAccessError, KeyWipedError):
+                not_live += 1
+            except (UnavailableError, IntegrityError) as error:
+                not_tried.append(f"version {of[1]} of {of[0]}: {error}")
+
+        stored = [(other, kek) for other in others for kek in other.keks.values() if kek.wrapped is not None]
+        await asyncio.gather(*(try_stored(other, kek) for other, kek in stored))
+        for project_id, version, cipher in self._keks.live:
+            if (project_id, version) not in tried:
+                with suppress(KeyWipedError):
+                    await try_one((project_id, version), cipher)
+        missing = tuple(sorted(shredded.keks.keys() - canaries.keys()))
+        return CanaryScan(len(canaries), missing, len(tried), tuple(opened), tuple(not_tried), not_live)
 
     @staticmethod
     def _kek_entry(entry: ProjectEntry, kek: StoredKek, outcome: str, details: dict[str, str]) -> AuditEntry:

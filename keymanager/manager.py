@@ -15,6 +15,7 @@ from keymanager.audit_log import AuditLog
 from keymanager.cmk import Cmks, call_details, calls_made, kek_context
 from keymanager.config import KeymanagerSettings
 from keymanager.eraser import Eraser
+from keymanager.kek_canary import new_kek
 from keymanager.key_configurations import KeyConfigurations
 from keymanager.key_users import KeyUsers
 from keymanager.keyring import Keyring, KeyringLimits
@@ -210,6 +211,7 @@ class KeyManager:
             repository,
             self.projects,
             self.shredder,
+            self.key_users,
             clock,
             anchor_keys,
             self.key_configurations.get,
@@ -452,7 +454,7 @@ class KeyManager:
                     raise key_access_error(KeyState.REVOKED, why) from None
                 why = self._cmks.explain(key_configuration_id, error)
                 raise UnavailableError(f"the project's key could not be made: {why}") from None
-        kek = StoredKek(scope.project_id, kek_id, _FIRST_KEK_VERSION, generated.wrapped, generated.key_version, 0, now)
+        kek = new_kek(scope, kek_id, _FIRST_KEK_VERSION, generated, now)
         stored = StoredProject(
             scope.project_id, workspace_id, request.name, False, False, KeyState.ACTIVE, "", now, key_configuration_id
         )

@@ -11,8 +11,9 @@ from typing import Any, Final, Literal
 
 from keymanager import shred_store
 from keymanager.anchoring import AnchorKeys
+from keymanager.key_users import KeyUsers
 from keymanager.projects import ProjectEntry, Projects
-from keymanager.records import StoredKeyConfiguration
+from keymanager.records import StoredKeyConfiguration, StoredKeyUser
 from keymanager.repository import Repository
 from keymanager.shredding import Shredder
 from shared.api.keymanager import AuditVerification, InstanceSealed, KeyState, Revocation
@@ -29,9 +30,11 @@ from shared.receipt import (
     ReceiptGrant,
     ReceiptInstance,
     ReceiptKek,
+    ReceiptKept,
     ReceiptKey,
     ReceiptKmsCall,
     ReceiptNode,
+    ReceiptObjects,
     ReceiptPrecondition,
     RestoreReceipt,
     RevocationReceipt,
@@ -48,6 +51,7 @@ _WORD: Final = "that the instances did what they say they did: an acknowledgemen
 _COPIES: Final = "that nobody kept plaintext outside of Keylake: query results, dumps, screenshots"
 _DENIAL: Final = "that the customer's cloud keeps to its own denial: the next probe that it answers gives the data back"
 _NODES: Final = "that the nodes deleted what they say they deleted, and that their disks and stores keep no copy of it"
+_COUNTS: Final = "that nothing is stored beyond the counts of objects: they are what the nodes reported last"
 _BACKUPS: Final = (
     "that no copy of the metadata database and of the object store was made before: together they bring the data back "
     "while the customer's key exists"
@@ -60,6 +64,7 @@ class Receipts:
         repository: Repository,
         projects: Projects,
         shredder: Shredder,
+        key_users: KeyUsers,
         clock: Clock,
         keys: AnchorKeys | None,
         configuration_of: Callable[[KeyConfigurationId], StoredKeyConfiguration],
@@ -70,6 +75,7 @@ class Receipts:
         self._repository = repository
         self._projects = projects
         self._shredder = shredder
+        self._key_users = key_users
         self._clock = clock
         self._keys = keys
         self._configuration_of = configuration_of
@@ -126,7 +132,7 @@ class Receipts:
                 detected_at=revocation.detected_at,
                 kms_calls=await self._kms_calls(key, revocation.detected_at, end, "denied"),
                 verified=_verified(revocation, records, audited),
-                not_verified=_not_verified(records, audited, changed, [_WORD, _COPIES, _DENIAL]),
+                not_verified=_not_verified(records, audited, changed, [_WORD, _COUNTS, _COPIES, _DENIAL]),
             ),
             signer,
         )
@@ -165,7 +171,7 @@ class Receipts:
                 instances=await self._grants(project_id, marks[-1], newest.detected_at),
                 kms_calls=calls,
                 verified=verified,
-                not_verified=_not_verified(between, audited, None, [_COPIES]),
+                not_verified=_not_verified(between, audited, None, [_COUNTS, _COPIES]),
             ),
             signer,
         )
@@ -276,6 +282,7 @@ class Receipts:
                 )
                 for version, kek in sorted(entry.keks.items())
             ],
+            "kept": [] if entry.state.final else _kept(self._key_users.of(entry.project_id)),
             "audit": ReceiptAudit(
                 first_sequence=first.sequence, head_sequence=audited.records, head_hash=audited.head_hash
             ),
@@ -374,7 +381,38 @@ def _sealing(revocation: Revocation) -> dict[str, Any]:
 
 
 def _nodes(nodes: Iterable[ShredNode]) -> list[ReceiptNode]:
-    return [ReceiptNode(**dict(node)) for node in nodes]
+    return [
+        ReceiptNode(
+            **dict(node)
+            | {
+                "deleted": [ReceiptObjects(**dict(each)) for each in node.deleted],
+                "deleted_objects": node.deleted_objects,
+                "deleted_size_bytes": node.deleted_size_bytes,
+            }
+        )
+        for node in nodes
+    ]
+
+
+def _kept(users: Iterable[StoredKeyUser]) -> list[ReceiptKept]:
+    """Of each node, by version of the KEK; one line also for who keeps nothing, or has said nothing."""
+    found = []
+    for user in users:
+        sums: dict[int, tuple[int, int]] = {}
+        for use in user.uses:
+            objects, size_bytes = sums.get(use.kek_version, (0, 0))
+            sums[use.kek_version] = objects + use.objects, size_bytes + use.size_bytes
+        found += [
+            ReceiptKept(
+                node_id=user.node_id,
+                reported_at=user.reported_at,
+                kek_version=kek_version,
+                objects=objects,
+                size_bytes=size_bytes,
+            )
+            for kek_version, (objects, size_bytes) in sorted((sums or {0: (0, 0)}).items())
+        ]
+    return found
 
 
 def _calls(links: Sequence[Link]) -> list[RecordedCall]:

@@ -69,6 +69,8 @@ class StoredKek:
     created_at: datetime
     last_unwrap_at: datetime | None = None
     destroyed_at: datetime | None = None
+    canary: bytes | None = None
+    """See kek_canary.py; None for one from before there were any."""
 
 
 @dataclass(frozen=True, slots=True)

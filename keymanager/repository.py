@@ -255,6 +255,7 @@ class Repository:
                 row["created_at"],
                 row["last_unwrap_at"],
                 row["destroyed_at"],
+                row["canary"],
             )
             for row in rows
         ]
@@ -498,14 +499,16 @@ class Repository:
                 allowed_at,
             )
 
-    async def note_unwrap(self, project_id: ProjectId, kek_version: int, at: datetime) -> None:
-        """The KMS unwrapped this KEK; for people."""
+    async def note_unwrap(self, project_id: ProjectId, kek_version: int, at: datetime, canary: bytes | None) -> None:
+        """The KMS unwrapped this KEK; for people. `canary`: to be kept if there is none."""
         async with self._fenced() as connection:
             await connection.execute(
-                "UPDATE kek SET last_unwrap_at = $3 WHERE project_id = $1 AND kek_version = $2",
+                "UPDATE kek SET last_unwrap_at = $3, canary = coalesce(canary, $4) "
+                "WHERE project_id = $1 AND kek_version = $2",
                 str(project_id),
                 kek_version,
                 at,
+                canary,
             )
 
     async def vacuum_keks(self) -> None:

@@ -25,6 +25,7 @@ from weakref import WeakValueDictionary
 
 from keymanager.audit_log import AuditLog
 from keymanager.cmk import Cmks, call_details, calls_made, canary_context, kek_context
+from keymanager.kek_canary import new_kek
 from keymanager.keyring import Keyring
 from keymanager.kms.base import KmsError, Verdict
 from keymanager.projects import ProjectEntry, Projects
@@ -161,7 +162,7 @@ class Rotator:
                 await self._failed(entry, "kek.rotate", actor, error, call_details(calls))
         failpoint("kek-made")
         now = self._clock.now()
-        kek = StoredKek(entry.project_id, kek_id, kek_version, made.wrapped, made.key_version, 0, now)
+        kek = new_kek(entry.scope, kek_id, kek_version, made, now)
         details = {"kek_id": str(kek_id), "kek_version": str(kek_version), **call_details(calls)}
         if dry_run:
             made.plaintext.wipe()

@@ -22,6 +22,7 @@ from typing import Final, assert_never
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from keymanager import shred_store
 from keymanager.audit_log import AuditLog
 from keymanager.key_users import KeyUsers
 from keymanager.keyring import SLICE, Keyring
@@ -56,6 +57,7 @@ from shared.api.keymanager import (
     KeyState,
     Locate,
     Located,
+    NoteBranch,
     Recorded,
     Release,
     Renew,
@@ -102,12 +104,13 @@ SESSION_SCOPE: Final = Scope.KEYS_SESSION
 KEYS_SCOPE: Final = Scope.KEYS_USE
 KEY_USERS: Final = frozenset({Role.SAFEKEEPER, Role.PAGESERVER})
 """Roles that store data; the only ones that may have DEKs."""
-_KeyRequest = Generate | Unwrap | RewrapKeys | ReportUses | ReportDeletion
+_KeyRequest = Generate | Unwrap | RewrapKeys | ReportUses | NoteBranch | ReportDeletion
 _ACTIONS: Final[dict[type[object], str]] = {
     Generate: "dek.generate",
     Unwrap: "dek.unwrap",
     RewrapKeys: "dek.rewrap",
     ReportUses: "dek.report",
+    NoteBranch: "project.branch",
     ReportDeletion: "shred.node",
 }
 """What the audit log calls them."""
@@ -119,8 +122,10 @@ def _count(message: _KeyRequest) -> int:
             return len(message.objects)
         case ReportUses():
             return sum(use.objects for use in message.uses)
+        case NoteBranch():
+            return 1
         case ReportDeletion():
-            return message.deleted_objects
+            return sum(each.objects for each in message.deleted)
         case _:
             return len(message.items)
 
@@ -333,7 +338,7 @@ class Session:
         while True:
             message = await receive_message(self._socket)
             match message:
-                case Generate() | Unwrap() | RewrapKeys() | ReportUses() | ReportDeletion():
+                case Generate() | Unwrap() | RewrapKeys() | ReportUses() | NoteBranch() | ReportDeletion():
                     self._take_on(message, tasks)
                     await asyncio.sleep(0)  # a message that is here already is read without a pause
                 case Renew():
@@ -516,6 +521,11 @@ class Session:
                     # Nobody can have let go of a version that does not exist yet.
                     known = min(message.kek_version, entry.current_kek.kek_version)
                     await self._deps.key_users.report(message.project_id, self.holder.node_id, known, message.uses)
+                    self.push(Recorded(request_id=message.request_id))
+                case NoteBranch():
+                    ancestor = self._permitted(message.ancestor_project_id).project_id
+                    repository, now = self._deps.repository, self._deps.clock.now()
+                    await shred_store.note_branch(repository, self.holder.node_id, entry.project_id, ancestor, now)
                     self.push(Recorded(request_id=message.request_id))
                 case _:
                     assert_never(message)

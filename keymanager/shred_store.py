@@ -12,8 +12,9 @@ from pydantic import TypeAdapter
 
 from keymanager.repository import Repository
 from keymanager.transaction import Transaction
-from shared.api.keymanager import ReportDeletion
+from shared.api.keymanager import DeletedObjects, ReportDeletion
 from shared.api.shredding import ErasureReport, ShredNode
+from shared.audit_chain import AuditEntry
 from shared.cmk import CMK_KEY, CmkKey
 from shared.ids import KeyConfigurationId, ProjectId
 
@@ -62,12 +63,17 @@ async def approved(repository: Repository) -> list[ProjectId]:
 async def nodes(repository: Repository, project_id: ProjectId) -> dict[str, ShredNode]:
     """What each node said last, by its name."""
     rows = await repository.fetch("SELECT * FROM shred_node WHERE project_id = $1", str(project_id))
+    deleted: dict[str, list[DeletedObjects]] = {row["node_id"]: [] for row in rows}
+    for row in await repository.fetch(
+        "SELECT * FROM shred_node_object WHERE project_id = $1 ORDER BY kind", str(project_id)
+    ):
+        found = DeletedObjects.model_validate({name: row[name] for name in DeletedObjects.model_fields})
+        deleted.setdefault(row["node_id"], []).append(found)
     return {
         row["node_id"]: ShredNode(
             node_id=row["node_id"],
             looked_at=row["looked_at"],
-            deleted_objects=row["deleted_objects"],
-            deleted_size_bytes=row["deleted_size_bytes"],
+            deleted=deleted[row["node_id"]],
             left_objects=row["left_objects"],
             remains=_TEXTS.validate_json(row["remains"]),
             not_checked=_TEXTS.validate_json(row["not_checked"]),
@@ -117,6 +123,33 @@ async def cmks_in_audit(repository: Repository, project_id: ProjectId) -> set[st
         str(project_id),
     )
     return {row["key"] for row in rows if row["key"]}
+
+
+async def branches(repository: Repository, project_id: ProjectId) -> list[ProjectId]:
+    """Other projects with a branch of it, or of a branch of it."""
+    rows = await repository.fetch(
+        "WITH RECURSIVE below AS (SELECT project_id FROM branched_project WHERE ancestor_project_id = $1 UNION "
+        "SELECT b.project_id FROM branched_project b JOIN below ON b.ancestor_project_id = below.project_id) "
+        "SELECT project_id FROM below WHERE project_id <> $1 ORDER BY project_id",
+        str(project_id),
+    )
+    return [ProjectId(row["project_id"]) for row in rows]
+
+
+async def note_branch(
+    repository: Repository, node_id: str, project_id: ProjectId, ancestor_project_id: ProjectId, at: datetime
+) -> None:
+    """Idempotent; the first time stands in the audit chain."""
+    async with repository.transaction() as transaction:
+        done = await transaction.execute(
+            "INSERT INTO branched_project VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+            str(project_id),
+            str(ancestor_project_id),
+            at,
+        )
+        if done.endswith(" 1"):
+            details = {"ancestor_project_id": str(ancestor_project_id)}
+            await transaction.audit([AuditEntry(f"node/{node_id}", "project.branch", "ok", project_id, details)])
 
 
 async def erasure(repository: Repository, project_id: ProjectId) -> ErasureReport | None:
@@ -173,21 +206,31 @@ async def destroy_keks(transaction: Transaction, project_id: ProjectId, at: date
 
 async def upsert_node(transaction: Transaction, node_id: str, said: ReportDeletion, at: datetime) -> None:
     await transaction.execute(
-        "INSERT INTO shred_node VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (project_id, node_id) DO "
-        "UPDATE SET deleted_objects = shred_node.deleted_objects + excluded.deleted_objects, "
-        "deleted_size_bytes = shred_node.deleted_size_bytes + excluded.deleted_size_bytes, "
+        "INSERT INTO shred_node (project_id, node_id, left_objects, remains, not_checked, holds_keys, looked_at) "
+        "VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (project_id, node_id) DO UPDATE SET "
         "left_objects = excluded.left_objects, remains = excluded.remains, not_checked = excluded.not_checked, "
         "holds_keys = excluded.holds_keys, looked_at = excluded.looked_at",
         str(said.project_id),
         node_id,
-        said.deleted_objects,
-        said.deleted_size_bytes,
         said.left_objects,
         _array(said.remains),
         _array(said.not_checked),
         said.holds_keys,
         at,
     )
+    for each in said.deleted:
+        await transaction.execute(
+            "INSERT INTO shred_node_object VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (project_id, node_id, kind) DO "
+            "UPDATE SET objects = shred_node_object.objects + excluded.objects, "
+            "old_versions = shred_node_object.old_versions + excluded.old_versions, "
+            "size_bytes = shred_node_object.size_bytes + excluded.size_bytes",
+            str(said.project_id),
+            node_id,
+            each.kind.value,
+            each.objects,
+            each.old_versions,
+            each.size_bytes,
+        )
 
 
 async def insert_erasure(transaction: Transaction, report: ErasureReport) -> None:

@@ -310,8 +310,8 @@ class Shredder:
             raise ConflictError("the project is not shredded: nothing of it is to be deleted")
         details = {
             "node_id": node_id,
-            "deleted_objects": str(said.deleted_objects),
-            "deleted_size_bytes": str(said.deleted_size_bytes),
+            "deleted_objects": str(sum(each.objects for each in said.deleted)),
+            "deleted_size_bytes": str(sum(each.size_bytes for each in said.deleted)),
             "left_objects": str(said.left_objects),
             "not_checked": "; ".join(said.not_checked),
             "holds_keys": str(said.holds_keys).lower(),
@@ -400,6 +400,13 @@ class Shredder:
             "names, ids, times and the audit chain, in the metadata database; names and password verifiers of its "
             "endpoints, in the compute manager's",
             "freed blocks of the disks, with sealed bytes that no KEK opens",
+        ]
+        left += [
+            f"on branches in {branch.name} ({branch.project_id}), which is {branch.state}: copies of what was changed "
+            "there, under its keys; nothing of it can be read without this project, and it is not ERASED before that "
+            "one is shredded, too"
+            for each in await shred_store.branches(self._repository, stored.project_id)
+            if not (branch := self._projects.get(each)).state.final
         ]
         if stored.vacuumed_at is None:
             left.insert(1, "the tables of wrapped KEKs were not written anew: their files may hold the same wraps")

@@ -177,7 +177,8 @@ class Transaction:
     async def insert_kek(self, kek: StoredKek) -> None:
         """Raises ConflictError when the project has this version."""
         await self._write(
-            "INSERT INTO kek VALUES ($1, $2, $3, $4, $5, $6, $7)",
+            "INSERT INTO kek (project_id, kek_version, kek_id, wrapped, cmk_key_version, wraps_reserved, created_at, "
+            "canary) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
             str(kek.project_id),
             kek.kek_version,
             str(kek.kek_id),
@@ -185,6 +186,7 @@ class Transaction:
             kek.cmk_key_version,
             kek.wraps_reserved,
             kek.created_at,
+            kek.canary,
         )
 
     async def replace_wrapped_kek(self, kek: StoredKek, wrapped: bytes, cmk_key_version: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 
@@ -12,7 +13,7 @@ from pageserver.config import PageserverSettings
 from pageserver.ingest_memory import IngestMemory
 from pageserver.layer_cache import LayerCache
 from pageserver.page_service import PAGES_SCOPE, PageService
-from pageserver.redo.build import prepare
+from pageserver.redo.build import RedoBinaries, prepare
 from pageserver.retention import Retention
 from pageserver.tenants import Environment, Tenants
 from pageserver.timeline import TimelineConfig
@@ -27,6 +28,7 @@ from shared.hardening import harden_process
 from shared.key_upkeep import UpkeepTuning
 from shared.keyclient import KeyClient
 from shared.keysession import session_tokens
+from shared.sandbox import sandboxes_dir
 from shared.service import HttpServer, Readiness
 from shared.storage.config import open_store
 from shared.storage.threads import BlockingPool
@@ -43,11 +45,17 @@ _STALL_FACTOR = 5
 
 async def serve_until_shutdown(settings: PageserverSettings) -> None:
     """Returns at SIGTERM or SIGINT, or when a newer instance of this node has taken over."""
+    binaries = await prepare(settings.redo_cache_dir)
+    settings.cache_dir.mkdir(parents=True, exist_ok=True)
+    with sandboxes_dir(settings.cache_dir / "sandboxes") as sandboxes:
+        await _serve(settings, replace(binaries, sandboxes=sandboxes))
+
+
+async def _serve(settings: PageserverSettings, binaries: RedoBinaries) -> None:
     identity = settings.identity
     issuer = TokenIssuer.load(identity.signing_key)
     readiness = Readiness({"start": "attaching timelines"})
     registry = CollectorRegistry()
-    binaries = await prepare(settings.redo_cache_dir)
     store = await open_store(settings.object_store)
     pool = BlockingPool(_POOL_THREADS, "pageserver")
     try:

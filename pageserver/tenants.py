@@ -15,7 +15,7 @@ import gc
 import shutil
 import ssl
 import tempfile
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -415,7 +415,16 @@ class Tenants:
             project.ancestors[timeline_id] = of_project, ancestor_id
             return self.timeline(of_project, ancestor_id)
 
-        return await Timeline.open(project_id, timeline_id, services, lease, config, at_least_lsn=announced, find=find)
+        timeline = await Timeline.open(
+            project_id, timeline_id, services, lease, config, at_least_lsn=announced, find=find
+        )
+        if timeline.ancestor is not None:  # once more: the metadata database may be an older one than the store
+            await self._note(project_id, timeline.ancestor.project_id)
+        return timeline
+
+    async def _note(self, project_id: ProjectId, ancestor_project_id: ProjectId) -> None:
+        if ancestor_project_id != project_id:
+            await self._environment.keys.note_branch(project_id, ancestor_project_id)
 
     async def _keep(self, project: _Project, timeline: Timeline) -> None:
         attached = AttachedTimeline(timeline, self._environment)
@@ -475,7 +484,13 @@ class Tenants:
         ConflictError when the timeline exists and is another one.
         """
         project = self._project(project_id)
-        async with project.changing:
+        changing = [project]
+        if ancestor is not None and timeline_id not in project.timelines:
+            parent = self.timeline(ancestor.project_id, ancestor.timeline_id)
+            # As it stands: the log may end before the multiple of 8 that it is rounded to, never by a record.
+            await parent.wait_lsn(ancestor.lsn.value, BRANCH_WAIT_S)
+            changing.append(self._project(ancestor.project_id))
+        async with _turn(changing):
             project.check_loaded(timeline_id)  # or there would be two of it
             if timeline_id in project.ending:
                 raise UnavailableError("a timeline of this name is being deleted")
@@ -497,26 +512,20 @@ class Tenants:
     async def _branch(
         self, project: _Project, timeline_id: TimelineId, lease: Lease, ancestor: AncestorInfo
     ) -> Timeline:
-        parent = self.timeline(ancestor.project_id, ancestor.timeline_id)
-        # As it stands: the log may end before the multiple of 8 that it is rounded to, never by a record.
-        await parent.wait_lsn(ancestor.lsn.value, BRANCH_WAIT_S)
-        services, config = self._services(project), self._environment.config
-        holder = self._project(ancestor.project_id)
-        # Whoever makes a branch and whoever deletes its ancestor take turns. Always the branch's project first.
-        async with contextlib.nullcontext() if holder is project else holder.changing:
-            try:
-                return await Timeline.branch(
-                    project.project_id,
-                    timeline_id,
-                    services,
-                    lease,
-                    config,
-                    self.timeline(ancestor.project_id, ancestor.timeline_id),
-                    ancestor.lsn.value,
-                    self.timeline,
-                )
-            except TimelineExistsError:
-                return await self._open(project, timeline_id, lease)
+        await self._note(project.project_id, ancestor.project_id)
+        try:
+            return await Timeline.branch(
+                project.project_id,
+                timeline_id,
+                self._services(project),
+                lease,
+                self._environment.config,
+                self.timeline(ancestor.project_id, ancestor.timeline_id),
+                ancestor.lsn.value,
+                self.timeline,
+            )
+        except TimelineExistsError:
+            return await self._open(project, timeline_id, lease)
 
     async def delete(self, project_id: ProjectId, timeline_id: TimelineId) -> None:
         """Everything of one timeline. Idempotent; what a crash or an error leaves is deleted by whoever comes next.
@@ -620,7 +629,9 @@ class Tenants:
             project.tasks[timeline_id] = self._spawn(self._attach(project.project_id, timeline_id))
 
     async def _create(self, project: _Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
-        parent = SHARED_MEMORY_DIR if SHARED_MEMORY_DIR.is_dir() else None
+        parent = self._environment.redo_binaries.sandboxes or (
+            SHARED_MEMORY_DIR if SHARED_MEMORY_DIR.is_dir() else None
+        )
         directory = Path(tempfile.mkdtemp(prefix="keylake-initdb-", dir=parent))
         try:
             pgdata = directory / "pgdata"
@@ -765,6 +776,16 @@ async def _ended(timeline: Timeline) -> None:
     """Raises LeaseExpiredError when the timeline's plaintext is gone."""
     await timeline.ended()
     raise LeaseExpiredError("the plaintext was dropped")
+
+
+@contextlib.asynccontextmanager
+async def _turn(projects: Sequence[_Project]) -> AsyncIterator[None]:
+    """Whoever makes a branch and whoever deletes its ancestor take turns. The locks are taken in the order of the
+    projects' ids: two projects may each have a branch of the other."""
+    async with contextlib.AsyncExitStack() as held:
+        for project in sorted(set(projects), key=lambda each: str(each.project_id)):
+            await held.enter_async_context(project.changing)
+        yield
 
 
 def _has_branches() -> ConflictError:

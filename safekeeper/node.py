@@ -29,7 +29,7 @@ from safekeeper.remote_wal import project_prefix, timeline_prefix
 from safekeeper.timeline import DELETED_SUFFIX, Timeline, TimelineEnvironment, remove_directory
 from safekeeper.wal_sender import Log
 from shared.api.safekeeper import CreateTimeline, SafekeeperStatus
-from shared.deletion import Deletion
+from shared.deletion import Deleted, Deletion, ObjectKind, counted
 from shared.errors import (
     ConflictError,
     CorruptedError,
@@ -271,7 +271,8 @@ class SafekeeperNode:
         except OSError as error:
             raise UnavailableError(f"a shredded project could not be deleted: {error.strerror}") from None
         left = await asyncio.to_thread(_sizes, directory)
-        here = Deletion(len(found) - len(left), sum(found) - sum(left), len(left))
+        gone = counted((ObjectKind.of(path), Deleted(1, 0, found[path])) for path in found.keys() - left.keys())
+        here = Deletion(gone, len(left))
         return here if self._environment.objects is None else here + await self._delete_offloaded(project_id)
 
     async def _delete_offloaded(self, project_id: ProjectId) -> Deletion:
@@ -357,9 +358,9 @@ class SafekeeperNode:
         return steps_s
 
 
-def _sizes(directory: Path) -> list[int]:
+def _sizes(directory: Path) -> dict[str, int]:
     """Of all files below, in bytes."""
-    return [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
+    return {str(path): path.stat().st_size for path in directory.rglob("*") if path.is_file()}
 
 
 def _remove_tree(directory: Path) -> None:

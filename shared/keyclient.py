@@ -341,6 +341,17 @@ class KeyClient:
             except SessionEndedError:
                 continue  # it is what it is
 
+    async def note_branch(self, project_id: ProjectId, ancestor_project_id: ProjectId) -> None:
+        self._live(project_id)
+        deadline_s = self._deadline_s()
+        while True:
+            session = await self._connected(deadline_s)
+            try:
+                await session.note_branch(project_id, ancestor_project_id, self._remaining_s(deadline_s))
+                return
+            except SessionEndedError:
+                continue  # it is what it is
+
     # --- SessionEvents: called by the session's reader; no awaits ---
 
     def on_token_confirmed(self, confirmed: TokenConfirmed, asked_at_s: float) -> None:
@@ -415,7 +426,7 @@ class KeyClient:
         _log.warning(
             "deleted a shredded project",
             project_id=str(project_id),
-            objects=done.deleted_objects,
+            objects=done.total.objects,
             left=done.left_objects,
         )
         deadline_s = self._deadline_s()

@@ -34,6 +34,7 @@ from shared.api.keymanager import (
     ClientMessage,
     ConfirmToken,
     DeleteData,
+    DeletedObjects,
     Envelopes,
     Failed,
     Generate,
@@ -43,6 +44,7 @@ from shared.api.keymanager import (
     KeyUse,
     Locate,
     Located,
+    NoteBranch,
     ObjectName,
     Recorded,
     Release,
@@ -315,6 +317,13 @@ class KeySession:
         if not isinstance(await self._request(request_id, message, timeout_s), Recorded):
             raise CorruptedError("the keymanager answered another question")
 
+    async def note_branch(self, project_id: ProjectId, ancestor_project_id: ProjectId, timeout_s: float) -> None:
+        """Returns when it is recorded. Raises UnavailableError, KeyAccessError, PermissionDeniedError."""
+        request_id = self._new_request()
+        message = NoteBranch(request_id=request_id, project_id=project_id, ancestor_project_id=ancestor_project_id)
+        if not isinstance(await self._request(request_id, message, timeout_s), Recorded):
+            raise CorruptedError("the keymanager answered another question")
+
     async def report_deletion(
         self, project_id: ProjectId, deletion: Deletion, timeout_s: float, *, holds_keys: bool
     ) -> None:
@@ -323,8 +332,12 @@ class KeySession:
         message = ReportDeletion(
             request_id=request_id,
             project_id=project_id,
-            deleted_objects=deletion.deleted_objects,
-            deleted_size_bytes=deletion.deleted_size_bytes,
+            deleted=[
+                DeletedObjects(
+                    kind=kind, objects=each.objects, old_versions=each.old_versions, size_bytes=each.size_bytes
+                )
+                for kind, each in sorted(deletion.deleted.items())
+            ],
             left_objects=deletion.left_objects,
             remains=[plain_text(text) for text in deletion.remains[:16]],
             not_checked=[plain_text(text) for text in deletion.not_checked[:16]],

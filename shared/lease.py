@@ -199,3 +199,8 @@ class KeySource(Protocol):
     async def report(self, project_id: ProjectId, kek_version: int, uses: Sequence[KeyUse]) -> None:
         """Tell the keymanager what this node keeps (`ReportUses`). Raises KeyAccessError, UnavailableError."""
         ...
+
+    async def note_branch(self, project_id: ProjectId, ancestor_project_id: ProjectId) -> None:
+        """Tell the keymanager that the project has a branch of another one, before it has (`NoteBranch`). Idempotent.
+        Raises KeyAccessError, NotFoundError, UnavailableError."""
+        ...

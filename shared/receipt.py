@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from shared.deletion import ObjectKind
 from shared.errors import CorruptedError, IntegrityError
 from shared.ids import AccountId, KekId, KeyConfigurationId, ProjectId, WorkspaceId
 
@@ -95,6 +96,29 @@ class ReceiptGrant(_Part):
     """Since the detection."""
 
 
+class ReceiptObjects(_Part):
+    """Of one kind, of a shredded project, on one node."""
+
+    kind: ObjectKind
+    objects: _Count
+    """Old versions and markers of deletions included."""
+    old_versions: _Count
+    """How many of them those are."""
+    size_bytes: _Count
+
+
+class ReceiptKept(_Part):
+    """What a node that stores data said last that it keeps under one version of the KEK."""
+
+    node_id: _Text
+    reported_at: datetime | None
+    """None: it was given keys, and has said nothing yet."""
+    kek_version: int
+    """0 when it has said nothing, or keeps nothing."""
+    objects: _Count
+    size_bytes: _Count
+
+
 class ReceiptNode(_Part):
     """What a node that stores data said of a shredded project."""
 
@@ -104,6 +128,8 @@ class ReceiptNode(_Part):
     deleted_objects: _Count
     """Old versions and orphans included."""
     deleted_size_bytes: _Count
+    deleted: list[ReceiptObjects] = Field(default_factory=list)
+    """The same by kind; missing in receipts from before this was counted."""
     left_objects: _Count
     remains: list[_Text]
     not_checked: list[_Text]
@@ -161,6 +187,9 @@ class _Receipt(_Part):
     reason: _Text
     key: ReceiptKey
     keks: list[ReceiptKek]
+    kept: list[ReceiptKept] = Field(default_factory=list)
+    """What is stored of it, by node and version of the KEK, by the nodes' last reports before the receipt was made;
+    missing in receipts from before this was counted, empty when everything was deleted."""
     detected_at: datetime
     """Of the event: of a shred, when it was approved; of an erasure, when everything had been looked at."""
     kms_calls: list[ReceiptKmsCall]
@@ -174,8 +203,8 @@ class _Receipt(_Part):
         """`kid` must be the signer's. Raises ValueError otherwise."""
         if self.kid != signer.kid:
             raise ValueError("a receipt names the key that signs it")
-        signature = signer.sign(_LABEL, _canonical(self.model_dump(mode="json")))
-        return SignedReceipt(RECEIPT.validate_python(self), signature)
+        receipt = RECEIPT.validate_python(self.model_dump())  # every member is there, and said
+        return SignedReceipt(receipt, signer.sign(_LABEL, _canonical(_members(receipt))))
 
 
 class _Sealing(_Receipt):
@@ -261,13 +290,18 @@ class SignedReceipt:
 
     def check(self, verifier: SignatureVerifier) -> None:
         """Raises IntegrityError unless a trusted key signed exactly this."""
-        message = _canonical(self.receipt.model_dump(mode="json"))
+        message = _canonical(_members(self.receipt))
         if not verifier.verify(self.receipt.kid, _LABEL, message, self._signature):
             raise IntegrityError("the receipt is not signed by a key that is trusted here, or was changed since")
 
     def serialize(self) -> bytes:
         signature = base64.b64encode(self._signature).decode("ascii")
-        return _canonical({**self.receipt.model_dump(mode="json"), "signature": signature})
+        return _canonical({**_members(self.receipt), "signature": signature})
+
+
+def _members(receipt: Receipt) -> dict[str, Any]:
+    """Those that it has: one from before there was some member is what it was."""
+    return receipt.model_dump(mode="json", exclude_unset=True)
 
 
 def _canonical(members: dict[str, Any]) -> bytes:

@@ -143,12 +143,12 @@ def _facts(shred: Shred) -> RenderableType:
         rows.append(("leases", "not over yet" if sealed_after_s is None else f"over after {sealed_after_s:.3f} s"))
     rows += [("left", text) for text in shred.left]
     nodes = [
-        (n.node_id, n.looked_at or "not yet", n.deleted_objects, n.deleted_size_bytes, n.left_objects)
+        (n.node_id, n.looked_at or "not yet", n.deleted_objects, n.deleted_kinds, n.deleted_size_bytes, n.left_objects)
         for n in shred.nodes
     ]
     parts: list[RenderableType] = [facts(rows)]
     if nodes:
-        parts.append(table(("node", "looked", "objects deleted", "bytes", "left"), nodes))
+        parts.append(table(("node", "looked", "objects deleted", "which", "bytes", "left"), nodes))
     return Group(*parts)
 
 

@@ -107,7 +107,7 @@ def _shredded(stage: Stage, approved: Shred, shred: Shred, done_s: float) -> Non
         stage.promise(
             f"{node.node_id} had something of it, and keeps nothing",
             "> 0 deleted, 0 left",
-            f"{node.deleted_objects} deleted, {node.left_objects} left",
+            f"{node.deleted_objects} deleted ({node.deleted_kinds}), {node.left_objects} left",
             kept=node.done and node.deleted_objects > 0,
         )
 

@@ -35,6 +35,9 @@ class RedoBinaries:
     installation: PostgresInstallation
     library: Path
     scratch: Path
+    sandboxes: Path | None = None
+    """Where the workers' sandboxes are made, as by `shared.sandbox.sandboxes_dir`; None: nobody removes what a worker
+    leaves whose process was killed together with its owner."""
 
 
 async def prepare(cache_dir: Path | None = None, *, installation: PostgresInstallation | None = None) -> RedoBinaries:

@@ -113,7 +113,9 @@ class RedoWorker:
         if isolation is None:
             isolation = await asyncio.to_thread(detect_isolation)
         owner = (await asyncio.to_thread(unprivileged, binaries.installation)).owner
-        sandbox = Sandbox.create(size_bytes=_TMPFS_SIZE_BYTES, owner=owner, isolation=isolation)
+        sandbox = Sandbox.create(
+            size_bytes=_TMPFS_SIZE_BYTES, owner=owner, parent_dir=binaries.sandboxes, isolation=isolation
+        )
         fds: list[int] = []
         try:
             fds += os.pipe()

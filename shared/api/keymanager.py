@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from shared.api.common import PRINTABLE, ApiModel
 from shared.cmk import CmkKey, CustomerKey
+from shared.deletion import ObjectKind
 from shared.ids import (
     AccountId,
     InstanceId,
@@ -179,6 +180,27 @@ class ReportUses(_Message):
     uses: list[KeyUse] = Field(max_length=1024)
 
 
+class NoteBranch(_Message):
+    """This project gets, or has, a branch of another one, whose data it then keeps copies of under its own keys. To be
+    said before there is any. Answer: `Recorded`."""
+
+    op: Literal["note-branch"] = "note-branch"
+    request_id: int
+    project_id: ProjectId
+    ancestor_project_id: ProjectId
+
+
+class DeletedObjects(ApiModel):
+    """Of one kind, of a shredded project, on one node."""
+
+    kind: ObjectKind
+    objects: int = Field(ge=0, lt=1 << 62)
+    """Old versions and markers of deletions included."""
+    old_versions: int = Field(ge=0, lt=1 << 62)
+    """How many of them those are."""
+    size_bytes: int = Field(ge=0, lt=1 << 62)
+
+
 class ReportDeletion(_Message):
     """What this node deleted of a shredded project since it was told to, and what it found left afterwards. Answer:
     `Recorded`."""
@@ -186,9 +208,8 @@ class ReportDeletion(_Message):
     op: Literal["report-deletion"] = "report-deletion"
     request_id: int
     project_id: ProjectId
-    deleted_objects: int = Field(ge=0, lt=1 << 62)
-    """Old versions and orphans included."""
-    deleted_size_bytes: int = Field(ge=0, lt=1 << 62)
+    deleted: list[DeletedObjects] = Field(max_length=len(ObjectKind))
+    """Orphans included."""
     left_objects: int = Field(ge=0, lt=1 << 62)
     """What the store would not delete."""
     remains: list[FreeText] = Field(default_factory=list, max_length=16)
@@ -354,6 +375,7 @@ ClientMessage = Annotated[
     | Locate
     | RewrapKeys
     | ReportUses
+    | NoteBranch
     | ReportDeletion,
     Field(discriminator="op"),
 ]

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Protocol
 
 from pydantic import Field
 
 from shared.api.common import PRINTABLE, ApiModel
-from shared.api.keymanager import KeyState, Revocation
+from shared.api.keymanager import DeletedObjects, KeyState, Revocation
+from shared.deletion import ObjectKind
 from shared.ids import KeyConfigurationId, ProjectId
 
 SHRED_ID: Final = r"^shr-[0-9a-f]{16}$"
 _Text = Annotated[str, Field(min_length=1, max_length=1000, pattern=PRINTABLE)]
+
+
+class _OfKind(Protocol):
+    @property
+    def kind(self) -> ObjectKind: ...
+
+    @property
+    def objects(self) -> int: ...
+
+    @property
+    def old_versions(self) -> int: ...
+
+
+def deleted_kinds(deleted: Iterable[_OfKind]) -> str:
+    """How many of each kind, for people."""
+    return ", ".join(
+        f"{each.objects} {each.kind.value}" + (f" ({each.old_versions} old versions)" if each.old_versions else "")
+        for each in deleted
+    )
 
 
 class AskShred(ApiModel):
@@ -35,13 +56,26 @@ class ShredNode(ApiModel):
     node_id: str
     looked_at: datetime | None
     """None: it has said nothing yet."""
-    deleted_objects: int = 0
-    """Of all looks together, old versions included."""
-    deleted_size_bytes: int = 0
+    deleted: list[DeletedObjects] = Field(default_factory=list)
+    """Of all looks together; one for each kind of which there was any."""
     left_objects: int = 0
     remains: list[str] = Field(default_factory=list)
     not_checked: list[str] = Field(default_factory=list)
     holds_keys: bool = False
+
+    @property
+    def deleted_objects(self) -> int:
+        """Old versions included."""
+        return sum(each.objects for each in self.deleted)
+
+    @property
+    def deleted_kinds(self) -> str:
+        """For people; empty when there was nothing."""
+        return deleted_kinds(self.deleted)
+
+    @property
+    def deleted_size_bytes(self) -> int:
+        return sum(each.size_bytes for each in self.deleted)
 
     @property
     def done(self) -> bool:

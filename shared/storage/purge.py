@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Protocol, runtime_checkable
 
-from shared.deletion import Deletion
+from shared.deletion import Deleted, Deletion, ObjectKind, counted
 from shared.storage.base import ObjectStore, StoreDeniedError
 
 _BATCH: Final = 1000
@@ -31,7 +31,7 @@ class KeepsVersions(Protocol):
 
 async def purge(store: ObjectStore, prefix: str) -> Deletion:
     """Raises StoreUnavailableError, StoreDeniedError; some may be gone then, and calling again is safe."""
-    objects = size_bytes = 0
+    gone = Deletion()
     not_checked: tuple[str, ...] = ()
     for _ in range(_ROUNDS):
         if isinstance(store, KeepsVersions):
@@ -42,22 +42,20 @@ async def purge(store: ObjectStore, prefix: str) -> Deletion:
                 found = await _delete_current(store, prefix)
         else:
             found = await _delete_current(store, prefix)
-        objects += found.deleted_objects
-        size_bytes += found.deleted_size_bytes
-        if found.deleted_objects == 0:
-            return Deletion(objects, size_bytes, found.left_objects, found.remains, not_checked)
-    # It went on arriving to the end: whoever asks again finds out.
-    return Deletion(objects, size_bytes, found.left_objects, found.remains, not_checked)
+        gone += Deletion(found.deleted)
+        if not found.deleted:
+            break
+    # If it went on arriving to the end, whoever asks again finds out.
+    return Deletion(gone.deleted, found.left_objects, found.remains, not_checked)
 
 
 async def _delete_current(store: ObjectStore, prefix: str) -> Deletion:
     found = [info async for info in store.list(prefix)]
     for batch in _batches([info.key for info in found]):
         await store.delete_many(batch)
-    left = [info.key async for info in store.list(prefix)]
-    gone = [info for info in found if info.key not in set(left)]
-    remains = tuple(f"{key}: it is still listed" for key in left[:4])
-    return Deletion(len(gone), sum(info.size_bytes for info in gone), len(left), remains)
+    left = {info.key: None async for info in store.list(prefix)}
+    gone = counted((ObjectKind.of(info.key), Deleted(1, 0, info.size_bytes)) for info in found if info.key not in left)
+    return Deletion(gone, len(left), tuple(f"{key}: it is still listed" for key in list(left)[:4]))
 
 
 def _batches(keys: list[str]) -> Iterable[list[str]]:

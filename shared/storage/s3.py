@@ -45,7 +45,7 @@ from botocore.parsers import ResponseParserError
 from pydantic import SecretStr
 
 from shared.botocore_session import new_session
-from shared.deletion import Deletion
+from shared.deletion import Deleted, Deletion, ObjectKind, counted
 from shared.retry import RetryPolicy, retry
 from shared.storage.base import (
     Data,
@@ -284,7 +284,7 @@ class S3ObjectStore:
             "Prefix": self._prefix + prefix,
             "MaxKeys": self._page_objects,
         }
-        objects = size_bytes = 0
+        gone = Deletion()
         refused: list[str] = []
 
         def list_page(_: int) -> dict[str, Any]:
@@ -295,25 +295,28 @@ class S3ObjectStore:
         while True:
             page = await self._attempts(list_page)
             found = {
-                (str(entry["Key"]), str(entry["VersionId"])): int(entry.get("Size", 0))
+                (str(entry["Key"]), str(entry["VersionId"])): Deleted(
+                    1, int("Size" not in entry or not entry.get("IsLatest")), int(entry.get("Size", 0))
+                )
                 for entry in (*page.get("Versions", ()), *page.get("DeleteMarkers", ()))
             }
             rest = iter(found)
             while batch := tuple(islice(rest, _DELETE_BATCH_KEYS)):
-                errors = await self._attempts(partial(self._delete_version_batch, batch))
-                objects += len(batch) - len(errors)
-                size_bytes += sum(found[version] for version in batch if version not in errors)
+                deleted, errors = await self._attempts(partial(self._delete_version_batch, batch))
+                gone += Deletion(counted((ObjectKind.of(each[0]), found[each]) for each in batch if each in deleted))
                 refused += [
                     f"{key.removeprefix(self._prefix)} version {version}: {code}"
                     for (key, version), code in errors.items()
                 ]
             if not page["IsTruncated"]:
-                return Deletion(objects, size_bytes, len(refused), tuple(refused[:_NAMED_REFUSALS]))
+                return Deletion(gone.deleted, len(refused), tuple(refused[:_NAMED_REFUSALS]))
             arguments["KeyMarker"] = page["NextKeyMarker"]
             arguments["VersionIdMarker"] = page["NextVersionIdMarker"]
 
-    def _delete_version_batch(self, batch: Sequence[tuple[str, str]], _: int) -> dict[tuple[str, str], str]:
-        """Returns the store's code for each that it would not delete."""
+    def _delete_version_batch(
+        self, batch: Sequence[tuple[str, str]], _: int
+    ) -> tuple[set[tuple[str, str]], dict[tuple[str, str], str]]:
+        """Returns what the store says it deleted, and its code for each that it would not delete."""
         reply = self._client.delete_objects(
             Bucket=self._bucket, Delete={"Objects": [{"Key": key, "VersionId": version} for key, version in batch]}
         )
@@ -326,7 +329,8 @@ class S3ObjectStore:
         for code in errors.values():
             if isinstance(narrowed := _narrow_code(200, code), StoreUnavailableError):
                 raise narrowed
-        return errors
+        deleted = {(str(each.get("Key", "")), str(each.get("VersionId", ""))) for each in reply.get("Deleted", ())}
+        return deleted, errors
 
     async def close(self) -> None:
         if await self._pool.close():

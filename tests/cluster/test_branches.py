@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -186,10 +187,16 @@ async def test_a_branch_of_a_branch_and_a_restart_of_everything_by_sigkill(place
     await session.execute("insert into own select g from generate_series(101, 150) g")
     await session.close()
     expected = [(project, await content(project)) for project in (place.main, one, two)]
+    sandboxes = Path(json.loads((cluster.layout.config / "pageserver.json").read_text())["cache_dir"]) / "sandboxes"
+    left = sandboxes.readlink()
+    assert list(left.iterdir()), "of its redo workers"
     names = ["keymanager", *(f"safekeeper-{n}" for n in range(1, SAFEKEEPERS + 1)), "pageserver", "compute", "proxy"]
     await asyncio.gather(*(cluster.service(name).kill() for name in names))
+    assert left.is_dir(), "who is killed wipes nothing"
     for name in names:
         await cluster.service(name).start()
+    assert not left.exists()
+    assert sandboxes.readlink().is_dir()
     for project, rows in expected:
         assert await content_in_time(project) == rows
     for project, own_rows in ((two, 150), (one, 100)):
@@ -340,6 +347,33 @@ async def test_branches_are_made_while_keys_rotate(place: Place) -> None:
     await place.cluster.service("pageserver").kill()
     await place.cluster.service("pageserver").start()
     assert await content(await place.endpoint(branches[-1], "rotated")) == expected
+
+
+async def test_branches_both_ways_between_two_projects_are_made_at_once(place: Place) -> None:
+    client = place.cluster.client
+    configuration = await place.cluster.create_key_configuration(place.key_arn, "both ways")
+    other = await client.create_project(
+        place.main.project.workspace_id, "shop/both-ways", configuration.key_configuration_id
+    )
+    there = await client.create_branch(place.main.timeline, "main", project_id=other.project_id)
+    expected = await content(place.main)
+    # Two each way: whoever waits for the first one is handed one lock while the next has the other.
+    async with asyncio.timeout(25):  # the pageserver's own patience is longer
+        made = await asyncio.gather(
+            *(
+                branch
+                for number in range(2)
+                for branch in (
+                    client.create_branch(place.main.timeline, f"there-{number}", project_id=other.project_id),
+                    client.create_branch(there, f"back-{number}", project_id=place.main.project.project_id),
+                )
+            )
+        )
+    assert [each.project_id for each in made] == [other.project_id, place.main.project.project_id] * 2
+    # One of `main`'s own project that reads through another project, and `main` again.
+    back = await place.endpoint(made[1], "back")
+    assert await content(back) == expected
+    await client.stop_endpoint(back.endpoint.endpoint_id)
 
 
 async def test_revocation_ends_every_compute_of_every_branch(place: Place) -> None:

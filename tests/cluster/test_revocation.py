@@ -5,137 +5,57 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from time import monotonic
 
 import asyncpg
 import pytest
 import pytest_asyncio
 
-from keylake.cluster import Cluster, Customer, RunningProject
-from keylake.demo.ledger import CLIENT_ERRORS, Ledger, describe
-from shared.api.compute import EndpointState
-from shared.api.keymanager import KeyState, Revocation
-from shared.errors import KeyAccessError, KeylakeError, LeaseExpiredError, RevokedError, SuspendedError
-from shared.keyspace import Fork, RelTag
-from shared.lsn import Lsn
+from customercloud.faults import Faults, KeyFaults, Outage
+from keylake.cluster import Cluster, RunningProject
+from keylake.demo.ledger import CLIENT_ERRORS, describe
+from keylake.layout import SAFEKEEPERS
+from shared.api.keymanager import KeyState, NoCause
+from shared.errors import KeyAccessError, KeylakeError, LeaseExpiredError, RevokedError, ShreddedError, SuspendedError
 from shared.wire.pagestream import GET_PAGE
-from tests.cluster.bank import Bank, audit, open_bank
-from tests.cluster.pages import PageClient, page_client
-from tests.cluster.primary import Session, caught_up, connect, safekeeper_timelines, stopped, tag_of
-from tests.cluster.processes import ComputeProcesses, compute_of
+from tests.cluster.bank import Bank
+from tests.cluster.pages import page_client
+from tests.cluster.people import shred_by_two
+from tests.cluster.primary import Session, connect, stopped
+from tests.cluster.processes import compute_of
+from tests.cluster.tenants import (
+    LEASE_TTL_S,
+    PROBE_INTERVAL_S,
+    Tenant,
+    allow,
+    cancel_deletion,
+    deny,
+    disable,
+    enable,
+    new_tenant,
+    nothing_is_served,
+    refused,
+    schedule_deletion,
+    sqlstate_of_connecting,
+)
 from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 
-LEASE_TTL_S = 2.0
-PROBE_INTERVAL_S = 0.2
 OUTAGE_GRACE_S = 3.0
 QUIET_S = 1.0
 """Clients of a live database commit hundreds of times in this time."""
-
-Act = Callable[[Customer, str], Awaitable[None]]
-
-
-@dataclass(slots=True)
-class Tenant:
-    """A workspace under a CMK of its own, with one project and a bank in it."""
-
-    cluster: Cluster
-    key_arn: str
-    project: RunningProject
-    page: tuple[RelTag, int, int] = (RelTag(0, 0, 0, Fork.MAIN), 0, 0)
-    """(fork, block, LSN) of a page with rows in it."""
-    ledger: Ledger = field(default_factory=Ledger)
-    banks: int = 0
-
-    async def connect(self) -> Session:
-        return await connect(self.project)
-
-    def bank(self, clients: int = 3, by: Callable[[], Awaitable[Session]] | None = None) -> Bank:
-        self.banks += 1
-        return Bank(by or self.connect, self.ledger, f"b{self.banks}", clients)
-
-    async def check(self) -> None:
-        connection = await self.connect()
-        problems = await audit(connection, self.ledger)
-        await connection.close()
-        assert not problems, problems
-
-    async def compute(self) -> ComputeProcesses:
-        return await compute_of(self.cluster, self.project.endpoint.endpoint_id)
-
-    async def state(self) -> KeyState:
-        return (await self.cluster.client.project(self.project.project.project_id)).state
-
-    async def becomes(self, state: KeyState, timeout_s: float = 20.0) -> None:
-        async def look() -> bool:
-            return await self.state() is state
-
-        await wait_until(look, timeout_s)
-
-    async def revocations(self) -> list[Revocation]:
-        return await self.cluster.client.revocations(self.project.project.project_id)
-
-    async def sealed(self, timeout_s: float = 20.0) -> Revocation:
-        """Returns when the last revocation is over: every instance has acknowledged, or its lease has run out."""
-
-        async def look() -> Revocation | None:
-            found = await self.revocations()
-            done = found and all(r.sealed_after_s is not None for r in found)
-            return max(found, key=lambda r: r.detected_at) if done else None
-
-        revocation = await wait_until(look, timeout_s)
-        assert isinstance(revocation, Revocation)
-        return revocation
-
-    async def read_page(self, client: PageClient) -> bytes:
-        return await client.page(*self.page)
-
-    async def read_page_anew(self) -> bytes:
-        """By a connection of its own: one that was there when the keys were lost has ended with them."""
-        async with page_client(self.cluster, self.project) as client:
-            return await self.read_page(client)
-
-    async def flushed(self) -> list[Lsn]:
-        """flush_lsn of every safekeeper."""
-        return [t.flush_lsn for t in (await safekeeper_timelines(self.cluster, self.project)).values()]
-
-    def told_since(self, at: float) -> set[tuple[str, str]]:
-        """(SQLSTATE, message) of every error that a server sent to a client; the driver's own have no SQLSTATE."""
-        return {(code, message) for _, code, message in self.ledger.errors_since(at) if len(code) == 5}
-
-    def acknowledged_since(self, at: float) -> list[str]:
-        return [number for number, when in self.ledger.acknowledged.items() if when > at]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster() -> AsyncIterator[Cluster]:
     settings = {"keymanager": {"lease_ttl_s": LEASE_TTL_S}, "compute": {"poll_interval_s": 0.2}}
-    async with ForkedCluster(settings=settings) as cluster:
+    async with ForkedCluster(settings=settings, links=True) as cluster:
         yield cluster
-
-
-@asynccontextmanager
-async def new_tenant(cluster: Cluster, name: str, outage_grace_s: float = 0.0) -> AsyncIterator[Tenant]:
-    key_arn = await cluster.customer.create_key(name)
-    workspace = await cluster.create_workspace(
-        key_arn, name, probe_interval_s=PROBE_INTERVAL_S, outage_grace_s=outage_grace_s
-    )
-    tenant = Tenant(cluster, key_arn, await cluster.create_project(name, workspace.workspace_id))
-    await open_bank(tenant.connect)
-    connection = await tenant.connect()
-    tag = await tag_of(connection, "account")
-    await connection.close()
-    info = await caught_up(cluster, tenant.project)
-    tenant.page = (tag, 0, info.last_record_lsn.value)
-    try:
-        yield tenant
-    finally:
-        await cluster.client.stop_endpoint(tenant.project.endpoint.endpoint_id)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -143,20 +63,6 @@ async def bystander(cluster: Cluster) -> AsyncIterator[Tenant]:
     """Somebody with a key of their own, whom the others' troubles are none of."""
     async with new_tenant(cluster, "bystander", outage_grace_s=600) as tenant:
         yield tenant
-
-
-async def nothing_is_served(tenant: Tenant, client: PageClient, expected: type[KeyAccessError]) -> None:
-    """Not a page, not a connection, not a compute. `client`: a connection from better times."""
-    with pytest.raises(expected):
-        await tenant.read_page(client)
-    async with page_client(tenant.cluster, tenant.project) as fresh:
-        with pytest.raises(expected):
-            await tenant.read_page(fresh)
-    with pytest.raises(expected):
-        await tenant.cluster.client.start_endpoint(tenant.project.endpoint.endpoint_id)
-    endpoint = await tenant.cluster.client.endpoint(tenant.project.endpoint.endpoint_id)
-    assert endpoint.state is EndpointState.STOPPED
-    assert await sqlstate_of_connecting(tenant) == expected.sqlstate
 
 
 @asynccontextmanager
@@ -172,64 +78,9 @@ async def asleep(cluster: Cluster, *names: str) -> AsyncIterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-async def refused(tenant: Tenant, expected: type[KeyAccessError]) -> None:
-    """Returns when the page is not served any more, for this reason."""
-
-    async def look() -> bool:
-        try:
-            await tenant.read_page_anew()
-        except expected:
-            return True
-        return False
-
-    await wait_until(look)
-
-
-async def sqlstate_of_connecting(tenant: Tenant) -> str:
-    """How the proxy refuses; empty when it does not."""
-    try:
-        connection = await tenant.connect()
-    except CLIENT_ERRORS as error:
-        return describe(error)[0]
-    await connection.close()
-    return ""
-
-
-async def disable(customer: Customer, key_arn: str) -> None:
-    await customer.disable(key_arn)
-
-
-async def enable(customer: Customer, key_arn: str) -> None:
-    await customer.enable(key_arn)
-
-
-async def schedule_deletion(customer: Customer, key_arn: str) -> None:
-    await customer.schedule_deletion(key_arn)
-
-
-async def cancel_deletion(customer: Customer, key_arn: str) -> None:
-    await customer.cancel_deletion(key_arn)
-    await customer.enable(key_arn)
-
-
-async def deny(customer: Customer, key_arn: str) -> None:
-    await customer.deny(key_arn)
-
-
-async def allow(customer: Customer, key_arn: str) -> None:
-    await customer.allow(key_arn)
-
-
-@pytest.mark.parametrize(
-    ("revoke", "restore"),
-    [(disable, enable), (schedule_deletion, cancel_deletion), (deny, allow)],
-    ids=["disable", "deletion", "policy"],
-)
-async def test_the_customer_takes_the_key_away_and_gives_it_back(
-    cluster: Cluster, bystander: Tenant, revoke: Act, restore: Act
-) -> None:
+async def test_the_customer_takes_the_key_away_and_gives_it_back(cluster: Cluster, bystander: Tenant) -> None:
     async with AsyncExitStack() as stack:
-        tenant = await stack.enter_async_context(new_tenant(cluster, f"by {revoke.__name__}"))
+        tenant = await stack.enter_async_context(new_tenant(cluster, "by disabling"))
         client = await stack.enter_async_context(page_client(cluster, tenant.project))
         assert await tenant.read_page(client) != bytes(8192)
         other_client = await stack.enter_async_context(page_client(cluster, bystander.project))
@@ -240,7 +91,7 @@ async def test_the_customer_takes_the_key_away_and_gives_it_back(
         begun = monotonic()
         compute = await tenant.compute()
 
-        await revoke(cluster.customer, tenant.key_arn)
+        await disable(cluster.customer, tenant.key_arn)
         await tenant.becomes(KeyState.REVOKED)
         revocation = await tenant.sealed()
         sealed = monotonic()
@@ -259,7 +110,7 @@ async def test_the_customer_takes_the_key_away_and_gives_it_back(
         assert {code for code, _ in tenant.told_since(begun)} == {RevokedError.sqlstate}, tenant.told_since(begun)
         assert await bystander.read_page(other_client)
 
-        await restore(cluster.customer, tenant.key_arn)
+        await enable(cluster.customer, tenant.key_arn)
         await bank.commits(50)
         await bank.stop()
         await tenant.check()
@@ -450,6 +301,104 @@ async def test_without_the_keymanager_leases_run_out_and_come_back(cluster: Clus
         await bank.stop()
         await tenant.check()
         assert await tenant.read_page_anew()
+
+
+# --- cut off, while states change ---
+
+
+@asynccontextmanager
+async def cut_off(cluster: Cluster, *, from_each_other: bool) -> AsyncIterator[float]:
+    """Everybody from the keymanager within the block, and then also the manager and the pageserver from the others.
+    Gives the time."""
+    safekeepers = [f"safekeeper-{number}" for number in range(1, SAFEKEEPERS + 1)]
+    pairs = [(name, "keymanager") for name in ("pageserver", *safekeepers, "compute", "proxy")]
+    if from_each_other:
+        pairs += [("compute", name) for name in ("pageserver", *safekeepers, "proxy")]
+        pairs += [("pageserver", name) for name in safekeepers]
+    try:
+        for one, other in pairs:
+            await cluster.partition(one, other)
+        yield monotonic()
+    finally:
+        await cluster.heal()
+
+
+async def silent(tenant: Tenant, cut_at: float) -> None:
+    """Who hears nothing serves nothing when the computed time is over, whatever became of the project meanwhile."""
+    bound_s = (await tenant.bound(NoCause.OPERATOR)).partitioned_s
+    assert bound_s is not None
+    await asyncio.sleep(max(0.0, cut_at + bound_s - monotonic()))
+    flushed = await tenant.flushed()
+    with pytest.raises(KeyAccessError):
+        await tenant.read_page_anew()
+    assert await sqlstate_of_connecting(tenant)
+    assert await tenant.flushed() == flushed
+    assert not tenant.acknowledged_since(cut_at + bound_s)
+
+
+async def told(tenant: Tenant, expected: type[KeyAccessError]) -> None:
+    """Returns when everybody says the same of it again."""
+
+    async def look() -> bool:
+        return await sqlstate_of_connecting(tenant) == expected.sqlstate
+
+    await asyncio.gather(refused(tenant, expected), wait_until(look))
+
+
+async def test_who_is_cut_off_is_silent_within_a_lease_in_every_state_and_then_believes_the_new_one(
+    cluster: Cluster,
+) -> None:
+    """Cut off while ACTIVE, and the state changes to each of the others; cut off in each of these, and it changes back.
+    One customer schedules the key's deletion, the other takes the right to use it away."""
+    customer = cluster.customer
+    spared = frozenset({customer.bootstrap.customer.access_key_id})
+    async with AsyncExitStack() as stack:
+        names = ("active", "suspended", "revoked", "shredded")
+        tenants = [await stack.enter_async_context(new_tenant(cluster, f"cut off, {name}")) for name in names]
+        active, suspended, revoked, shredded = tenants
+        banks = [await stack.enter_async_context(tenant.bank(clients=2)) for tenant in tenants]
+        for bank in banks:
+            await bank.commits(10)
+        computes = [await tenant.compute() for tenant in tenants]
+
+        async with cut_off(cluster, from_each_other=False) as cut_at:
+            silence = KeyFaults(outage=Outage.REFUSE)
+            faults = Faults(of_keys={suspended.key_arn.rpartition("/")[2]: silence}, spared_access_key_ids=spared)
+            await asyncio.to_thread(customer.simulation.set_faults, faults)
+            await schedule_deletion(customer, revoked.key_arn)
+            await shred_by_two(stack, cluster, shredded.project.project)
+            await suspended.becomes(KeyState.SUSPENDED)
+            await revoked.becomes(KeyState.REVOKED)
+            await shredded.becomes(KeyState.SHREDDED)
+            for tenant in (suspended, revoked, shredded):
+                instances = (await tenant.sealed()).instances
+                assert not [each for each in instances if each.outcome != "fenced"], "nobody can have heard of it"
+            await asyncio.gather(*(silent(tenant, cut_at) for tenant in tenants))
+            await asyncio.gather(*(compute.gone() for compute in computes))
+            assert await active.state() is KeyState.ACTIVE
+        await banks[0].commits(10)
+        await told(suspended, SuspendedError)
+        await told(revoked, RevokedError)
+        await told(shredded, ShreddedError)
+
+        async with cut_off(cluster, from_each_other=True) as cut_at:
+            await asyncio.to_thread(customer.simulation.clear_faults)
+            await cancel_deletion(customer, revoked.key_arn)
+            await deny(customer, active.key_arn)
+            await suspended.becomes(KeyState.ACTIVE)
+            await revoked.becomes(KeyState.ACTIVE)
+            await active.becomes(KeyState.REVOKED)
+            await active.sealed()
+            await asyncio.gather(*(silent(tenant, cut_at) for tenant in tenants))
+        for bank in banks[1:3]:
+            await bank.commits(10)
+        await told(active, RevokedError)
+        await told(shredded, ShreddedError)
+        await allow(customer, active.key_arn)
+        await banks[0].commits(10)
+        for tenant, bank in zip(tenants[:3], banks, strict=False):
+            await bank.stop()
+            await tenant.check()
 
 
 # --- a pageserver that was asleep ---

@@ -17,13 +17,17 @@ import asyncpg
 import pytest
 
 from keylake.client import Connection, KeylakeClient
-from keylake.cluster import Cluster
+from keylake.cluster import Cluster, RunningProject
 from keylake.receipt_page import page
 from shared.api.keymanager import KeyState, Project
 from shared.api.shredding import Attestation, Shred
-from shared.auth import BearerToken, PersonRole, SignatureVerifier, TrustBundle
-from shared.errors import ConflictError, KeyAccessError, RevokedError, ShreddedError
+from shared.auth import SignatureVerifier, TrustBundle
+from shared.deletion import ObjectKind
+from shared.errors import ConflictError, KeyAccessError, KeylakeError, RevokedError, ShreddedError
+from shared.keyspace import Fork, RelTag
 from shared.receipt import ErasureReceipt, ShredReceipt, SignedReceipt
+from tests.cluster.pages import page_client
+from tests.cluster.people import person, shred_by_two
 from tests.cluster.processes import below
 from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
@@ -32,14 +36,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 SETTINGS = {"keymanager": {"lease_ttl_s": 10, "leader_ttl_s": 6}}
 """Nobody notices that they were stopped for a moment."""
+OF_BRANCHES = "no part of it is kept under the keys of a branch"
 SECRET = "the quick brown fox is a trade secret"
-
-
-async def person(stack: AsyncExitStack, cluster: Cluster, name: str) -> KeylakeClient:
-    token, _ = await cluster.client.create_token(PersonRole.SECURITY_ADMIN, subject=name, ttl_s=600)
-    made = KeylakeClient(cluster.ports.addresses(), cluster.layout.ca_certificate, BearerToken(token))
-    stack.push_async_callback(made.aclose)
-    return made
 
 
 def at(cluster: Cluster, connection: Connection) -> Connection:
@@ -70,12 +68,10 @@ def files_of(home: Path, project: Project) -> list[Path]:
 
 async def shred(stack: AsyncExitStack, cluster: Cluster, project: Project) -> Shred:
     """By two people. Returns when everybody has deleted everything."""
-    alice, bob = await person(stack, cluster, "alice"), await person(stack, cluster, "bob")
-    asked = await alice.ask_shred(project.project_id, project.name, "the contract has ended")
-    await bob.approve_shred(project.project_id, project.name, asked.shred_id)
+    await shred_by_two(stack, cluster, project)
 
     async def done() -> Shred | None:
-        found = await bob.shred(project.project_id)
+        found = await cluster.client.shred(project.project_id)
         return found if found.state == "done" else None
 
     found = await wait_until(done, 30)
@@ -139,6 +135,20 @@ async def erase(cluster: Cluster, carol: KeylakeClient, project: Project, gone: 
     assert (await cluster.client.verify_audit()).intact
 
 
+async def orphaned(cluster: Cluster, branch: RunningProject) -> None:
+    """A branch in another project, whose own key is alive: nothing of it can be read, nor branched off, without what it
+    was made from, and whoever tries is told that this is for good."""
+    assert (await cluster.client.project(branch.project.project_id)).state is KeyState.ACTIVE
+    with pytest.raises(asyncpg.PostgresError) as refused:
+        await rows(cluster, branch.connection)
+    assert refused.value.sqlstate == ShreddedError.sqlstate
+    with pytest.raises(KeyAccessError):
+        await cluster.client.create_branch(branch.timeline, "of-a-branch")
+    async with page_client(cluster, branch) as pages:
+        with pytest.raises(KeylakeError):
+            await pages.size(RelTag(1663, 1, 1259, Fork.MAIN), branch.timeline.start_lsn.value)
+
+
 async def destroy(cluster: Cluster, cmk: str) -> None:
     await cluster.customer.schedule_deletion(cmk)
     await asyncio.to_thread(cluster.customer.simulation.complete_deletion, cmk)
@@ -159,6 +169,15 @@ async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path
             await connection.close()
         doomed = await cluster.create_key_configuration(cmk, "doomed")
         project = await cluster.client.move_project(running.project.project_id, doomed.key_configuration_id)
+        # And a branch of it, in a project under the other CMK.
+        client = cluster.client
+        own = await client.create_project(kept_workspace.workspace_id, "shop/dev")
+        timeline = await client.create_branch(running.timeline, "main", project_id=own.project_id)
+        endpoint = await client.create_endpoint(timeline)
+        branch = RunningProject(own, timeline, endpoint, client.connection(endpoint))
+        connection = await asyncpg.connect(**branch.connection.asyncpg_arguments(), timeout=60)
+        await connection.execute("UPDATE secret SET text = text || ', twice'")
+        await connection.close()
         snapshot(cluster, backup)
         assert files_of(backup, project)
 
@@ -179,10 +198,19 @@ async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path
         with pytest.raises(KeyAccessError):
             await cluster.client.create_timeline(project.project_id, "another")
         assert await rows(cluster, kept.connection) == [SECRET]
+        await orphaned(cluster, branch)
+        assert any("shop/dev" in text for text in done.left)
         receipt = SignedReceipt.parse(await cluster.client.receipt(project.project_id, kind="shred"))
         receipt.check(SignatureVerifier(TrustBundle.load(cluster.layout.trust_bundle)))
         assert isinstance(receipt.receipt, ShredReceipt)
         assert any("backup" in text for text in receipt.receipt.left)
+        for node in receipt.receipt.nodes:
+            kinds = {each.kind: each.objects for each in node.deleted}
+            assert sum(kinds.values()) == node.deleted_objects
+            assert kinds.keys() >= {
+                ObjectKind.WAL if "safekeeper" in node.node_id else ObjectKind.INDEX,
+                ObjectKind.ENVELOPE,
+            }
         assert "pageserver" in page(receipt)
         # A backup of the objects alone opens nothing; and the next look removes it.
         shutil.copytree(backup / "data" / "objects", home / "data" / "objects", dirs_exist_ok=True)
@@ -194,6 +222,7 @@ async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path
         assert {p.name for p in early.preconditions if p.outcome == "not met"} == {
             "every CMK that ever wrapped one is destroyed",
             "a canary under the key does not open",
+            OF_BRANCHES,
         }
         assert files_of(home, project) == []
 
@@ -221,7 +250,13 @@ async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path
             shutil.copy(path, target)
         await shred(stack, cluster, project)
         assert files_of(backup, project) == []
-        await erase(cluster, await person(stack, cluster, "carol"), project, cmk, earlier, orphans)
+        carol = await person(stack, cluster, "carol")
+        held_up = await carol.verify_erasure(project.project_id)
+        [by_branch] = [each for each in held_up.preconditions if each.name == OF_BRANCHES]
+        assert by_branch.outcome == "not met"
+        assert f"shop/dev ({own.project_id}) is ACTIVE" in by_branch.evidence[0]
+        await shred(stack, cluster, own)
+        await erase(cluster, carol, project, cmk, earlier, orphans)
 
         async def said_to_be_shredded() -> bool:
             with pytest.raises(asyncpg.PostgresError) as refused:

@@ -140,7 +140,7 @@ def clone(cluster: Cluster, name: str, as_name: str, node_id: str) -> tuple[Serv
             copy = layout.data / as_name
             shutil.rmtree(copy, ignore_errors=True)
             with suppress(shutil.Error):  # of files that went away meanwhile
-                shutil.copytree(values[field_name], copy)
+                shutil.copytree(values[field_name], copy, symlinks=True)
             values[field_name] = str(copy)
     service = Service(name.partition("-")[0])
     module = "compute.proxy" if service is Service.PROXY else service.value

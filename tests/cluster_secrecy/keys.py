@@ -34,6 +34,7 @@ _KEKS = """
 select p.project_id, w.workspace_id, w.account_id, c.key, k.kek_id, k.kek_version, k.wrapped
 from kek k join project p using (project_id) join workspace w using (workspace_id)
 join key_configuration c on c.key_configuration_id = coalesce(p.key_configuration_id, w.key_configuration_id)
+where k.wrapped is not null
 """
 
 
@@ -57,15 +58,24 @@ async def metadata(cluster: Cluster) -> Any:
 class _Kek:
     scope: KeyScope
     kek_id: KekId
+    kek_version: int
     cipher: AeadKey
 
 
-async def plaintext_keys(cluster: Cluster) -> dict[str, bytes]:
-    """Name → 32 bytes: all KEKs, and the DEKs of all envelopes that lie on disk or in the object store."""
-    keks = {kek.scope.project_id: kek async for kek in _keks(cluster)}
-    found = {f"KEK of {project_id}": bytes(kek.cipher.key.reveal()) for project_id, kek in keks.items()}
+async def plaintext_keys(cluster: Cluster, of: ProjectId | None = None) -> dict[str, bytes]:
+    """Name → 32 bytes: all versions of all KEKs, and the DEKs of all envelopes that lie on disk or in the object store.
+    `of`: of one project."""
+    keks = {kek.kek_id: kek async for kek in _keks(cluster) if of in (None, kek.scope.project_id)}
+    found = {
+        f"KEK of {kek.scope.project_id} version {kek.kek_version}": bytes(kek.cipher.key.reveal())
+        for kek in keks.values()
+    }
     for path, project_id, timeline_id, name, kind in _envelopes(cluster):
-        kek, envelope = keks[project_id], Envelope.parse(path.read_bytes())
+        if of not in (None, project_id):
+            continue
+        envelope = Envelope.parse(path.read_bytes())
+        kek = keks[envelope.kek_id]
+        assert kek.scope.project_id == project_id
         dek = unwrap_dek(kek.cipher, envelope, kek.scope.object_context(timeline_id, name, kind))
         found[f"DEK of {name}"] = bytes(dek.reveal())
     return found
@@ -99,7 +109,7 @@ async def _keks(cluster: Cluster) -> Any:
             plaintext = await kms.unwrap(row["wrapped"], kek_context(scope, kek_id, row["kek_version"]))
         finally:
             await kms.aclose()
-        yield _Kek(scope, kek_id, AeadKey(plaintext))
+        yield _Kek(scope, kek_id, row["kek_version"], AeadKey(plaintext))
 
 
 def _envelopes(cluster: Cluster) -> Iterator[tuple[Path, ProjectId, TimelineId, str, str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from compute.sealed_log import read_batches
 from compute.volume.base import VolumeKind
 from compute.volume.key_channel import KEY_LABEL as VOLUME_KEY_LABEL
 from compute.volume.sealed_blocks import block_key
+from customercloud.faults import Faults, KeyFaults, Outage
 from keylake.cluster import Cluster, RunningProject
 from shared.api.compute import EndpointState
 from shared.api.keymanager import KeyState, Role
@@ -30,6 +31,7 @@ from shared.crypto.aead import AeadKey, counter_nonce
 from shared.crypto.derive import derive_key
 from shared.crypto.secret import SecretKey
 from shared.errors import IntegrityError, KeyAccessError, KeylakeError, UnavailableError
+from tests.cluster.people import shred_by_two
 from tests.cluster_secrecy import disks, lazy, memory
 from tests.cluster_secrecy.keys import plaintext_keys
 from tests.cluster_secrecy.storage import Place
@@ -66,6 +68,7 @@ class Tenant:
     cluster: Cluster
     key_arn: str
     project: RunningProject
+    canary: str = CANARY
     keys: dict[str, bytes] = field(default_factory=dict)
     lsn: int = 0
     """Both of the last `work`: every key that there was, and the end of the WAL."""
@@ -76,13 +79,13 @@ class Tenant:
         connection = await asyncpg.connect(**self.project.connection.asyncpg_arguments(), timeout=60)
         await connection.execute("create table if not exists t (x text)")
         await connection.execute("alter table t alter x set storage plain")
-        await connection.execute("insert into t select repeat($1, 300) from generate_series(1, 20)", CANARY)
+        await connection.execute("insert into t select repeat($1, 300) from generate_series(1, 20)", self.canary)
         await connection.close()
         place = Place.of(self.cluster, self.project.timeline)
         self.lsn = (await place.caught_up()).last_record_lsn.value
         await place.checkpoint()
         await place.everything(self.lsn)
-        self.keys = some(await plaintext_keys(self.cluster))
+        self.keys = some(await plaintext_keys(self.cluster, self.project.project.project_id))
 
     async def endpoint_starts(self) -> bool:
         """False while somebody does not have the keys back yet."""
@@ -95,7 +98,7 @@ class Tenant:
     def search(self) -> list[memory.Finding]:
         """For all keys that there were when work was done last, and for the rows."""
         patterns = {(name, form): data for name, key in self.keys.items() for form, data in forms(name, key).items()}
-        patterns[ROWS, "raw"] = (CANARY * 200).encode()
+        patterns[ROWS, "raw"] = (self.canary * 200).encode()
         return memory.search(process_names(self.cluster), patterns)
 
     async def refuses_everything(self) -> bool:
@@ -174,12 +177,13 @@ def derived(key: bytes, label: bytes) -> bytes:
 
 
 def some(keys: dict[str, bytes]) -> dict[str, bytes]:
-    """The KEK, what one safekeeper seals with, and the newest index and layer: each key makes a search slower."""
+    """The KEKs, what one safekeeper seals with, each branch's newest index, the newest layer: each key makes a search
+    slower."""
     pieces = [name for name in keys if name.startswith("DEK of wal/safekeeper-1/")]
-    index = max(name for name in keys if "/index/" in name)
+    indexes = {name.partition("/index/")[0]: name for name in sorted(keys) if "/index/" in name}
     layer = max(name for name in keys if "/layers/delta-" in name)
     keks = [name for name in keys if name.startswith("KEK")]
-    return {name: keys[name] for name in (*keks, *pieces, index, layer)}
+    return {name: keys[name] for name in (*keks, *pieces, *indexes.values(), layer)}
 
 
 def forms(name: str, key: bytes) -> dict[str, bytes]:
@@ -222,11 +226,18 @@ async def test_the_schedule_that_is_searched_for_is_that_of_fips_197() -> None:
 
 
 async def test_keys_are_in_the_service_that_needs_them_and_nowhere_else(tenant: Tenant) -> None:
+    """KEKs of two versions, DEKs of two branches."""
     await tenant.work()
+    await tenant.cluster.client.create_branch(tenant.project.timeline, "branch")
+    await tenant.cluster.client.rotate_kek(tenant.project.project.project_id)
+    await tenant.work()
+    assert sum(name.startswith("KEK") for name in tenant.keys) == 2
+    assert sum("/index/" in name for name in tenant.keys) == 2
     found = await asyncio.to_thread(tenant.search)
     schedules = {each.key for each in found if each.form == "schedule"}
     for beginning in OWNERS:
         assert any(key.startswith(beginning) for key in schedules), f"{beginning}: the search must find what is there"
+    assert sum(key.startswith("KEK") for key in schedules) == 2
     assert [each for each in found if each.key != ROWS and each.process != owner(each.key)] == []
     assert {each.process for each in found if each.key == ROWS} >= {"safekeeper", "pageserver", "postgres"}
     assert "base64" not in {each.form for each in found}, "what the KMS's client parsed is overwritten when it is freed"
@@ -236,6 +247,23 @@ async def test_nothing_is_left_after_a_revocation(tenant: Tenant) -> None:
     """A lazy volume's server has keys of its own, and pages that it fetched ahead. (What is left in a server that gave
     up its keys, and was not killed yet: tests/integration/test_volume_wipe.py.)"""
     await _search_around_a_revocation(tenant, is_lazy=not lazy.why_not())
+
+
+async def test_nothing_is_left_when_the_kms_has_not_answered_for_the_grace(tenant: Tenant) -> None:
+    await tenant.work()
+    customer = tenant.cluster.customer
+    faults = Faults(
+        of_keys={tenant.key_arn.rpartition("/")[2]: KeyFaults(outage=Outage.REFUSE)},
+        spared_access_key_ids=frozenset({customer.bootstrap.customer.access_key_id}),
+    )
+    await asyncio.to_thread(customer.simulation.set_faults, faults)
+    try:
+        await tenant.project_is(KeyState.SUSPENDED)
+        await tenant.sealed()
+        assert await asyncio.to_thread(tenant.search) == []
+    finally:
+        await asyncio.to_thread(customer.simulation.clear_faults)
+        await tenant.project_is(KeyState.ACTIVE)
 
 
 async def test_nothing_is_left_when_the_last_lease_has_run_out(tenant: Tenant) -> None:
@@ -282,6 +310,26 @@ async def test_nothing_is_left_after_a_revocation_on_tmpfs(tenant: Tenant) -> No
         await _search_around_a_revocation(tenant, is_lazy=False)
     finally:
         await lazy.use_volume(tenant.cluster, VolumeKind.AUTO)
+
+
+async def test_nothing_is_left_of_a_shredded_project(tenant: Tenant) -> None:
+    """Its boot key neither."""
+    await tenant.cluster.client.stop_endpoint(tenant.project.endpoint.endpoint_id)  # one compute at a time
+    workspace_id = tenant.project.project.workspace_id
+    project = await tenant.cluster.create_project("doomed", workspace_id)
+    tenant = Tenant(tenant.cluster, tenant.key_arn, project, "cormorant")
+    await tenant.work()
+    connection = await asyncpg.connect(**tenant.project.connection.asyncpg_arguments(), timeout=60)
+    await connection.execute("do $$ begin raise warning 'for the log'; end $$")
+    await connection.close()
+    boot_keys = BootKeys.find(tenant.cluster)
+    assert {each.key for each in memory.search(process_names(tenant.cluster), boot_keys.patterns)} == {*boot_keys.keys}
+    async with AsyncExitStack() as stack:
+        await shred_by_two(stack, tenant.cluster, tenant.project.project)
+    await tenant.project_is(KeyState.SHREDDED)
+    await tenant.sealed()
+    assert await asyncio.to_thread(tenant.search) == []
+    assert memory.search(process_names(tenant.cluster), boot_keys.patterns) == []
 
 
 async def _search_around_a_revocation(tenant: Tenant, *, is_lazy: bool) -> None:

@@ -639,7 +639,12 @@ def drilled(keylake: KeylakeCommand, tmp_path: Path, kind: str, *arguments: str)
     assert report["passed"]
     assert all(promise["kept"] for promise in report["promises"])
     assert json.loads((tmp_path / kind / "report.json").read_text()) == report
-    assert "every promise was kept" in (tmp_path / kind / "report.html").read_text()
+    html = (tmp_path / kind / "report.html").read_text()
+    assert "every promise was kept" in html
+    drawn = ["answers and errors of clients over"] + (["the last one sealed after"] if report["instances"] else [])
+    assert [html.count(what) for what in drawn] == [1] * len(drawn)
+    assert html.count("<svg ") == len(drawn)
+    assert all(f"<code>{each['code']}</code>" in html for each in report["errors"])
     assert sum(each["done"] for each in report["answers"]) > 0
     return report
 
@@ -651,7 +656,9 @@ def test_drills(keylake: KeylakeCommand, tmp_path: Path) -> None:
     assert sum(each["errors"] for each in revocation["answers"]) > 0
     assert "acknowledged, all there once" in json.dumps(revocation)
     keylake("receipt", "verify", str(tmp_path / "revocation" / "receipt.json"))
-    outage = drilled(keylake, tmp_path, "outage", "--grace", "1")
+    outage = drilled(keylake, tmp_path, "outage", "--grace", "1", "--while", "pgbench", "--clients", "2")
+    assert {each["role"] for each in outage["instances"]} >= {"safekeeper", "pageserver", "compute", "proxy"}
+    assert "KL002" in {each["code"] for each in outage["errors"]}
     assert outage["project_id"] == revocation["project_id"]
     [suspended] = [r for r in keylake.json("project", "revocations", "drill") if r["state"] == "SUSPENDED"]
     assert outage["revocation_id"] == suspended["revocation_id"]
@@ -686,8 +693,14 @@ def test_the_drill_of_a_shredding(keylake: KeylakeCommand, tmp_path: Path) -> No
     assert promises["what it is called"] == "ERASED"
     assert promises["clients are told why"] == "KL004"
     assert json.loads((out / "report.json").read_text()) == report
-    assert "every promise was kept" in (out / "report.html").read_text()
+    html = (out / "report.html").read_text()
+    assert "every promise was kept" in html
+    assert html.count("<svg ") == 2
     keylake("receipt", "verify", str(out / "receipt.json"))
+    receipt = json.loads((out / "receipt.json").read_text())
+    kinds = {node["node_id"]: {each["kind"] for each in node["deleted"]} for node in receipt["nodes"]}
+    assert kinds["pageserver"] >= {"index", "envelope"}
+    assert kinds["safekeeper-1"] >= {"wal", "envelope", "other"}
     [erased] = [p for p in keylake.json("project", "list") if p["project_id"] == report["project_id"]]
     assert erased["state"] == "ERASED"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from keylake.receipt_page import page
 from shared.api.keymanager import AwsKey, KeyState, MoveProject, Project, RegisterToken, ReplaceKey, Replacement, Role
 from shared.api.shredding import ApproveShred, AskShred, Attestation, ErasureReport, Shred, VerifyErasure
 from shared.auth import BearerToken, PersonRole, Service, SignatureVerifier, TrustBundle
-from shared.deletion import Deletion
+from shared.deletion import Deleted, Deletion, ObjectKind
 from shared.errors import (
     ConflictError,
     InvalidInputError,
@@ -198,12 +199,15 @@ class Store:
         self.looks += 1
         deleted, self.objects = self.objects, 0
         remains = ("a layer: AccessDenied",) if self.left else ()
-        return Deletion(deleted, deleted * 100, self.left, remains)
+        gone = {ObjectKind.LAYER: Deleted(deleted, deleted // 2, deleted * 100)} if deleted else {}
+        return Deletion(gone, self.left, remains)
 
 
 async def test_everything_goes_everywhere_and_never_comes_back(manager: Keymanager) -> None:
     customer = manager.tenant.customer
-    cmk, new = [await asyncio.to_thread(customer.create_key, role_arn=manager.tenant.role_arn) for _ in range(2)]
+    cmk, new, survivor = [
+        await asyncio.to_thread(customer.create_key, role_arn=manager.tenant.role_arn) for _ in range(3)
+    ]
     configuration, workspace = await manager.bind(cmk)
     project, other = await manager.create_project(workspace), await manager.create_project(workspace)
     project_id = project.project_id
@@ -221,6 +225,11 @@ async def test_everything_goes_everywhere_and_never_comes_back(manager: Keymanag
         lease = await pageserver.acquire(project_id, slow)
         await away.acquire(project_id, Losses())
         [(_, envelope)] = await pageserver.generate(project_id, [thing := named()])
+        branch, below = await manager.new_project(survivor), await manager.new_project(survivor)
+        for each, ancestor in ((branch, project), (below, branch), (branch, project)):
+            await pageserver.acquire(each.project_id, Losses())
+            await pageserver.note_branch(each.project_id, ancestor.project_id)
+        assert len(await manager.audit("project.branch")) == 2
         await away.generate(project_id, [named()])
         store = Store(7, left=2)
         stack.enter_context(background(pageserver.tend_deletions(store.delete)))
@@ -243,9 +252,9 @@ async def test_everything_goes_everywhere_and_never_comes_back(manager: Keymanag
         approved = await people.approve(people.bob, project, asked.shred_id)
         assert (approved.state, approved.keks_destroyed) == ("deleting", 7)
         assert approved.staged_destroyed >= 1
-        # Gone from the database, its files too; but for the other project's.
+        # Gone from the database, its files too; but for the other projects'.
         kept = [wrap for wrap in before if wrap in await wraps(manager)]
-        assert 1 <= len(kept) <= 2
+        assert 3 <= len(kept) <= 4
         assert await in_table_files(manager, [wrap for wrap in before if wrap not in kept]) == 0
         assert (await manager.project(project_id)).state is KeyState.SHREDDED
         assert all(kek.destroyed for kek in (await manager.project(project_id)).keks)
@@ -310,11 +319,16 @@ async def test_everything_goes_everywhere_and_never_comes_back(manager: Keymanag
             await session.report_deletion(other.project_id, Deletion(), 5, holds_keys=False)
         await again.acquire(other.project_id, Losses())
         await again.generate(other.project_id, [named()])
-        await erase(manager, people, project, (cmk, new))
+        # A branch of a branch that a node told of when all were alive.
+        with pytest.raises(ShreddedError):
+            await again.note_branch(other.project_id, project_id)
+        await erase(manager, people, project, (cmk, new), [branch, below])
     assert (await manager.verify_audit()).intact
 
 
-async def erase(manager: Keymanager, people: People, project: Project, cmks: tuple[str, str]) -> None:
+async def erase(
+    manager: Keymanager, people: People, project: Project, cmks: tuple[str, str], branches: list[Project]
+) -> None:
     """The word ERASED, and every step on the way to it, for a project that is shredded."""
     customer, project_id = manager.tenant.customer, project.project_id
     words = [
@@ -342,7 +356,15 @@ async def erase(manager: Keymanager, people: People, project: Project, cmks: tup
     assert missing == {
         "every CMK that ever wrapped one is destroyed": "not met",
         "a canary under the key does not open": "not met",
+        "no part of it is kept under the keys of a branch": "not met",
     }
+    evidence = {each.name: "; ".join(each.evidence) for each in report.preconditions}
+    for branch in branches:
+        assert str(branch.project_id) in evidence["no part of it is kept under the keys of a branch"]
+        assert str(branch.project_id) in str((await people.status(project_id)).left)
+        await people.approve(people.bob, branch, (await people.ask(people.alice, branch)).shred_id)
+    tried = evidence["no live KEK opens what its KEKs sealed"]
+    assert re.match(r"[1-9]\d* live KEKs were tried on 7 canaries", tried)
     assert {key.identifier for key in report.keys} == set(cmks), "also the one that wrapped what was only staged"
     with pytest.raises(ConflictError, match="not erased"):
         await receipt("erasure")

@@ -336,7 +336,7 @@ async def test_keys_of_offloaded_wal_are_renewed_by_whoever_is_there(tmp_path: P
         # A project that is shredded takes everything with it.
         await bench.store.put("wal/prj-ffffffffffffffff/other", b"of another project")
         assert first.node is not None
-        assert (await first.node.delete_project(first.project_id)).deleted_objects >= 2
+        assert (await first.node.delete_project(first.project_id)).total.objects >= 2
         assert await bench.keys() == ["wal/prj-ffffffffffffffff/other"]
         assert project_prefix(first.project_id) == f"wal/{first.project_id}/"
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 
+from shared.deletion import Deleted, ObjectKind
 from shared.storage.base import ObjectInfo, StoreDeniedError
 from shared.storage.config import open_store
 from shared.storage.local import LocalObjectStore
@@ -66,10 +67,10 @@ async def test_old_versions_and_what_was_deleted_before_go_too(s3_server: S3Serv
         assert len(versions(owner, bucket)) == 6, "and one marker"
         done = await purge(store, "projects/a/")
         assert versions(owner, bucket) == ["keylake/projects/ab/other"]
-        assert (done.deleted_objects, done.deleted_size_bytes) == (5, 10 + 11 + 12 + 5)
+        assert done.deleted == {ObjectKind.OTHER: Deleted(3, 2, 10 + 11 + 12), ObjectKind.LAYER: Deleted(2, 2, 5)}
         assert (done.left_objects, done.remains, done.not_checked) == (0, (), ())
         again = await purge(store, "projects/a/")
-        assert (again.deleted_objects, again.left_objects) == (0, 0)
+        assert (again.deleted, again.left_objects) == ({}, 0)
 
 
 async def test_what_a_lock_keeps_is_named(s3_server: S3Server) -> None:
@@ -83,7 +84,7 @@ async def test_what_a_lock_keeps_is_named(s3_server: S3Server) -> None:
             ObjectLockRetainUntilDate=dt.datetime.now(dt.UTC) + dt.timedelta(days=1),
         )
         done = await purge(store, "projects/a/")
-        assert (done.deleted_objects, done.left_objects) == (1, 1)
+        assert (done.total.objects, done.left_objects) == (1, 1)
         [named] = done.remains
         assert named.startswith("projects/a/locked version ")
         assert "AccessDenied" in named
@@ -110,7 +111,7 @@ async def test_without_the_right_to_see_versions_that_is_said(tmp_path: Path) ->
         assert not isinstance(inner, KeepsVersions)
         blind: Any = Blind(inner)
         done = await purge(blind, "projects/a/")
-        assert (done.deleted_objects, done.deleted_size_bytes, done.left_objects) == (1, 4, 0)
+        assert (done.deleted, done.left_objects) == ({ObjectKind.OTHER: Deleted(1, 0, 4)}, 0)
         assert [text.startswith("old versions") for text in done.not_checked] == [True]
         assert (await purge(inner, "projects/b/")).not_checked == ()
         assert await keys(inner) == []

@@ -443,8 +443,10 @@ class SimulatedRepository(Repository):
 
         return await self._write(work)
 
-    async def note_unwrap(self, project_id: ProjectId, kek_version: int, at: datetime) -> None:
-        await self._change_kek(project_id, kek_version, lambda kek: replace(kek, last_unwrap_at=at))
+    async def note_unwrap(self, project_id: ProjectId, kek_version: int, at: datetime, canary: bytes | None) -> None:
+        await self._change_kek(
+            project_id, kek_version, lambda kek: replace(kek, last_unwrap_at=at, canary=kek.canary or canary)
+        )
 
     async def reserve_wraps(self, project_id: ProjectId, kek_version: int, block: int) -> int:
         kek = await self._change_kek(

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from keymanager.erasure import AskedKey, Facts, judge
-from shared.api.keymanager import AuditVerification, InstanceSealed, KeyState, Revocation, Role
+from keymanager.kek_canary import CanaryScan
+from shared.api.keymanager import AuditVerification, DeletedObjects, InstanceSealed, KeyState, Revocation, Role
 from shared.api.shredding import Attestation, DestroyedKey, Precondition, Shred, ShredNode
+from shared.deletion import ObjectKind
 from shared.ids import KeyConfigurationId, ProjectId
 
 AT = datetime(2026, 1, 2, tzinfo=UTC)
@@ -28,7 +30,11 @@ REVOCATION = Revocation(
     sealed_after_s=0.2,
     instances=[INSTANCE],
 )
-NODE = ShredNode(node_id="pageserver", looked_at=AT, deleted_objects=5)
+NODE = ShredNode(
+    node_id="pageserver",
+    looked_at=AT,
+    deleted=[DeletedObjects(kind=ObjectKind.LAYER, objects=5, old_versions=1, size_bytes=50)],
+)
 SHRED = Shred(
     shred_id="shr-0123456789abcdef",
     project_id=PROJECT,
@@ -57,12 +63,15 @@ KEY = DestroyedKey(
 )
 ASKED = AskedKey(KEY, told=True, canary="refused", canary_evidence="NotFoundException")
 AUDIT = AuditVerification(intact=True, records=9, head_hash="0" * 64, problem=None)
+SCAN = CanaryScan(canaries=2, missing=(), tried=3, opened=(), not_tried=(), not_live=0)
 GOOD = Facts(
     shred=SHRED,
     vacuumed=True,
     wraps_left=0,
     keys_in_memory=0,
     leases_left=[],
+    canaries=SCAN,
+    branches=[],
     keys=[ASKED],
     keys_forgotten=[],
     nodes=[NODE],
@@ -118,6 +127,10 @@ def test_all_hold() -> None:
         ),
         ({"keys": [ASKED, replace(ASKED, told=False)]}, "not checked", "every CMK"),
         ({"keys_forgotten": ["arn:older"]}, "not checked", "every CMK"),
+        ({"canaries": replace(SCAN, opened=("version 1 is that of another",))}, "not met", "no live KEK"),
+        ({"canaries": replace(SCAN, missing=(1,))}, "not checked", "no live KEK"),
+        ({"canaries": replace(SCAN, not_tried=("version 1 of another",))}, "not checked", "no live KEK"),
+        ({"branches": ["shop/dev is ACTIVE"]}, "not met", "no part of it"),
         ({"keys": [replace(ASKED, canary="opened")]}, "not met", "a canary"),
         ({"keys": [replace(ASKED, canary="unclear")]}, "not checked", "a canary"),
         ({"keys": [replace(ASKED, canary="none")]}, "not checked", "a canary"),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ import pytest
 
 from keymanager.cmk import Cmks, canary_digest
 from keymanager.config import KeymanagerSettings
+from keymanager.kek_canary import new_kek
 from keymanager.kms.base import GeneratedKek, Hold, KmsCallObserver, WrappedKek
 from keymanager.kms_ledger import KmsLedger
 from keymanager.leadership import Seat, Term
@@ -37,7 +39,7 @@ from shared.config import Address, Identity
 from shared.crypto.context import EncryptionContext
 from shared.crypto.secret import SecretKey
 from shared.crypto.transport import KeyTransport
-from shared.errors import NotLeaderError, RevokedError, ShreddedError, UnavailableError
+from shared.errors import IntegrityError, NotLeaderError, RevokedError, ShreddedError, UnavailableError
 from shared.ids import InstanceId, KekId, KeyConfigurationId, ProjectId, TimelineId, WorkspaceId
 from tests.simulation import database as db
 from tests.simulation.kms import Mood, SimulatedCmk, SimulatedProvider
@@ -153,7 +155,7 @@ class Place:
         )
         database.workspaces.append(workspace)
         stored = StoredProject(PROJECT, WORKSPACE, "shop", False, False, KeyState.ACTIVE, "", AT, KEY)
-        kek = StoredKek(PROJECT, KEK, 1, self.cmk.wrapped(bytes(SecretKey.generate().reveal())), "1", 0, AT)
+        kek = StoredKek(PROJECT, KEK, 1, self.cmk.wrapped(secrets.token_bytes(32)), "1", 0, AT)
         database.projects[PROJECT], database.keks[PROJECT, 1] = stored, kek
         self.entry = manager.projects.add(stored, [kek], KeyAccess())
         self.grant()
@@ -390,6 +392,47 @@ def test_a_kek_whose_use_waits_for_the_database_is_wiped_with_the_others() -> No
         with pytest.raises(RevokedError):
             await asking
         await revoking
+
+    play(story)
+
+
+def test_a_live_kek_that_is_the_shredded_ones_is_found_by_its_canary() -> None:
+    """Under another project's name, where nothing but trying it can tell."""
+
+    async def story(place: Place) -> None:
+        plaintext = SecretKey.generate()
+        twin = bytes(plaintext.reveal())
+        made = GeneratedKek(plaintext, place.cmk.wrapped(twin), "1")
+        kek = new_kek(place.entry.scope, KekId.new(), 2, made, AT)
+        shredded = replace(place.entry, keks={2: replace(kek, wrapped=None)})
+        before = await place.keyring.scan(shredded, [place.entry])
+        assert (before.canaries, before.tried, before.opened, before.not_tried) == (1, 1, (), ())
+        other = StoredKek(ProjectId.new(), KekId.new(), 5, b"", "1", 0, AT)
+        place.keyring.add(other, SecretKey(twin))
+        [opened] = (await place.keyring.scan(shredded, [place.entry])).opened
+        assert f"that of version 5 of {other.project_id}" in opened
+        without = replace(place.entry, keks={2: replace(kek, canary=None)})
+        assert (await place.keyring.scan(without, [])).missing == (2,)
+        await place.revoke()
+        assert (await place.keyring.scan(shredded, [place.entry])).not_live == 1
+
+    play(story)
+
+
+def test_a_kek_that_is_not_the_one_that_was_made_does_not_enter_memory() -> None:
+    """The KMS opens what it is given: a row that was changed together with its context would be used."""
+
+    async def story(place: Place) -> None:
+        with place.keyring.working(PROJECT) as held:
+            await place.keyring.generate(place.entry, [OBJECT], held)
+        canary = place.entry.keks[1].canary
+        assert canary == place.database.keks[PROJECT, 1].canary is not None
+        place.keyring.drop(PROJECT)
+        other = place.cmk.wrapped(secrets.token_bytes(32))
+        place.entry.keks[1] = replace(place.entry.keks[1], wrapped=other)
+        with place.keyring.working(PROJECT) as held, pytest.raises(IntegrityError, match="another key"):
+            await place.keyring.generate(place.entry, [OBJECT], held)
+        assert place.keyring.keys_in_memory(PROJECT) == 0
 
     play(story)
 

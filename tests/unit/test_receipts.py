@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from keylake.receipt_page import headline, page
 from shared.auth import SignatureVerifier, TokenIssuer, TrustBundle
+from shared.deletion import ObjectKind
 from shared.errors import IntegrityError
 from shared.ids import AccountId, KekId, KeyConfigurationId, ProjectId, WorkspaceId
 from shared.receipt import (
@@ -22,9 +25,11 @@ from shared.receipt import (
     ReceiptGrant,
     ReceiptInstance,
     ReceiptKek,
+    ReceiptKept,
     ReceiptKey,
     ReceiptKmsCall,
     ReceiptNode,
+    ReceiptObjects,
     ReceiptPrecondition,
     RestoreReceipt,
     RevocationReceipt,
@@ -48,6 +53,7 @@ COMMON: dict[str, Any] = {
     "keks": [ReceiptKek(kek_id=KekId.new(), kek_version=1, cmk_key_version="v1", destroyed=True)],
     "kms_calls": [ReceiptKmsCall(at=AT, operation="Decrypt", request_id="req-1", verdict="ok")],
     "audit": ReceiptAudit(first_sequence=1, head_sequence=9, head_hash="0" * 64),
+    "kept": [ReceiptKept(node_id="pageserver", reported_at=AT, kek_version=1, objects=7, size_bytes=70)],
     "verified": ["this"],
     "not_verified": ["that"],
     "kid": SIGNER.kid,
@@ -67,6 +73,7 @@ NODE = ReceiptNode(
     looked_at=None,
     deleted_objects=3,
     deleted_size_bytes=9,
+    deleted=[ReceiptObjects(kind=ObjectKind.LAYER, objects=3, old_versions=2, size_bytes=9)],
     left_objects=1,
     remains=["a layer: AccessDenied"],
     not_checked=["old versions"],
@@ -128,6 +135,21 @@ def test_one_form_and_any_change_shows(receipt: Receipt) -> None:
         twin[position] ^= 1
         with pytest.raises((MalformedReceiptError, IntegrityError)):
             SignedReceipt.parse(bytes(twin)).check(VERIFIER)
+
+
+@pytest.mark.parametrize("receipt", RECEIPTS, ids=lambda each: each.kind)
+def test_one_from_before_objects_were_counted_is_as_good_as_it_was(receipt: Receipt) -> None:
+    members = receipt.model_dump(mode="json")
+    del members["kept"]
+    for node in members.get("nodes", ()):
+        del node["deleted"]
+    message = json.dumps(members, sort_keys=True, separators=(",", ":")).encode()
+    members["signature"] = base64.b64encode(SIGNER.sign(b"keylake/v1/receipt\0", message)).decode()
+    content = json.dumps(members, sort_keys=True, separators=(",", ":")).encode()
+    signed = SignedReceipt.parse(content)
+    signed.check(VERIFIER)
+    assert signed.serialize() == content
+    assert page(signed)
 
 
 @pytest.mark.parametrize("receipt", RECEIPTS, ids=lambda each: each.kind)
