@@ -18,7 +18,7 @@ from keylake.cli.common import ExitCode, KeylakeGroup, error_line, exit_code, ho
 from keylake.cli.session import cloud_error
 from keylake.reference.cli import examples_of
 from shared.errors import ERRORS_BY_CODE, KeylakeError
-from tests.unit.test_cli_help import commands, leaf, root
+from tests.unit.test_cli_help import TREE, commands, leaf
 
 EXPECTED = {
     "internal": ExitCode.FAILED,
@@ -113,7 +113,7 @@ def test_every_example_says_so_without_a_cluster(
     path: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So each of them is a command line that is understood, too."""
-    monkeypatch.setattr("typer.testing._get_command", lambda _: root())  # made once for all
+    monkeypatch.setattr("typer.testing._get_command", lambda _: TREE)  # made once for all
     monkeypatch.chdir(tmp_path)
     found = list(command_lines(leaf(path)))
     assert found

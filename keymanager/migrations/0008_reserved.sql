@@ -1,2 +1,0 @@
--- A number that another change takes.
-SELECT 1;
