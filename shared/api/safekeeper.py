@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, SecretStr
 
-from shared.api.common import ApiModel
+from shared.api.common import PRINTABLE, ApiModel
 from shared.api.pageserver import Findings
 from shared.config import Address
 from shared.ids import ProjectId, TimelineId
@@ -127,7 +127,7 @@ class StopStream(ApiModel):
 class InspectWal(ApiModel):
     """A sealed piece: of a safekeeper's disk or of the object store."""
 
-    name: str = Field(min_length=1, max_length=200)
+    name: str = Field(min_length=1, max_length=200, pattern=PRINTABLE)
     """Of its file, or of its object behind the timeline's prefix."""
     sealed_size_bytes: int = Field(ge=1, le=1 << 30)
     """Header and frames that are meant: to one that is open more may come."""

@@ -76,6 +76,11 @@ class Place:
             len(timelines) == SAFEKEEPERS and len({lsn for t in timelines for lsn in (t.commit_lsn, t.flush_lsn)}) == 1
         )
 
+    async def busy_has_answered(self) -> bool:
+        """The last stage of its start is known, which the proxy tells of in its own time."""
+        endpoint = await self.cluster.client.endpoint(self.busy.endpoint.endpoint_id)
+        return any(stage.stage == "first_query" for stage in endpoint.stages)
+
     async def connect(self) -> asyncpg.Connection[asyncpg.Record]:
         return await connect(self.busy)
 
@@ -97,6 +102,8 @@ async def place_under_attack() -> AsyncIterator[Place]:
         await wait_until(place.idle_is_committed)
         connection = await place.connect()
         await connection.execute("create table work (n bigint primary key)")
+        await connection.fetchval("select 1")  # a compute's first row is a change of state, too
         await connection.close()
+        await wait_until(place.busy_has_answered)
         await cluster.client.create_token(PersonRole.AUDITOR, subject="auditor", ttl_s=3600)
         yield place
