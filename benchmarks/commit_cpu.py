@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import (
-    PLAINTEXT,
+    IN_MEMORY,
     TICKS_PER_S,
     KeylakeBench,
     pg_receivewals,
@@ -186,7 +186,7 @@ def _show(title: str, found: dict[str, Used], seconds: float, console: Console) 
 async def main(arguments: argparse.Namespace, console: Console) -> None:
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="keylake-bench-")))
-        cluster = await stack.enter_async_context(Cluster(settings=PLAINTEXT))
+        cluster = await stack.enter_async_context(Cluster(settings=IN_MEMORY))
         stock = await stack.enter_async_context(stock_primary())
         receivers = await stack.enter_async_context(pg_receivewals(stock, _NAMES, directory))
         await require_quorum(stock, _NAMES)

@@ -1,9 +1,10 @@
 """Commits per second, durable in a quorum: Keylake sealed, Keylake with the null cipher, stock Postgres with three
 pg_receivewal.
 
-All three write what they receive to the same disk, and are reached by a Unix socket: what differs is who makes the WAL
-durable. The same load through the proxy is shown beside it. TPC-B has seven statements, so a client waits seven times
-for that hop, on loopback without TLS, because the pgbench of the wheel has none.
+All three have PGDATA in memory, write the WAL that they receive to the same disk, and are reached by a Unix socket:
+what differs is who makes it durable. (On the lazy volume: `volume-tpcb`.) The same load through the proxy is shown
+beside it. TPC-B has seven statements, so a client waits seven times for that hop, on loopback without TLS, because the
+pgbench of the wheel has none.
 
 Each round begins when the pageservers have ingested what was before: they work after the commit, but on the same cores.
 
@@ -22,7 +23,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from benchmarks.harness import (
-    PLAINTEXT,
+    IN_MEMORY,
     KeylakeBench,
     Row,
     pg_receivewals,
@@ -63,8 +64,8 @@ async def measure(scale: int = 10, seconds: int = 8, rounds: int = 3, storage_co
     where = ", compute and storage on cores of their own" if storage_cores else ""
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="keylake-bench-")))
-        sealed = await stack.enter_async_context(Cluster(settings=PLAINTEXT))
-        null = await stack.enter_async_context(Cluster(settings=PLAINTEXT, null_cipher=True))
+        sealed = await stack.enter_async_context(Cluster(settings=IN_MEMORY))
+        null = await stack.enter_async_context(Cluster(settings=IN_MEMORY, null_cipher=True))
         stock = await stack.enter_async_context(stock_primary())
         receivers = await stack.enter_async_context(pg_receivewals(stock, NAMES, directory))
         if storage_cores:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compute.agent.postgres_conf import POSTGRES_PORT
+from compute.volume.base import VolumeKind
 from keylake.cluster import Cluster, RunningProject
 from shared.lsn import Lsn
 from shared.postgres import PostgresServer, find_postgres, initdb
@@ -225,6 +226,8 @@ class KeylakeBench:
 
 
 PLAINTEXT: Final[dict[str, dict[str, Any]]] = {"proxy": {"allow_plaintext_loopback": True}}
+IN_MEMORY: Final[dict[str, dict[str, Any]]] = PLAINTEXT | {"compute": {"volume": VolumeKind.TMPFS.value}}
+"""And PGDATA where `stock_primary` has it, for what is not about volumes."""
 
 # --- a stock Postgres ---
 
