@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,14 +20,32 @@ from tests.fixtures.keylake_command import KeylakeCommand, running_console
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module")
-def keylake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeylakeCommand]:
-    command = KeylakeCommand(tmp_path_factory.mktemp("home") / "k", tmp_path_factory.mktemp("cwd"))
+@contextmanager
+def running(home: Path, directory: Path) -> Iterator[KeylakeCommand]:
+    command = KeylakeCommand(home, directory)
     command("up")
     try:
         yield command
     finally:
         command.run("down", "--purge", "--yes")
+
+
+@contextmanager
+def set_up(address: str) -> Iterator[httpx.Client]:
+    """With a project called demo, whose compute runs and holds a table."""
+    parts = urlsplit(address)
+    headers = {KEY_HEADER: parts.fragment.removeprefix("key=")}
+    with httpx.Client(base_url=f"http://{parts.netloc}", headers=headers, timeout=60, trust_env=False) as client:
+        assert client.post("/api/setup").status_code == 204
+        made = sql(client, Hat.DATA_USER, "create table notes as select 'the treasure lies under the oak' as note")
+        assert made["status"] == "SELECT 1"
+        yield client
+
+
+@pytest.fixture(scope="module")
+def keylake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeylakeCommand]:
+    with running(tmp_path_factory.mktemp("home") / "k", tmp_path_factory.mktemp("cwd")) as command:
+        yield command
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +56,7 @@ def address(keylake: KeylakeCommand) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def console(address: str) -> Iterator[httpx.Client]:
-    """With a project called demo, whose compute runs and holds a table."""
-    parts = urlsplit(address)
-    headers = {KEY_HEADER: parts.fragment.removeprefix("key=")}
-    with httpx.Client(base_url=f"http://{parts.netloc}", headers=headers, timeout=60, trust_env=False) as client:
-        assert client.post("/api/setup").status_code == 204
-        made = sql(client, Hat.DATA_USER, "create table notes as select 'the treasure lies under the oak' as note")
-        assert made["status"] == "SELECT 1"
+    with set_up(address) as client:
         yield client
 
 
@@ -252,8 +266,21 @@ def test_the_story(console: httpx.Client) -> None:
     assert console.post("/api/setup").json()["code"] == "conflict"
 
 
-def test_the_end_of_the_story(console: httpx.Client, keylake: KeylakeCommand) -> None:
-    """Shredding takes two people; what is left of the project's endpoint is deleted by a third."""
+def test_the_end_of_the_story(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Shredding takes two people; what is left of the project's endpoint is deleted by a third.
+
+    Nothing is left for other tests, so it has a cluster of its own.
+    """
+    directory = tmp_path_factory.mktemp("end")
+    with (
+        running(directory / "k", directory) as keylake,
+        running_console(keylake) as address,
+        set_up(address) as console,
+    ):
+        shred_and_delete(console, keylake)
+
+
+def shred_and_delete(console: httpx.Client, keylake: KeylakeCommand) -> None:
     project = look(console, Hat.AUDITOR)["parts"]["projects"]["value"][0]["project_id"]
     asks, other = Hat.SECURITY_ADMIN, Hat.SECOND_SECURITY_ADMIN
     assert act(console, asks, "project.ask-shred", project, typed="dmeo").status_code == 400

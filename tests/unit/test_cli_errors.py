@@ -90,6 +90,7 @@ MAY_END_WITH: dict[str, tuple[ExitCode, ...]] = {
     **dict.fromkeys(("receipt show", "receipt verify"), (ExitCode.USAGE,)),
     **dict.fromkeys(("key-config create", "key-config replace"), (ExitCode.NOT_RUNNING, ExitCode.USAGE)),
     **dict.fromkeys(("audit reconcile", "audit verify"), (ExitCode.NOT_RUNNING, ExitCode.USAGE)),
+    "drill rotation": (ExitCode.NOT_RUNNING, ExitCode.USAGE),
     "drill shred": (ExitCode.USAGE,),  # two people's tokens are missing
     # They ask first, and nobody answers.
     "project shred ask": (ExitCode.FAILED,),
