@@ -131,8 +131,7 @@ async def test_every_rotation_under_load(tmp_path: Path, elsewhere: tuple[AzureC
     azure, google = elsewhere
     settings = {
         "pageserver": {"checkpoint_distance_mb": 2},
-        # Here it is about what goes on after a takeover; test_replicas.py holds the takeover against the default lease.
-        "keymanager": {"lease_ttl_s": 15} | azure.keymanager_settings | google.keymanager_settings,
+        "keymanager": azure.keymanager_settings | google.keymanager_settings,
     }
     async with ForkedCluster(keymanagers=2, settings=settings) as cluster:
         customer, client = cluster.customer, cluster.client
