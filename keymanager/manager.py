@@ -508,6 +508,7 @@ class KeyManager:
         entry = self.projects.get(project_id)
         await self.audit_log.record(AuditEntry(actor, "project.revalidate", "ok", project_id))
         await self.watcher.ask_now(entry.key_configuration_id)
+        await self.revoker.returned(entry)
         return self.project_model(entry)
 
     async def revalidate_workspace(self, workspace_id: WorkspaceId, actor: str) -> list[Project]:
@@ -517,6 +518,7 @@ class KeyManager:
         await self.audit_log.record(AuditEntry(actor, "workspace.revalidate", "ok", None, details))
         of_projects = {entry.key_configuration_id for entry in self.projects.of_workspace(workspace_id)}
         await asyncio.gather(*map(self.watcher.ask_now, of_projects | {workspace.key_configuration_id}))
+        await asyncio.gather(*map(self.revoker.returned, self.projects.of_workspace(workspace_id)))
         return self.projects_of(workspace_id)
 
     async def revoke_project(self, project_id: ProjectId, reason: str, actor: str) -> Project:
@@ -536,6 +538,7 @@ class KeyManager:
         entry = self.projects.get(project_id)
         await self.watcher.ask_now(entry.key_configuration_id)
         await self.revoker.operator_event(entry, KeyEvent.OPERATOR_RESTORED, "the operator's hold was lifted", actor)
+        await self.revoker.returned(entry)
         return self.project_model(entry)
 
     # --- what happened ---

@@ -133,6 +133,7 @@ class Revoker:
         self._tasks = tasks
         self._storing = asyncio.Lock()  # keeps the stored order of states the order in which they happened
         self._open: dict[str, OpenRevocation] = {}
+        self._returning: dict[ProjectId, asyncio.Task[None]] = {}
 
     # --- events ---
 
@@ -236,7 +237,7 @@ class Revoker:
                 self._push(revocation)
             self._tasks.create_task(self._collect(revocation))
         for entry in returning:
-            self._tasks.create_task(self._restore(entry, actor, reason, detected_at, started_s))
+            self._return(entry, actor, reason, detected_at, started_s)
 
     def _stop(self, entry: ProjectEntry, reason: str, detected_at: datetime, started_s: float) -> OpenRevocation:
         """Steps 1 and 2."""
@@ -406,6 +407,23 @@ class Revoker:
 
     # --- back ---
 
+    def _return(self, entry: ProjectEntry, actor: str, reason: str, detected_at: datetime, started_s: float) -> None:
+        task = self._tasks.create_task(self._restore(entry, actor, reason, detected_at, started_s))
+        self._returning[entry.project_id] = task
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if self._returning.get(entry.project_id) is task:
+                del self._returning[entry.project_id]
+
+        task.add_done_callback(ended)
+
+    async def returned(self, entry: ProjectEntry) -> None:
+        """A return to ACTIVE that has begun is in force. One that waits for its revocation to be sealed, as long as a
+        lease, is not waited for."""
+        task = self._returning.get(entry.project_id)
+        if task is not None and not entry.unsealed:
+            await asyncio.wait({task})
+
     async def _restore(
         self, entry: ProjectEntry, actor: str, reason: str, detected_at: datetime, started_s: float
     ) -> None:
@@ -461,7 +479,7 @@ class Revoker:
             self._tasks.create_task(self._collect(revocation))
         for entry in self._projects.all():
             if entry.access.state is KeyState.ACTIVE and entry.state is not KeyState.ACTIVE:
-                self._tasks.create_task(self._restore(entry, "keymanager", "", now, now_s))
+                self._return(entry, "keymanager", "", now, now_s)
 
     def unanswered(self, instance_id: InstanceId) -> list[Revoke]:
         """What an instance that has just connected still has to acknowledge."""
