@@ -287,6 +287,8 @@ async def test_keymanager_killed_during_fan_out_finishes_it_after_its_restart(ke
             await keys.acquire(project.project_id, losses)
             await asyncio.to_thread(keymanager.tenant.customer.disable, cmk)
             await wait_until(lambda: calls and losses.seen)
+            # It is pushed before it is stored, and what is not stored the next keymanager finds out for itself.
+            await wait_until(lambda: keymanager.revocations(project.project_id))
             keymanager.kill()
         half_way = calls[0]
         released.set()
@@ -343,6 +345,18 @@ async def test_operators_hold_is_lifted_by_the_operator_only(keymanager: Keymana
         await keymanager.wait_state(project.project_id, KeyState.ACTIVE)
         with pytest.raises(ConflictError):
             await client.request("POST", f"{path}:restore")
+
+
+async def test_revalidate_answers_when_a_return_is_in_force(keymanager: Keymanager, cmk: str) -> None:
+    project = await keymanager.new_project(cmk)
+    path = f"/v1/projects/{project.project_id}:revalidate"
+    async with keymanager.client() as client:
+        for _ in range(5):
+            await asyncio.to_thread(keymanager.tenant.customer.disable, cmk)
+            assert (await client.call(Project, "POST", path)).state is KeyState.REVOKED
+            await keymanager.wait_sealed(project.project_id)
+            await asyncio.to_thread(keymanager.tenant.customer.enable, cmk)
+            assert (await client.call(Project, "POST", path)).state is KeyState.ACTIVE
 
 
 async def test_revalidate_finds_a_denial_long_before_the_next_probe(keymanager: Keymanager, cmk: str) -> None:
