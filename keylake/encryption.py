@@ -29,7 +29,7 @@ class NodeKeys(ApiModel):
 
 
 class KekShare(KekStatus):
-    """A KEK version with what is under it, over all nodes that answered."""
+    """A KEK version with what is under it, over all nodes that answered, old versions of objects included."""
 
     objects: int
     size_bytes: int
@@ -52,8 +52,16 @@ class Encryption(ApiModel):
     """Under an older KEK version than the current one."""
     outdated_bytes: int
     old_dek_objects: int
-    """Under DEKs that are to be replaced."""
+    """Under DEKs that are to be replaced; old versions that a re-key removes included."""
     old_dek_bytes: int
+    old_version_objects: int
+    """Of objects that were replaced or deleted, which a bucket with versioning keeps; in none of the numbers before but
+    those of DEKs that are to be replaced. A re-key removes them all."""
+    old_version_bytes: int
+    old_dek_versions: int
+    """Of `old_dek_objects`, the old versions."""
+    held: list[str]
+    """Of these, what the store refused to remove, and its reason; the first few of each node."""
     nodes: list[NodeKeys]
 
     @property
@@ -74,10 +82,15 @@ class Encryption(ApiModel):
 
     @property
     def rekeyed(self) -> bool:
-        """As `rewrapped`, and nothing is under a DEK that is to be replaced."""
+        """As `rewrapped`, and nothing is under a DEK that is to be replaced, old versions of objects included."""
         current = self.keks[-1].kek_version
         known = all(_knows(node, current, self.dek_floor) for node in self.nodes)
         return self.rewrapped and not self.old_dek_objects and known
+
+    @property
+    def waits_for_locks(self) -> bool:
+        """All that a re-key may do is done: what is left under DEKs of before, the object store does not let go."""
+        return self.rewrapped and bool(self.held) and self.old_dek_objects == self.old_dek_versions > 0
 
 
 def _knows(node: NodeKeys, kek_version: int, dek_floor: int) -> bool:
@@ -89,10 +102,12 @@ def join(keys: KeyStatus, nodes: Sequence[NodeKeys]) -> Encryption:
     """One answer."""
     timelines = [timeline for status in _statuses(nodes) for timeline in status.timelines]
     current = max(kek.kek_version for kek in keys.keks)
-    uses = [use for timeline in timelines for use in timeline.uses]
-    uses += _shared(timelines, current, keys.dek_floor)
+    everything = [use for timeline in timelines for use in timeline.uses]
+    everything += _shared(timelines, current, keys.dek_floor)
+    uses = [use for use in everything if not use.superseded]
+    old_versions = [use for use in everything if use.superseded]
     outdated = [use for use in uses if use.kek_version < current]
-    old_deks = [use for use in uses if use.dek_version < keys.dek_floor]
+    old_deks = [use for use in everything if use.dek_version < keys.dek_floor]
     return Encryption(
         project_id=keys.project_id,
         state=keys.state,
@@ -100,8 +115,8 @@ def join(keys: KeyStatus, nodes: Sequence[NodeKeys]) -> Encryption:
         keks=[
             KekShare(
                 **dict(kek),
-                objects=sum(use.objects for use in uses if use.kek_version == kek.kek_version),
-                size_bytes=sum(use.size_bytes for use in uses if use.kek_version == kek.kek_version),
+                objects=sum(use.objects for use in everything if use.kek_version == kek.kek_version),
+                size_bytes=sum(use.size_bytes for use in everything if use.kek_version == kek.kek_version),
             )
             for kek in keys.keks
         ],
@@ -114,6 +129,10 @@ def join(keys: KeyStatus, nodes: Sequence[NodeKeys]) -> Encryption:
         outdated_bytes=sum(use.size_bytes for use in outdated),
         old_dek_objects=sum(use.objects for use in old_deks),
         old_dek_bytes=sum(use.size_bytes for use in old_deks),
+        old_version_objects=sum(use.objects for use in old_versions),
+        old_version_bytes=sum(use.size_bytes for use in old_versions),
+        old_dek_versions=sum(use.objects for use in old_deks if use.superseded),
+        held=sorted({line for status in _statuses(nodes) for line in status.held}),
         nodes=list(nodes),
     )
 

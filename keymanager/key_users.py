@@ -93,5 +93,7 @@ def _reason(user: StoredKeyUser, kek_version: int) -> str:
     kept = [use for use in user.uses if use.kek_version == kek_version]
     if kept:
         objects, size_bytes = sum(use.objects for use in kept), sum(use.size_bytes for use in kept)
-        return f"it keeps {objects} objects, {size_bytes} bytes, under this version"
+        old = sum(use.objects for use in kept if use.superseded)
+        which = f", {old} of them old versions that the bucket keeps: a full re-key removes those" if old else ""
+        return f"it keeps {objects} objects, {size_bytes} bytes, under this version{which}"
     return f"it has not looked since {user.reported_at:%Y-%m-%d %H:%M:%SZ}, when this or an older version was in use"

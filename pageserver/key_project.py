@@ -8,10 +8,11 @@ from typing import Protocol
 
 from pageserver.key_upkeep import KnownKeys, TimelineKeys
 from shared.crypto.envelope import Envelope
-from shared.errors import IntegrityError, UnavailableError
+from shared.errors import UnavailableError
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import Pace, UseCounter
 from shared.lease import Lease
+from shared.old_versions import OldVersions, timeline_of
 from shared.storage.base import ObjectNotFoundError, ObjectStore
 
 _ENVELOPE_SUFFIX = ".key"
@@ -52,20 +53,17 @@ class ProjectKeys:
             await keys.rekey(dek_floor, pace)
 
     async def census(self) -> dict[TimelineId, UseCounter]:
-        """By a listing: layers, orphans, every version of the index, and what timelines left that never came to be.
+        """By a listing: layers, orphans, every slot of the index, what timelines left that never came to be; and old
+        versions of all that, and of what was deleted.
 
         Raises UnavailableError for a timeline that is stored and not loaded: what it is about to write is not known.
         """
         async with self._holder.changing:
             known = {timeline_id: await keys.known() for timeline_id, keys in self._holder.timeline_keys().items()}
         found: dict[TimelineId, dict[str, int]] = {timeline_id: {} for timeline_id in known}
-        prefix = f"projects/{self.project_id}/timelines/"
-        async for info in self._store.list(prefix):
-            timeline, _, rest = info.key[len(prefix) :].partition("/")
-            try:
-                timeline_id = TimelineId.parse(timeline)
-            except ValueError:
-                raise IntegrityError("the object store holds something under no timeline's name") from None
+        async for info in self._store.list(self._prefix):
+            name = info.key.removeprefix(self._prefix)
+            timeline_id, rest = timeline_of(name), name.partition("/")[2]
             if timeline_id not in known and rest.startswith("index/"):
                 raise UnavailableError(f"{timeline_id} is in the object store and not loaded here")
             objects = found.setdefault(timeline_id, {})
@@ -73,9 +71,22 @@ class ProjectKeys:
                 objects.setdefault(info.key.removesuffix(_ENVELOPE_SUFFIX), 0)
             else:
                 objects[info.key] = info.size_bytes
-        return {
+        counters = {
             timeline_id: await self._count(objects, known.get(timeline_id)) for timeline_id, objects in found.items()
         }
+        await self._old_versions.count(counters, shared=False)
+        return counters
+
+    async def remove_old_versions(self, kek_version: int, dek_floor: int) -> list[str]:
+        return await self._old_versions.remove(kek_version, dek_floor)
+
+    @property
+    def _old_versions(self) -> OldVersions:
+        return OldVersions(self._store, self._prefix)
+
+    @property
+    def _prefix(self) -> str:
+        return f"projects/{self.project_id}/timelines/"
 
     async def _count(self, objects: Mapping[str, int], known: KnownKeys | None) -> UseCounter:
         counter = UseCounter()

@@ -41,6 +41,7 @@ from shared.errors import (
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import KeyUpkeep
 from shared.lease import KeyLoss, KeySource
+from shared.old_versions import OldVersions
 from shared.storage.base import StoreDeniedError
 from shared.storage.purge import purge
 from shared.telemetry import get_logger
@@ -306,11 +307,12 @@ class SafekeeperNode:
         return self._upkeep_of(keys)
 
     def _upkeep_of(self, keys: ProjectKeys) -> ProjectUpkeep:
-        project_id = keys.project_id
+        project_id, objects = keys.project_id, self._environment.objects
         return ProjectUpkeep(
             keys,
             lambda: {key.timeline_id: found for key, found in self._timelines.items() if key.project_id == project_id},
             lambda: {key.timeline_id: why for key, why in self._damaged.items() if key.project_id == project_id},
+            None if objects is None else OldVersions(objects, project_prefix(project_id)),
         )
 
     def timelines(self) -> list[Timeline]:

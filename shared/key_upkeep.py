@@ -2,6 +2,7 @@
 
     lease says: a newer KEK version  →  every envelope is wrapped again          `UpkeepProject.rewrap`
     lease says: a higher DEK floor   →  data under older DEKs is sealed anew      `UpkeepProject.rekey`
+    what a bucket with versions keeps of before is removed, if it may be          `UpkeepProject.remove_old_versions`
     what is kept under which is counted, and reported to the keymanager           `UpkeepProject.census`
 
 It happens by itself, in the background and at a bounded pace. Nothing is remembered of it: what is left to do stands in
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 from shared.api.key_upkeep import KeyUpkeepStatus, TimelineKeyUses
 from shared.api.keymanager import KeyUse
@@ -26,6 +27,7 @@ from shared.ids import ProjectId, TimelineId
 from shared.lease import KeySource, Lease
 from shared.telemetry import get_logger
 
+_NAMED_HELD: Final = 4
 _log = get_logger(__name__)
 
 
@@ -46,10 +48,10 @@ class UseCounter:
         self._own: _Counts = {}
         self._shared: _Counts = {}
 
-    def add(self, envelope: Envelope, size_bytes: int, *, shared: bool = False) -> None:
-        """`shared`: other nodes count it, too."""
+    def add(self, envelope: Envelope, size_bytes: int, *, shared: bool = False, superseded: bool = False) -> None:
+        """`shared`: other nodes count it, too. `superseded`: see `KeyUse`."""
         counts = self._shared if shared else self._own
-        key = (envelope.kek_version, envelope.dek_version)
+        key = (envelope.kek_version, envelope.dek_version, superseded)
         objects, total = counts.get(key, (0, 0))
         counts[key] = (objects + 1, total + size_bytes)
 
@@ -66,22 +68,22 @@ class UseCounter:
         return _uses(self._shared)
 
 
-_Counts = dict[tuple[int, int], tuple[int, int]]
-"""(KEK version, DEK version) → objects, bytes."""
+_Counts = dict[tuple[int, int, bool], tuple[int, int]]
+"""(KEK version, DEK version, superseded) → objects, bytes."""
 
 
 def _uses(counts: _Counts) -> list[KeyUse]:
     return [
-        KeyUse(kek_version=kek, dek_version=dek, objects=objects, size_bytes=size_bytes)
-        for (kek, dek), (objects, size_bytes) in sorted(counts.items())
+        KeyUse(kek_version=kek, dek_version=dek, objects=objects, size_bytes=size_bytes, superseded=superseded)
+        for (kek, dek, superseded), (objects, size_bytes) in sorted(counts.items())
     ]
 
 
 def merged(uses: Iterable[KeyUse]) -> list[KeyUse]:
-    """One entry per pair of versions."""
-    totals: dict[tuple[int, int], KeyUse] = {}
+    """One entry per pair of versions, and of what is superseded."""
+    totals: dict[tuple[int, int, bool], KeyUse] = {}
     for use in uses:
-        key = (use.kek_version, use.dek_version)
+        key = (use.kek_version, use.dek_version, use.superseded)
         before = totals.get(key)
         totals[key] = (
             use
@@ -123,6 +125,11 @@ class UpkeepProject(Protocol):
         """Seal what is under DEKs of older versions than `dek_floor` anew."""
         ...
 
+    async def remove_old_versions(self, kek_version: int, dek_floor: int) -> list[str]:
+        """After the other two: of what a bucket keeps of replaced and deleted objects, remove what would keep keys of
+        before in use. Returns what the store holds on to, in words."""
+        ...
+
     async def census(self) -> dict[TimelineId, UseCounter]:
         """Everything that is stored of the project, whether or not anything refers to it.
 
@@ -138,6 +145,7 @@ class _State:
     wanted: bool = True
     fault: str = ""
     working: bool = False
+    held: list[str] = field(default_factory=list)
 
 
 class KeyUpkeep:
@@ -172,8 +180,9 @@ class KeyUpkeep:
                 self._wake.clear()
 
     def wake(self, project_id: ProjectId) -> None:
-        """Look, and report, now, whether or not there seems to be a reason."""
-        self._states.setdefault(project_id, _State()).wanted = True
+        """Do a whole pass, and report, now, whether or not there seems to be a reason."""
+        state = self._states.setdefault(project_id, _State())
+        state.wanted, state.reached = True, None
         self._wake.set()
 
     async def status(self, node_id: str, project: UpkeepProject) -> KeyUpkeepStatus:
@@ -192,6 +201,8 @@ class KeyUpkeep:
             ],
             working=state.working,
             fault=state.fault,
+            held=state.held[:_NAMED_HELD],
+            held_versions=len(state.held),
         )
 
     @staticmethod
@@ -226,10 +237,18 @@ class KeyUpkeep:
         if state.reached != goal:
             await project.rekey(lease.dek_floor, pace)
             await project.rewrap(lease.kek_version, pace)
+            state.held = await project.remove_old_versions(*goal)
         as_of = lease.kek_version
         found = await project.census()
         uses = merged(use for counter in found.values() for use in counter.uses())
         await self._keys.report(project.project_id, as_of, uses)
         state.wanted = False
-        if all(use.kek_version >= goal[0] and use.dek_version >= goal[1] for use in uses):
+        if all(_is_done(use, goal, held=bool(state.held)) for use in uses):
             state.reached = goal
+
+
+def _is_done(use: KeyUse, goal: tuple[int, int], *, held: bool) -> bool:
+    """What the store holds on to is tried again when somebody asks, and what was deleted stays until a re-key."""
+    if use.superseded:
+        return held or use.dek_version >= goal[1]
+    return use.kek_version >= goal[0] and use.dek_version >= goal[1]

@@ -74,16 +74,28 @@ def rewrap(project: _ProjectName, dry_run: _DryRun = False, home: Home = None, a
 def rekey(project: _ProjectName, dry_run: _DryRun = False, home: Home = None, as_json: AsJson = False) -> None:
     """Seal all data anew under new data keys, without downtime. Returns when it is done; one under way is joined."""
 
+    from shared.errors import ConflictError
+
     async def begin(client: KeylakeClient, project_id: ProjectId) -> None:
         found = await client.encryption(project_id)
         if found.dek_floor == 0 or found.rekeyed:
             await client.rekey(project_id)
+        elif found.held:  # a lock may have ended
+            await client.start_key_upkeep(project_id)
+
+    def done(found: Encryption) -> bool:
+        if found.waits_for_locks:
+            raise ConflictError(
+                f"all data is sealed anew, and the object store keeps {found.old_dek_versions} old versions of it, "
+                f"which keep their KEKs in use; ask again when it lets them go: {'; '.join(found.held)}"
+            )
+        return found.dek_floor > 0 and found.rekeyed
 
     _wait(
         project,
         begin,
-        lambda found: found.dek_floor > 0 and found.rekeyed,
-        lambda found: f"{found.old_dek_bytes} of {found.size_bytes} bytes are under data keys of before",
+        done,
+        lambda found: f"{found.old_dek_bytes} bytes ({found.old_dek_objects} objects) are under data keys of before",
         dry_run=dry_run,
         home=home,
         as_json=as_json,
@@ -129,7 +141,8 @@ def _wait(
 def _problems(found: Encryption) -> list[str]:
     silent = [f"{node.node}: {node.problem}" for node in found.nodes if not node.answered]
     faults = [f"{node.node}: {node.status.fault}" for node in found.nodes if node.status and node.status.fault]
-    return silent + faults
+    held = [f"the object store keeps {line}" for line in found.held]
+    return silent + faults + held
 
 
 def _value(found: Encryption) -> dict[str, object]:
@@ -150,6 +163,7 @@ def _text(found: Encryption) -> RenderableType:
                 ("key configuration", found.key_configuration_id),
                 ("under the current KEK", f"{found.current_share:.2%} of {found.size_bytes} bytes"),
                 ("data keys", f"made under KEK version {found.dek_floor} or later{due}" if found.dek_floor else "any"),
+                ("old versions", _old_versions(found)),
                 ("next KEK rotation", found.next_rotation_at),
             ]
         ),
@@ -183,6 +197,13 @@ def _text(found: Encryption) -> RenderableType:
             ],
         ),
     )
+
+
+def _old_versions(found: Encryption) -> str:
+    if not found.old_version_objects:
+        return "none"
+    text = f"{found.old_version_objects} objects, {found.old_version_bytes} bytes, that a re-key removes"
+    return "; ".join([text, *(f"the object store keeps {line}" for line in found.held)])
 
 
 def _state(node: NodeKeys) -> str:

@@ -30,3 +30,7 @@ class KeyUpkeepStatus(ApiModel):
     working: bool
     fault: str = ""
     """Why the last pass ended early; empty when it did not, or when the keys were lost."""
+    held: list[str] = Field(default_factory=list)
+    """Old versions of objects that the store refused to remove in the last pass, and its reason; the first few."""
+    held_versions: int = 0
+    """How many."""

@@ -164,6 +164,9 @@ class KeyUse(ApiModel):
     objects: int = Field(ge=0)
     size_bytes: int = Field(ge=0)
     """Sealed, envelopes not counted."""
+    superseded: bool = False
+    """Old versions of objects that were replaced or deleted: a bucket with versioning keeps them, a re-key removes
+    them."""
 
 
 class ReportUses(_Message):

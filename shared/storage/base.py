@@ -51,6 +51,10 @@ class StoreDeniedError(KeylakeError):
     code = "store_denied"
 
 
+class StoreLacksError(StoreDeniedError):
+    """The server has no such operation (501 NotImplemented)."""
+
+
 class StoreFailedError(StoreDeniedError):
     """The disk did not make durable what the store had written. Nobody knows what is on it: from then on this store
     writes nothing, until it is opened anew."""

@@ -55,6 +55,7 @@ from shared.storage.base import (
     ObjectInfo,
     ObjectNotFoundError,
     StoreDeniedError,
+    StoreLacksError,
     StoreUnavailableError,
     check_key,
     check_prefix,
@@ -62,6 +63,7 @@ from shared.storage.base import (
     check_size,
 )
 from shared.storage.threads import BlockingPool
+from shared.storage.versions import OldVersion
 
 T = TypeVar("T")
 
@@ -278,14 +280,59 @@ class S3ObjectStore:
     async def delete_versions(self, prefix: str) -> Deletion:
         """See `shared.storage.purge.KeepsVersions`. For buckets with versioning on, suspended or never set; objects
         under a lock stay until it ends, and are in the answer."""
+        gone = Deletion()
+        refused: list[str] = []
+        async for page in self._version_pages(prefix):
+            found = {
+                (str(entry["Key"]), str(entry["VersionId"])): Deleted(
+                    1, int("Size" not in entry or not entry.get("IsLatest")), int(entry.get("Size", 0))
+                )
+                for entry in (*page.get("Versions", ()), *page.get("DeleteMarkers", ()))
+            }
+            async for batch, deleted, errors in self._delete_by_version(found):
+                gone += Deletion(counted((ObjectKind.of(each[0]), found[each]) for each in batch if each in deleted))
+                refused += [
+                    f"{key.removeprefix(self._prefix)} version {version}: {code}"
+                    for (key, version), code in errors.items()
+                ]
+        return Deletion(gone.deleted, len(refused), tuple(refused[:_NAMED_REFUSALS]))
+
+    async def old_versions(self, prefix: str) -> AsyncIterator[OldVersion]:
+        """See `shared.storage.versions.KeepsOldVersions`, as the next two."""
+        there: set[str] = set()
+        async for page in self._version_pages(prefix):
+            versions = page.get("Versions", ())
+            there |= {entry["Key"] for entry in versions if entry["IsLatest"]}  # listed before those below it
+            for entry in versions:
+                if not entry["IsLatest"]:
+                    key = str(entry["Key"])
+                    name = key.removeprefix(self._prefix)
+                    yield OldVersion(name, str(entry["VersionId"]), int(entry["Size"]), key in there)
+
+    async def get_version(self, version: OldVersion) -> bytes:
+        where = self._where(version.key) | {"VersionId": version.version_id}
+
+        def read(_: int) -> bytes:
+            with _not_found(version.key):
+                return _body_of(self._client.get_object(**where))
+
+        return await self._attempts(read)
+
+    async def delete_old_versions(self, versions: Sequence[OldVersion]) -> dict[OldVersion, str]:
+        found = {(self._prefix + version.key, version.version_id): version for version in versions}
+        refused: dict[OldVersion, str] = {}
+        async for _, _, errors in self._delete_by_version(found):
+            refused |= {found[each]: code for each, code in errors.items()}
+        return refused
+
+    async def _version_pages(self, prefix: str) -> AsyncIterator[dict[str, Any]]:
+        """Of ListObjectVersions."""
         check_prefix(prefix)
         arguments: dict[str, object] = {
             "Bucket": self._bucket,
             "Prefix": self._prefix + prefix,
             "MaxKeys": self._page_objects,
         }
-        gone = Deletion()
-        refused: list[str] = []
 
         def list_page(_: int) -> dict[str, Any]:
             page = self._client.list_object_versions(**arguments)
@@ -294,24 +341,20 @@ class S3ObjectStore:
 
         while True:
             page = await self._attempts(list_page)
-            found = {
-                (str(entry["Key"]), str(entry["VersionId"])): Deleted(
-                    1, int("Size" not in entry or not entry.get("IsLatest")), int(entry.get("Size", 0))
-                )
-                for entry in (*page.get("Versions", ()), *page.get("DeleteMarkers", ()))
-            }
-            rest = iter(found)
-            while batch := tuple(islice(rest, _DELETE_BATCH_KEYS)):
-                deleted, errors = await self._attempts(partial(self._delete_version_batch, batch))
-                gone += Deletion(counted((ObjectKind.of(each[0]), found[each]) for each in batch if each in deleted))
-                refused += [
-                    f"{key.removeprefix(self._prefix)} version {version}: {code}"
-                    for (key, version), code in errors.items()
-                ]
+            yield page
             if not page["IsTruncated"]:
-                return Deletion(gone.deleted, len(refused), tuple(refused[:_NAMED_REFUSALS]))
+                return
             arguments["KeyMarker"] = page["NextKeyMarker"]
             arguments["VersionIdMarker"] = page["NextVersionIdMarker"]
+
+    async def _delete_by_version(
+        self, versions: Iterable[tuple[str, str]]
+    ) -> AsyncIterator[tuple[Sequence[tuple[str, str]], set[tuple[str, str]], dict[tuple[str, str], str]]]:
+        """(batch, deleted, code by what was refused), each of (key, version)."""
+        rest = iter(versions)
+        while batch := tuple(islice(rest, _DELETE_BATCH_KEYS)):
+            deleted, errors = await self._attempts(partial(self._delete_version_batch, batch))
+            yield batch, deleted, errors
 
     def _delete_version_batch(
         self, batch: Sequence[tuple[str, str]], _: int
@@ -320,16 +363,19 @@ class S3ObjectStore:
         reply = self._client.delete_objects(
             Bucket=self._bucket, Delete={"Objects": [{"Key": key, "VersionId": version} for key, version in batch]}
         )
-        errors = {
+        deleted = {(str(each.get("Key", "")), str(each.get("VersionId", ""))) for each in reply.get("Deleted", ())}
+        codes = {
             (str(each.get("Key", "")), str(each.get("VersionId", ""))): str(each.get("Code", ""))
             for each in reply.get("Errors", ())
         }
-        if len(errors) + len(reply.get("Deleted", ())) < len(batch):
-            raise StoreUnavailableError("object store sent an incomplete reply")
-        for code in errors.values():
+        errors: dict[tuple[str, str], str] = {}
+        for key, version in set(batch) - deleted:
+            code = codes.get((key, version), codes.get((key, "")))  # there are servers that do not say which version
+            if code is None:
+                raise StoreUnavailableError("object store sent an incomplete reply")
             if isinstance(narrowed := _narrow_code(200, code), StoreUnavailableError):
                 raise narrowed
-        deleted = {(str(each.get("Key", "")), str(each.get("VersionId", ""))) for each in reply.get("Deleted", ())}
+            errors[key, version] = code
         return deleted, errors
 
     async def close(self) -> None:
@@ -461,7 +507,7 @@ def _not_found(key: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        if _code(error) == "NoSuchKey":
+        if _code(error) in ("NoSuchKey", "NoSuchVersion"):
             raise ObjectNotFoundError(f"no object {key}") from None
         raise
 
@@ -481,6 +527,8 @@ def _narrowed() -> Iterator[None]:
 
 def _narrow_code(status: int, code: str) -> StoreUnavailableError | StoreDeniedError:
     shown = code if re.fullmatch(r"[A-Za-z0-9]{1,64}", code) else "no code"
+    if status == 501 or code == "NotImplemented":
+        return StoreLacksError(f"object store lacks this: {status} {shown}")
     if status >= 500 or status == 429 or code in _PASSING_CODES:
         return StoreUnavailableError(f"object store answered {status} {shown}")
     return StoreDeniedError(f"object store refused: {status} {shown}")

@@ -71,6 +71,9 @@ async def test_a_kek_goes_when_the_last_node_has_let_go_of_it(keymanager: Keyman
         [why] = looked.in_use
         assert (why.node_id, why.kek_version) == ("safekeeper-1", 1)
         assert why.reason == "it keeps 3 objects, 1000 bytes, under this version"
+        await one.report(project_id, 2, [use(1).model_copy(update={"superseded": True}), use(2)])
+        [why] = (await retire(keymanager, project_id, dry_run=True)).in_use
+        assert why.reason.endswith(", 3 of them old versions that the bucket keeps: a full re-key removes those")
         with pytest.raises(ConflictError, match="3 objects, 1000 bytes"):
             await retire(keymanager, project_id)
         await kept.check(one, project_id)

@@ -113,3 +113,31 @@ def test_done_means_that_everybody_who_keeps_something_said_so(
 ) -> None:
     assert found.rewrapped is rewrapped
     assert found.rekeyed is rekeyed
+
+
+def superseded(kek_version: int, dek_version: int, *, held: bool = False) -> NodeKeys:
+    """A node with one old version of 50 bytes, beside 100 bytes that are as they should be."""
+    found = node((2, 2, 100), dek_floor=2)
+    assert found.status is not None
+    old = KeyUse(kek_version=kek_version, dek_version=dek_version, objects=1, size_bytes=50, superseded=True)
+    [timeline] = found.status.timelines
+    timeline = timeline.model_copy(update={"uses": [*timeline.uses, old]})
+    status = found.status.model_copy(update={"timelines": [timeline], "held": ["x version 1: AccessDenied"] * held})
+    return found.model_copy(update={"status": status})
+
+
+def test_old_versions_do_not_keep_a_rewrap_from_its_end_but_a_rekey() -> None:
+    old = join(keys(2, dek_floor=2), [superseded(1, 1)])
+    assert (old.objects, old.size_bytes, old.current_share, old.rewrapped) == (1, 100, 1.0, True)
+    assert (old.old_version_objects, old.old_version_bytes, old.old_dek_versions) == (1, 50, 1)
+    assert (old.old_dek_objects, old.old_dek_bytes, old.rekeyed, old.waits_for_locks) == (1, 50, False, False)
+    assert [kek.objects for kek in old.keks] == [1, 1], "it keeps the KEK"
+    new = join(keys(2, dek_floor=2), [superseded(2, 2)])
+    assert (new.old_version_objects, new.old_dek_objects, new.rekeyed) == (1, 0, True)
+
+
+def test_a_lock_is_all_that_a_rekey_waits_for() -> None:
+    held = join(keys(2, dek_floor=2), [superseded(1, 1, held=True), superseded(1, 1, held=True)])
+    assert (held.rekeyed, held.waits_for_locks, held.held) == (False, True, ["x version 1: AccessDenied"])
+    others = join(keys(2, dek_floor=2), [superseded(1, 1, held=True), node((2, 1, 7), dek_floor=2)])
+    assert not others.waits_for_locks
