@@ -203,9 +203,17 @@ async def test_every_rotation_under_load(tmp_path: Path, elsewhere: tuple[AzureC
             await replace(back)
             await asyncio.to_thread(google.disable)
 
-            # All data anew, while a store dies in the middle of it.
+            # All data anew, while in the middle of it the keymanager dies that hands out the new keys, and a store.
             begun = await client.rekey(project_id)
             assert begun.dek_floor == 4
+
+            async def half_way() -> bool:
+                found = await drill.encryption()
+                assert found.old_dek_objects, "the re-key was over before anything was killed"
+                return found.old_dek_objects < found.objects
+
+            await wait_until(half_way, 30)
+            await restart_leader(cluster)
             branches.append(await drill.branch("while-all-is-sealed-anew"))
             await restart(cluster, "pageserver")
             await restart(cluster, "safekeeper-1")
