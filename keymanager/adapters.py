@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from keymanager.config import KeymanagerSettings
 from keymanager.kms.base import KmsCallObserver, KmsProvider
+from keymanager.kms.calls import CallLimits
 from keymanager.kms.kind import Surroundings
 from keymanager.providers import KINDS, ProviderFactory, kind_of
 from shared.clock import Clock
@@ -14,17 +15,11 @@ def provider_factory(settings: KeymanagerSettings, clock: Clock) -> ProviderFact
     """Adapters for all kinds of KMS, which are loaded here. Blocks for seconds when they are not loaded yet."""
     for each in KINDS.values():
         each.load()
+    limits = CallLimits(settings.kms_connect_timeout_s, settings.kms_read_timeout_s, settings.kms_deadline_s)
 
     def make(key: CmkKey, observer: KmsCallObserver) -> KmsProvider:
-        around = Surroundings(
-            connect_timeout_s=settings.kms_connect_timeout_s,
-            read_timeout_s=settings.kms_read_timeout_s,
-            deadline_s=settings.kms_deadline_s,
-            observer=observer,
-            clock=clock,
-        )
         kind = kind_of(key)
-        return kind.connect(key, settings.of(kind), around)
+        return kind.connect(key, settings.of(kind), Surroundings(limits, observer, clock))
 
     return make
 

@@ -68,8 +68,7 @@ class AwsKms:
         self._calls = KmsCalls(
             "aws-kms",
             _judge,
-            threads=config.max_concurrency,
-            deadline_s=config.deadline_s,
+            config.limits,
             observer=observer,
             clock=clock,
         )

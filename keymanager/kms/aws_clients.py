@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import boto3
 from botocore.config import Config
 
+from keymanager.kms.calls import DEFAULT_LIMITS, CallLimits
 from shared.botocore_session import new_session
 from shared.errors import InvalidInputError
 
@@ -52,17 +53,11 @@ class AwsKmsConfig:
     sts_endpoint_url: str | None = None
     ca_bundle: Path | None = None
     """PEM file of trusted roots; None for botocore's own."""
-    connect_timeout_s: float = 1.0
-    read_timeout_s: float = 2.0
-    deadline_s: float = 4.0
-    """Of one call, with everything that it waits for (a thread, a new session)."""
-    max_concurrency: int = 8
+    limits: CallLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         if not _KEY_ID.fullmatch(self.key_id):
             raise InvalidInputError("the key must be given as a key ARN or key id, not by an alias")
-        if self.max_concurrency < 1 or min(self.connect_timeout_s, self.read_timeout_s, self.deadline_s) <= 0:
-            raise InvalidInputError("timeouts and concurrency must be positive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +88,10 @@ class AwsClients:
         self._sts: STSClient | None = None
         self._verify = None if config.ca_bundle is None else str(config.ca_bundle)
         self._boto_config = Config(
-            connect_timeout=config.connect_timeout_s,
-            read_timeout=config.read_timeout_s,
+            connect_timeout=config.limits.connect_timeout_s,
+            read_timeout=config.limits.read_timeout_s,
             retries={"total_max_attempts": 1, "mode": "standard"},
-            max_pool_connections=config.max_concurrency,
+            max_pool_connections=config.limits.max_concurrency,
         )
 
     def own_kms(self) -> KMSClient:

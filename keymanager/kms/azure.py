@@ -47,8 +47,10 @@ from keymanager.kms.base import (
     Verdict,
     WrappedKek,
     destruction_by_absence,
+    generated_here,
+    rewrapped_here,
 )
-from keymanager.kms.calls import Answer, KmsCalls, held
+from keymanager.kms.calls import Answer, KmsCalls
 from keymanager.kms.sessions import Open, Sessions
 from shared.clock import Clock
 from shared.crypto.context import EncryptionContext
@@ -117,8 +119,7 @@ class AzureKms:
         self._calls = KmsCalls(
             "azure-kms",
             _judge,
-            threads=config.max_concurrency,
-            deadline_s=config.deadline_s,
+            config.limits,
             observer=observer,
             clock=clock,
         )
@@ -130,14 +131,7 @@ class AzureKms:
     # ── what a provider does ───────────────────────────────────────────────────────────────────────────────────
 
     async def generate_kek(self, context: EncryptionContext) -> GeneratedKek:
-        """Key Vault makes no data keys: the KEK is made here and wrapped."""
-        kek = SecretKey.generate()
-        try:
-            wrapped = await self.wrap(kek, context)
-        except BaseException:
-            kek.wipe()
-            raise
-        return GeneratedKek(kek, wrapped.wrapped, wrapped.key_version)
+        return await generated_here(self, context)
 
     async def wrap(self, secret: SecretKey, context: EncryptionContext) -> WrappedKek:
         """Two calls: what does not open again must not be stored."""
@@ -164,12 +158,7 @@ class AzureKms:
             raise _corrupt(UNWRAP_KEY, "SealedKekDoesNotOpen") from None
 
     async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
-        """Under the current version. The KEK is open here meanwhile: Key Vault has no call for it."""
-        kek = held(await self.unwrap(wrapped, context), hold)
-        try:
-            return await self.wrap(kek, context)
-        finally:
-            kek.wipe()
+        return await rewrapped_here(self, wrapped, context, hold)
 
     async def describe(self) -> KeyDescription:
         """Needs the right to get keys, which the other calls do not."""

@@ -24,6 +24,7 @@ from azure.core.pipeline import PipelineResponse
 from azure.identity import ClientSecretCredential, WorkloadIdentityCredential
 from azure.keyvault.keys import KeyClient
 
+from keymanager.kms.calls import DEFAULT_LIMITS, CallLimits
 from shared.errors import InvalidInputError
 
 _KEY_VAULT_SCOPE: Final = "https://vault.azure.net/.default"
@@ -55,11 +56,7 @@ class AzureKmsConfig:
     """A token outlives the principal (an hour or more), so this bounds how long a withdrawn principal can go unnoticed;
     withdrawn rights on the key are noticed at the next call."""
     ca_bundle: Path | None = None
-    connect_timeout_s: float = 1.0
-    read_timeout_s: float = 2.0
-    deadline_s: float = 4.0
-    """Of one operation, with everything that it waits for."""
-    max_concurrency: int = 8
+    limits: CallLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         try:
@@ -73,8 +70,6 @@ class AzureKmsConfig:
             raise InvalidInputError("a key's name has 1 to 127 letters, digits and hyphens")
         if _UUID.fullmatch(self.tenant_id) is None or _UUID.fullmatch(self.client_id) is None:
             raise InvalidInputError("tenant and client id are UUIDs in lower case")
-        if self.max_concurrency < 1 or min(self.connect_timeout_s, self.read_timeout_s, self.deadline_s) <= 0:
-            raise InvalidInputError("timeouts and concurrency must be positive")
 
 
 def scope_for(vault_url: str) -> str:
@@ -144,8 +139,8 @@ class AzureClients:
     def __init__(self, config: AzureKmsConfig) -> None:
         self._config = config
         self._transport: dict[str, Any] = {
-            "connection_timeout": config.connect_timeout_s,
-            "read_timeout": config.read_timeout_s,
+            "connection_timeout": config.limits.connect_timeout_s,
+            "read_timeout": config.limits.read_timeout_s,
             "retry_total": 0,
             "permit_redirects": False,
         }

@@ -218,6 +218,27 @@ async def destruction_by_absence(kms: KmsProvider) -> Destruction:
     return Destruction(False, f"the key is {found.state.value.replace('_', ' ')}{until}")
 
 
+async def generated_here(kms: KmsProvider, context: EncryptionContext) -> GeneratedKek:
+    """`generate_kek` of a KMS that makes no data keys: the KEK is made here, and wrapped."""
+    secret = SecretKey.generate()
+    try:
+        wrapped = await kms.wrap(secret, context)
+    except BaseException:
+        secret.wipe()
+        raise
+    return GeneratedKek(secret, wrapped.wrapped, wrapped.key_version)
+
+
+async def rewrapped_here(kms: KmsProvider, wrapped: bytes, context: EncryptionContext, hold: Hold | None) -> WrappedKek:
+    """`rewrap` of a KMS that has no call for it: two calls, each in its own time, and the KEK is open here between
+    them."""
+    secret = await kms.unwrap(wrapped, context)
+    try:
+        return await kms.wrap(secret if hold is None else hold(secret), context)
+    finally:
+        secret.wipe()
+
+
 class NoProvider:
     """A KmsProvider for a CMK that we have no credentials for: every call is AMBIGUOUS, because it is our own fault and
     says nothing of the customer's will."""

@@ -12,11 +12,12 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
-from keymanager.kms.base import Classification, Hold, KmsCall, KmsCallObserver, KmsError, Verdict
+from keymanager.kms.base import Classification, KmsCall, KmsCallObserver, KmsError, Verdict
 from shared.clock import Clock, SystemClock
 from shared.crypto.secret import SecretKey
+from shared.errors import InvalidInputError
 
 T = TypeVar("T")
 
@@ -35,6 +36,24 @@ Judge = Callable[[str, Exception], KmsError | None]
 """(operation, what the SDK raised) → the failure; None for what is none of the SDK's: a bug, to be raised as it is."""
 
 
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    """Of every call to a KMS. Raises InvalidInputError for ones with which none would ever end well."""
+
+    connect_timeout_s: float = 1.0
+    read_timeout_s: float = 2.0
+    deadline_s: float = 4.0
+    """With everything that a call waits for: a thread, a new session, a second attempt."""
+    max_concurrency: int = 8
+
+    def __post_init__(self) -> None:
+        if self.max_concurrency < 1 or min(self.connect_timeout_s, self.read_timeout_s, self.deadline_s) <= 0:
+            raise InvalidInputError("timeouts and concurrency must be positive")
+
+
+DEFAULT_LIMITS: Final = CallLimits()
+
+
 class KmsCalls:
     """Belongs to one event loop. `observer` hears of every request."""
 
@@ -42,17 +61,16 @@ class KmsCalls:
         self,
         name: str,
         judge: Judge,
+        limits: CallLimits,
         *,
-        threads: int,
-        deadline_s: float,
         observer: KmsCallObserver | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.clock = clock or SystemClock()
         self._judge = judge
-        self._deadline_s = deadline_s
+        self._deadline_s = limits.deadline_s
         self._observer = observer
-        self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
+        self._executor = ThreadPoolExecutor(max_workers=limits.max_concurrency, thread_name_prefix=name)
 
     async def in_time(self, operation: str, work: Callable[[], Awaitable[T]]) -> T:
         """One operation with everything that it waits for: threads, a new session, a second attempt.
@@ -119,11 +137,6 @@ class KmsCalls:
     ) -> None:
         if self._observer is not None:
             self._observer(KmsCall(operation, request_id, self.clock.monotonic_s() - started_s, version, error))
-
-
-def held(secret: SecretKey, hold: Hold | None) -> SecretKey:
-    """A KEK that a rewrap has opened, in the hands of whoever may stop it."""
-    return secret if hold is None else hold(secret)
 
 
 def require_read_back(operation: str, opened: SecretKey, wrapped: SecretKey) -> None:

@@ -41,8 +41,10 @@ from keymanager.kms.base import (
     KmsError,
     Verdict,
     WrappedKek,
+    generated_here,
+    rewrapped_here,
 )
-from keymanager.kms.calls import Answer, KmsCalls, held
+from keymanager.kms.calls import Answer, KmsCalls
 from keymanager.kms.gcp_clients import (
     REQUEST_REASON,
     AccessToken,
@@ -92,8 +94,7 @@ class GoogleKms:
         self._calls = KmsCalls(
             "google-kms",
             _judge,
-            threads=config.max_concurrency,
-            deadline_s=config.deadline_s,
+            config.limits,
             observer=observer,
             clock=clock,
         )
@@ -103,13 +104,7 @@ class GoogleKms:
     # ── what a provider does ───────────────────────────────────────────────────────────────────────────────────
 
     async def generate_kek(self, context: EncryptionContext) -> GeneratedKek:
-        secret = SecretKey.generate()
-        try:
-            wrapped = await self.wrap(secret, context)
-        except BaseException:
-            secret.wipe()
-            raise
-        return GeneratedKek(secret, wrapped.wrapped, wrapped.key_version)
+        return await generated_here(self, context)
 
     async def wrap(self, secret: SecretKey, context: EncryptionContext) -> WrappedKek:
         return await self._in_time("Encrypt", lambda: self._encrypt(secret, context))
@@ -118,16 +113,7 @@ class GoogleKms:
         return await self._in_time("Decrypt", lambda: self._decrypt(wrapped, context))
 
     async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
-        """Two calls, and the KEK is in our memory between them: Cloud KMS has no re-encryption of its own."""
-
-        async def work() -> WrappedKek:
-            secret = held(await self._decrypt(wrapped, context), hold)
-            try:
-                return await self._encrypt(secret, context)
-            finally:
-                secret.wipe()
-
-        return await self._in_time("Encrypt", work)
+        return await rewrapped_here(self, wrapped, context, hold)
 
     async def describe(self) -> KeyDescription:
         """The state of the primary version, which is what wraps. Needs cloudkms.cryptoKeys.get."""

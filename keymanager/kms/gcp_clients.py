@@ -30,6 +30,7 @@ from google.cloud.kms_v1.services.key_management_service.transports import KeyMa
 from google.oauth2 import service_account
 from requests.adapters import HTTPAdapter
 
+from keymanager.kms.calls import DEFAULT_LIMITS, CallLimits
 from shared.errors import InvalidInputError
 
 KEY_NAME: Final = (
@@ -65,17 +66,11 @@ class GoogleKmsConfig:
     iam_endpoint_url: str | None = None
     ca_bundle: Path | None = None
     """PEM file of trusted roots; None for the SDK's own."""
-    connect_timeout_s: float = 1.0
-    read_timeout_s: float = 2.0
-    deadline_s: float = 4.0
-    """Of one call, with everything that it waits for (a thread, a new token)."""
-    max_concurrency: int = 8
+    limits: CallLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         if not re.fullmatch(KEY_NAME, self.key_name):
             raise InvalidInputError("the key must be given as projects/…/locations/…/keyRings/…/cryptoKeys/…")
-        if self.max_concurrency < 1 or min(self.connect_timeout_s, self.read_timeout_s, self.deadline_s) <= 0:
-            raise InvalidInputError("timeouts and concurrency must be positive")
         if not 1 <= self.session_duration_s <= 3600:
             raise InvalidInputError("an impersonated token lives at most an hour")
 
@@ -117,9 +112,9 @@ class _BoundedAdapter(HTTPAdapter):
     """Connections with our roots, our time limits and no retries, whatever the SDK asks for."""
 
     def __init__(self, config: GoogleKmsConfig) -> None:
-        self._timeout = (config.connect_timeout_s, config.read_timeout_s)
+        self._timeout = (config.limits.connect_timeout_s, config.limits.read_timeout_s)
         self._roots = None if config.ca_bundle is None else str(config.ca_bundle)
-        super().__init__(pool_connections=2, pool_maxsize=config.max_concurrency, max_retries=0)
+        super().__init__(pool_connections=2, pool_maxsize=config.limits.max_concurrency, max_retries=0)
 
     def send(
         self,

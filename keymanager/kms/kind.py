@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel
 
 from keymanager.kms.base import KmsCallObserver, KmsError, KmsProvider
+from keymanager.kms.calls import CallLimits
 from shared.clock import Clock
 from shared.cmk import CustomerKey
 from shared.kms_log import LogReader
@@ -27,10 +28,7 @@ S = TypeVar("S", bound=BaseModel)
 class Surroundings:
     """What every adapter gets, whatever it speaks to."""
 
-    connect_timeout_s: float
-    read_timeout_s: float
-    deadline_s: float
-    """Of one call, with everything that it waits for."""
+    limits: CallLimits
     observer: KmsCallObserver
     """Hears of every request."""
     clock: Clock

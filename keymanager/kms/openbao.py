@@ -58,8 +58,9 @@ from keymanager.kms.base import (
     Verdict,
     WrappedKek,
     destruction_by_absence,
+    rewrapped_here,
 )
-from keymanager.kms.calls import Answer, KmsCalls, held, require_read_back
+from keymanager.kms.calls import DEFAULT_LIMITS, Answer, CallLimits, KmsCalls, require_read_back
 from keymanager.kms.sessions import Sessions
 from shared.clock import Clock
 from shared.crypto.context import EncryptionContext
@@ -119,11 +120,7 @@ class OpenBaoConfig:
     namespace: str | None = None
     ca_bundle: Path | None = None
     """PEM file of trusted roots; None for the system's."""
-    connect_timeout_s: float = 1.0
-    read_timeout_s: float = 2.0
-    deadline_s: float = 4.0
-    """Of one call, with everything that it waits for (a thread, a login)."""
-    max_concurrency: int = 8
+    limits: CallLimits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         if not _ADDRESS.fullmatch(self.address):
@@ -135,8 +132,6 @@ class OpenBaoConfig:
             raise InvalidInputError("mount, namespace and key are names of letters, digits, '_', '-' and '.'")
         if {".", ".."} & set(names):
             raise InvalidInputError("mount, namespace and key are names, not ways")
-        if self.max_concurrency < 1 or min(self.connect_timeout_s, self.read_timeout_s, self.deadline_s) <= 0:
-            raise InvalidInputError("timeouts and concurrency must be positive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,16 +237,15 @@ class OpenBaoKms:
         self._calls = KmsCalls(
             "openbao",
             _judge,
-            threads=config.max_concurrency,
-            deadline_s=config.deadline_s,
+            config.limits,
             observer=observer,
             clock=clock,
         )
         self._http = httpx.Client(
             base_url=config.address,
             verify=ssl.create_default_context(cafile=None if config.ca_bundle is None else str(config.ca_bundle)),
-            timeout=httpx.Timeout(config.read_timeout_s, connect=config.connect_timeout_s),
-            limits=httpx.Limits(max_connections=config.max_concurrency),
+            timeout=httpx.Timeout(config.limits.read_timeout_s, connect=config.limits.connect_timeout_s),
+            limits=httpx.Limits(max_connections=config.limits.max_concurrency),
             headers={"X-Vault-Request": "true", "Accept-Encoding": "identity"}
             | ({} if config.namespace is None else {"X-Vault-Namespace": config.namespace}),
             follow_redirects=False,
@@ -302,11 +296,7 @@ class OpenBaoKms:
         return await self._decrypt(blob, _associated_data(context))
 
     async def rewrap(self, wrapped: bytes, context: EncryptionContext, hold: Hold | None = None) -> WrappedKek:
-        secret = held(await self.unwrap(wrapped, context), hold)
-        try:
-            return await self.wrap(secret, context)
-        finally:
-            secret.wipe()
+        return await rewrapped_here(self, wrapped, context, hold)
 
     async def describe(self) -> KeyDescription:
         config = self._config

@@ -53,9 +53,7 @@ class Aws(KmsKind[AwsKey, AwsSettings]):
             kms_endpoint_url=settings.kms_endpoint_url,
             sts_endpoint_url=settings.sts_endpoint_url,
             ca_bundle=settings.ca_bundle,
-            connect_timeout_s=around.connect_timeout_s,
-            read_timeout_s=around.read_timeout_s,
-            deadline_s=around.deadline_s,
+            limits=around.limits,
         )
         return AwsKms(config, observer=around.observer, clock=around.clock)
 

@@ -67,9 +67,7 @@ class Azure(KmsKind[AzureKey, AzureSettings]):
             verify_challenge_resource=settings.verify_challenge_resource,
             token_max_age_s=settings.token_max_age_s,
             ca_bundle=settings.ca_bundle,
-            connect_timeout_s=around.connect_timeout_s,
-            read_timeout_s=around.read_timeout_s,
-            deadline_s=around.deadline_s,
+            limits=around.limits,
         )
         return AzureKms(config, observer=around.observer, clock=around.clock)
 

@@ -54,9 +54,7 @@ class Google(KmsKind[GoogleKey, GoogleSettings]):
             kms_endpoint_url=settings.kms_endpoint_url,
             iam_endpoint_url=settings.iam_endpoint_url,
             ca_bundle=settings.ca_bundle,
-            connect_timeout_s=around.connect_timeout_s,
-            read_timeout_s=around.read_timeout_s,
-            deadline_s=around.deadline_s,
+            limits=around.limits,
         )
         return GoogleKms(config, observer=around.observer, clock=around.clock)
 

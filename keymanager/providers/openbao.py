@@ -160,9 +160,7 @@ class OpenBao(KmsKind[OpenBaoKey, OpenBaoSettings]):
             mount=key.mount,
             namespace=key.namespace,
             ca_bundle=server.ca_bundle,
-            connect_timeout_s=around.connect_timeout_s,
-            read_timeout_s=around.read_timeout_s,
-            deadline_s=around.deadline_s,
+            limits=around.limits,
         )
         return OpenBaoKms(config, observer=around.observer, clock=around.clock)
 

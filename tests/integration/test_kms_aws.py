@@ -19,6 +19,7 @@ from customercloud.aws.identity import trust_policy_document
 from customercloud.faults import ErrorKind, Faults, Outage, Service
 from keymanager.kms.aws import AwsKms, AwsKmsConfig
 from keymanager.kms.base import DenialReason, KeyState, KmsProvider, Verdict
+from keymanager.kms.calls import CallLimits
 from shared.crypto.context import EncryptionContext
 from shared.crypto.secret import SecretKey
 from shared.errors import InvalidInputError
@@ -276,7 +277,7 @@ async def test_a_cloud_in_trouble_is_never_a_denial(
     aws: AwsTenant, key: str, faults: Faults, verdict: Verdict, warm: bool
 ) -> None:
     """The key is disabled besides: a broken cloud's answer proves nothing about that."""
-    async with provider(aws.kms_config(key, read_timeout_s=0.4, deadline_s=1.5)) as vendor:
+    async with provider(aws.kms_config(key, limits=CallLimits(read_timeout_s=0.4, deadline_s=1.5))) as vendor:
         if warm:
             await vendor.kms.generate_kek(CONTEXT)
         with aws.admin.during(faults):
@@ -332,7 +333,7 @@ async def test_our_own_credentials_and_rights_are_ambiguous(aws: AwsTenant, key:
 
 
 async def test_the_deadline_holds_when_every_thread_is_busy(aws: AwsTenant, key: str) -> None:
-    config = aws.kms_config(key, max_concurrency=1, read_timeout_s=8.0, deadline_s=2.0)
+    config = aws.kms_config(key, limits=CallLimits(max_concurrency=1, read_timeout_s=8.0, deadline_s=2.0))
     async with provider(config) as vendor:
         await vendor.kms.generate_kek(CONTEXT)
         with aws.admin.during(Faults(outage=Outage.HANG)):
@@ -396,8 +397,6 @@ async def test_sts_out_of_reach_does_not_end_a_session_that_kms_still_takes(
         {"key_id": "alias/cmk"},
         {"key_id": "arn:aws:kms:eu-central-1:111122223333:alias/cmk"},
         {"key_id": ""},
-        {"max_concurrency": 0},
-        {"deadline_s": 0.0},
     ],
 )
 def test_configurations_that_are_refused(wrong: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from customercloud.faults import ErrorKind, Faults, Outage, Service
 from keymanager.kms.azure import AzureKms, AzureKmsConfig
 from keymanager.kms.azure_blob import AzureBlob
 from keymanager.kms.base import DenialReason, KeyState, KmsCall, KmsError, KmsProvider, Verdict
+from keymanager.kms.calls import CallLimits
 from keymanager.providers.azure import KIND, AzureSettings
 from shared.api.keymanager import AzureKey
 from shared.clock import SystemClock
@@ -463,7 +464,7 @@ async def test_throttling(azure: AzureTenant, vendor: Provider) -> None:
 
 @pytest.mark.parametrize("outage", [Outage.REFUSE, Outage.HANG])
 async def test_outages_end_within_the_deadline(azure: AzureTenant, outage: Outage) -> None:
-    config = azure.kms_config(read_timeout_s=0.3, deadline_s=0.6)
+    config = azure.kms_config(limits=CallLimits(read_timeout_s=0.3, deadline_s=0.6))
     async with provider(config) as vendor:
         kek = await vendor.kms.generate_kek(CONTEXT)
         with azure.admin.during(azure.faults(outage=outage)):

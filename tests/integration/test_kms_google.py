@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from customercloud.faults import ErrorKind, Faults, Outage, Service
 from keymanager.kms.base import DenialReason, KeyState, KmsCall, KmsError, KmsProvider, Verdict
+from keymanager.kms.calls import CallLimits
 from keymanager.kms.gcp import GoogleKms, GoogleKmsConfig
 from keymanager.providers.google import KIND, GoogleSettings
 from shared.api.keymanager import GoogleKey
@@ -335,7 +336,7 @@ async def test_a_key_that_does_not_exist_and_a_key_that_we_may_not_see(google: G
 async def test_a_cloud_in_trouble_is_never_a_denial(
     google: GoogleTenant, key: str, faults: Faults, verdict: Verdict, warm: bool
 ) -> None:
-    async with provider(google.kms_config(key, read_timeout_s=0.4, deadline_s=1.5)) as vendor:
+    async with provider(google.kms_config(key, limits=CallLimits(read_timeout_s=0.4, deadline_s=1.5))) as vendor:
         if warm:
             await vendor.kms.generate_kek(CONTEXT)
         with google.admin.during(faults):
@@ -381,7 +382,7 @@ async def test_our_own_credentials_are_ambiguous(google: GoogleTenant, key: str,
 
 
 async def test_the_deadline_holds_when_every_thread_is_busy(google: GoogleTenant, key: str) -> None:
-    config = google.kms_config(key, max_concurrency=1, read_timeout_s=3.0, deadline_s=0.5)
+    config = google.kms_config(key, limits=CallLimits(max_concurrency=1, read_timeout_s=3.0, deadline_s=0.5))
     async with provider(config) as vendor:
         await vendor.kms.generate_kek(CONTEXT)
         with google.admin.during(Faults(outage=Outage.HANG)):
@@ -435,8 +436,6 @@ KEY_NAME = "projects/customer-1/locations/global/keyRings/r/cryptoKeys/k"
         {"key_name": KEY_NAME.replace("customer-1", "Customer")},
         {"key_name": f"{KEY_NAME}\n"},
         {"key_name": ""},
-        {"max_concurrency": 0},
-        {"deadline_s": 0.0},
         {"session_duration_s": 3601},
     ],
 )

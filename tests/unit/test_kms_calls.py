@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from keymanager.kms.base import Classification, KmsCall, KmsError, Verdict
-from keymanager.kms.calls import Answer, KmsCalls
+from keymanager.kms.calls import Answer, CallLimits, KmsCalls
 from shared.crypto.secret import KeyWipedError, SecretKey
+from shared.errors import InvalidInputError
 from tests.fixtures.waiting import wait_until
 
 
@@ -47,7 +49,7 @@ def heard() -> list[KmsCall]:
 
 @pytest.fixture
 async def calls(heard: list[KmsCall]) -> AsyncIterator[KmsCalls]:
-    made = KmsCalls("test", judge, threads=1, deadline_s=20, observer=heard.append)
+    made = KmsCalls("test", judge, CallLimits(max_concurrency=1, deadline_s=20), observer=heard.append)
     yield made
     await made.aclose()
 
@@ -89,3 +91,9 @@ async def test_what_was_never_sent_is_not_reported(calls: KmsCalls, heard: list[
     await asyncio.sleep(0)
     assert [call.operation for call in heard] == ["Decrypt"]
     assert not second.asked.is_set()
+
+
+@pytest.mark.parametrize("wrong", [{"max_concurrency": 0}, {"connect_timeout_s": 0.0}, {"deadline_s": -1.0}], ids=str)
+def test_limits_under_which_no_call_ends_well_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError, match="must be positive"):
+        CallLimits(**wrong)
