@@ -158,7 +158,8 @@ async def open_store(settings: ObjectStoreSettings) -> ObjectStore:
 async def _open_s3(settings: ObjectStoreSettings, location: S3Location) -> ObjectStore:
     # Imported late: boto3 costs 0.3 s and 30 MB, which a process with a directory store need not pay.
     from shared.retry import RetryPolicy
-    from shared.storage.s3 import S3ObjectStore, S3Options
+    from shared.storage.s3 import S3ObjectStore
+    from shared.storage.s3_client import S3Options
 
     return await S3ObjectStore.open(
         S3Options(

@@ -23,30 +23,16 @@ in key order. S3 directory buckets and s3rver do not qualify.
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, Final, Protocol, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    HTTPClientError,
-    IncompleteReadError,
-)
-from botocore.exceptions import ConnectionError as BotocoreConnectionError
-from botocore.parsers import ResponseParserError
-from pydantic import SecretStr
+from botocore.exceptions import ClientError
 
-from shared.botocore_session import new_session
 from shared.deletion import Deleted, Deletion, ObjectKind, counted
-from shared.retry import RetryPolicy, retry
+from shared.retry import retry
 from shared.storage.base import (
     Data,
     InvalidKeyError,
@@ -54,13 +40,23 @@ from shared.storage.base import (
     ObjectExistsError,
     ObjectInfo,
     ObjectNotFoundError,
-    StoreDeniedError,
-    StoreLacksError,
     StoreUnavailableError,
     check_key,
     check_prefix,
     check_range,
     check_size,
+)
+from shared.storage.s3_client import (
+    S3Client,
+    S3Options,
+    body_of,
+    ensure_bucket,
+    field_of,
+    make_client,
+    narrow_code,
+    narrowed,
+    not_found,
+    status_of,
 )
 from shared.storage.threads import BlockingPool
 from shared.storage.versions import OldVersion
@@ -68,90 +64,15 @@ from shared.storage.versions import OldVersion
 T = TypeVar("T")
 
 _PUT_ID: Final = "keylake-put-id"
-_DEFAULT_RETRY: Final = RetryPolicy()
 _NAMED_REFUSALS: Final = 4
 _DELETE_BATCH_KEYS: Final = 1000
 """What DeleteObjects takes in one call."""
-
-_PASSING_CODES: Final = {
-    "SlowDown",
-    "RequestTimeout",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequests",
-    "InternalError",
-    "ServiceUnavailable",
-    "ConditionalRequestConflict",
-    "OperationAborted",
-}
-
-_NO_ANSWER: Final = (
-    HTTPClientError,  # timeouts, broken connections
-    BotocoreConnectionError,  # refused connections, TLS
-    IncompleteReadError,
-    ResponseParserError,
-    ValueError,  # botocore's parsers, for a header or an element that was cut in the middle
-)
-
-
-@dataclass(frozen=True, slots=True)
-class S3Options:
-    """Where and how. Without credentials boto3's own chain is asked (environment, profile, instance role)."""
-
-    bucket: str
-    prefix: str = ""
-    """Prepended to every key, with a slash; a valid key itself, or empty."""
-    endpoint: str | None = None
-    """None: AWS."""
-    region: str = "us-east-1"
-    access_key_id: SecretStr | None = None
-    secret_access_key: SecretStr | None = None
-    session_token: SecretStr | None = None
-    ca_bundle: str | None = None
-    """PEM file of the CAs to trust instead of the system's."""
-    create_bucket: bool = True
-    connections: int = 16
-    connect_timeout_s: float = 5.0
-    read_timeout_s: float = 30.0
-    """Without a byte from the server."""
-    list_page_objects: int = 1000
-    retry: RetryPolicy = _DEFAULT_RETRY
-
-
-class _Body(Protocol):
-    def read(self) -> bytes: ...
-
-    def close(self) -> None: ...
-
-
-class _S3Client(Protocol):
-    """The part of boto3's S3 client that is used here; its methods are made at run time and have no types."""
-
-    def put_object(self, **arguments: object) -> dict[str, Any]: ...
-
-    def get_object(self, **arguments: object) -> dict[str, Any]: ...
-
-    def head_object(self, **arguments: object) -> dict[str, Any]: ...
-
-    def delete_object(self, **arguments: object) -> dict[str, Any]: ...
-
-    def delete_objects(self, **arguments: object) -> dict[str, Any]: ...
-
-    def list_objects_v2(self, **arguments: object) -> dict[str, Any]: ...
-
-    def list_object_versions(self, **arguments: object) -> dict[str, Any]: ...
-
-    def head_bucket(self, **arguments: object) -> dict[str, Any]: ...
-
-    def create_bucket(self, **arguments: object) -> dict[str, Any]: ...
-
-    def close(self) -> None: ...
 
 
 class S3ObjectStore:
     """Made by `open`, which checks that the bucket is there (or creates it)."""
 
-    def __init__(self, options: S3Options, client: _S3Client, pool: BlockingPool) -> None:
+    def __init__(self, options: S3Options, client: S3Client, pool: BlockingPool) -> None:
         self._bucket = options.bucket
         self._prefix = check_key(options.prefix) + "/" if options.prefix else ""
         self._page_objects = options.list_page_objects
@@ -163,13 +84,13 @@ class S3ObjectStore:
     async def open(cls, options: S3Options) -> Self:
         pool = BlockingPool(options.connections, "s3-store")
         try:
-            client = await pool.run(_make_client, options)
+            client = await pool.run(make_client, options)
         except BaseException:
             await pool.close()
             raise
         store = cls(options, client, pool)
         try:
-            await store._attempts(lambda _: _ensure_bucket(client, options))
+            await store._attempts(lambda _: ensure_bucket(client, options))
         except BaseException:
             await store.close()
             raise
@@ -191,7 +112,7 @@ class S3ObjectStore:
             try:
                 self._client.put_object(**where, Body=body, IfNoneMatch="*", Metadata={_PUT_ID: put_id})
             except ClientError as error:
-                if _status(error) != 412:
+                if status_of(error) != 412:
                     raise
                 if attempt > 0 and self._put_id(where) == put_id:
                     return  # an earlier attempt had succeeded and its reply was lost
@@ -203,8 +124,8 @@ class S3ObjectStore:
         where = self._where(key)
 
         def read(_: int) -> bytes:
-            with _not_found(key):
-                return _body_of(self._client.get_object(**where))
+            with not_found(key):
+                return body_of(self._client.get_object(**where))
 
         return await self._attempts(read)
 
@@ -214,10 +135,10 @@ class S3ObjectStore:
 
         def read(_: int) -> bytes:
             try:
-                with _not_found(key):
-                    data = _body_of(self._client.get_object(**where, Range=f"bytes={start}-{end - 1}"))
+                with not_found(key):
+                    data = body_of(self._client.get_object(**where, Range=f"bytes={start}-{end - 1}"))
             except ClientError as error:
-                if _status(error) != 416:
+                if status_of(error) != 416:
                     raise
                 data = b""
             # S3 shortens a range that reaches past the end, and refuses only one that starts there. A server that
@@ -233,9 +154,9 @@ class S3ObjectStore:
 
         def head(_: int) -> ObjectInfo:
             try:
-                return ObjectInfo(key, int(_field(self._client.head_object(**where), "ContentLength")))
+                return ObjectInfo(key, int(field_of(self._client.head_object(**where), "ContentLength")))
             except ClientError as error:
-                if _status(error) != 404:
+                if status_of(error) != 404:
                     raise
             # A HEAD has no body that says what is missing, and a lost bucket must not look like a lost object.
             self._client.head_bucket(Bucket=self._bucket)
@@ -253,7 +174,7 @@ class S3ObjectStore:
 
         def list_page(_: int) -> dict[str, Any]:
             page = self._client.list_objects_v2(**arguments)
-            _field(page, "IsTruncated")  # else an empty reply would pass for an empty listing
+            field_of(page, "IsTruncated")  # else an empty reply would pass for an empty listing
             return page
 
         while True:
@@ -313,8 +234,8 @@ class S3ObjectStore:
         where = self._where(version.key) | {"VersionId": version.version_id}
 
         def read(_: int) -> bytes:
-            with _not_found(version.key):
-                return _body_of(self._client.get_object(**where))
+            with not_found(version.key):
+                return body_of(self._client.get_object(**where))
 
         return await self._attempts(read)
 
@@ -336,7 +257,7 @@ class S3ObjectStore:
 
         def list_page(_: int) -> dict[str, Any]:
             page = self._client.list_object_versions(**arguments)
-            _field(page, "IsTruncated")  # else an empty reply would pass for an empty listing
+            field_of(page, "IsTruncated")  # else an empty reply would pass for an empty listing
             return page
 
         while True:
@@ -373,8 +294,8 @@ class S3ObjectStore:
             code = codes.get((key, version), codes.get((key, "")))  # there are servers that do not say which version
             if code is None:
                 raise StoreUnavailableError("object store sent an incomplete reply")
-            if isinstance(narrowed := _narrow_code(200, code), StoreUnavailableError):
-                raise narrowed
+            if isinstance(refusal := narrow_code(200, code), StoreUnavailableError):
+                raise refusal
             errors[key, version] = code
         return deleted, errors
 
@@ -390,7 +311,7 @@ class S3ObjectStore:
             Bucket=self._bucket, Delete={"Objects": [{"Key": key} for key in sorted(keys)]}
         )
         for error in reply.get("Errors", ()):
-            raise _narrow_code(200, str(error.get("Code", "")))
+            raise narrow_code(200, str(error.get("Code", "")))
         if {entry["Key"] for entry in reply.get("Deleted", ())} != keys:
             raise StoreUnavailableError("object store sent an incomplete reply")
 
@@ -398,7 +319,7 @@ class S3ObjectStore:
         try:
             reply = self._client.head_object(**where)
         except ClientError as error:
-            if _status(error) == 404:
+            if status_of(error) == 404:
                 # Created by somebody and deleted since. It existed, so it was not ours to create.
                 return None
             raise
@@ -408,127 +329,12 @@ class S3ObjectStore:
     async def _attempts(self, call: Callable[[int], T]) -> T:
         """Run `call(attempt number)` in the pool until it answers, under the retry policy."""
 
-        def narrowed(number: int) -> T:
-            with _narrowed():
+        def attempt(number: int) -> T:
+            with narrowed():
                 return call(number)
 
         return await retry(
             self._retry,
-            lambda number: self._pool.run(narrowed, number),
+            lambda number: self._pool.run(attempt, number),
             retryable=lambda error: isinstance(error, StoreUnavailableError),
         )
-
-
-def _make_client(options: S3Options) -> _S3Client:
-    config = Config(
-        region_name=options.region,
-        signature_version="s3v4",
-        connect_timeout=options.connect_timeout_s,
-        read_timeout=options.read_timeout_s,
-        max_pool_connections=options.connections,
-        retries={"total_max_attempts": 1},
-        s3={"addressing_style": "path" if options.endpoint else "auto"},
-        # The default (a CRC in a trailer of a chunked body) is refused by several S3-compatible servers. Nothing is
-        # lost: TLS protects the way, the payload hash is signed without TLS, and every object is sealed.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    try:
-        client: _S3Client = boto3.session.Session(botocore_session=new_session()).client(
-            "s3",
-            region_name=options.region,
-            endpoint_url=options.endpoint,
-            aws_access_key_id=_reveal(options.access_key_id),
-            aws_secret_access_key=_reveal(options.secret_access_key),
-            aws_session_token=_reveal(options.session_token),
-            verify=options.ca_bundle,
-            config=config,
-        )
-    except (BotoCoreError, ValueError, OSError) as error:  # profile, endpoint, CA bundle
-        raise StoreDeniedError(f"object store is misconfigured ({type(error).__name__})") from error
-    return client
-
-
-def _ensure_bucket(client: _S3Client, options: S3Options) -> None:
-    try:
-        client.head_bucket(Bucket=options.bucket)
-        return
-    except ClientError as error:
-        if _status(error) == 403 and not options.create_bucket:
-            return  # a key that is good for one prefix may not ask about the bucket; its first call will tell
-        if _status(error) != 404 or not options.create_bucket:
-            raise
-    arguments: dict[str, object] = {"Bucket": options.bucket}
-    if options.region != "us-east-1":  # which S3 refuses to hear by name
-        arguments["CreateBucketConfiguration"] = {"LocationConstraint": options.region}
-    try:
-        client.create_bucket(**arguments)
-    except ClientError as error:
-        # Another of our processes was faster. (Somebody else's bucket of that name: BucketAlreadyExists.)
-        if _code(error) != "BucketAlreadyOwnedByYou":
-            raise
-
-
-def _field(reply: dict[str, Any], name: str) -> Any:
-    """What every complete reply holds. Python's HTTP parser takes headers cut short by a broken connection for
-    complete ones, so a reply may come through with status 200 and nothing else."""
-    try:
-        return reply[name]
-    except KeyError:
-        raise StoreUnavailableError("object store sent an incomplete reply") from None
-
-
-def _body_of(reply: dict[str, Any]) -> bytes:
-    body: _Body = reply["Body"]
-    try:
-        data = body.read()
-    finally:
-        body.close()
-    if len(data) != int(_field(reply, "ContentLength")):
-        raise StoreUnavailableError("object store sent an incomplete reply")
-    return data
-
-
-def _reveal(secret: SecretStr | None) -> str | None:
-    return None if secret is None else secret.get_secret_value()
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-@contextmanager
-def _not_found(key: str) -> Iterator[None]:
-    """404 NoSuchKey → ObjectNotFoundError; a missing bucket is another matter."""
-    try:
-        yield
-    except ClientError as error:
-        if _code(error) in ("NoSuchKey", "NoSuchVersion"):
-            raise ObjectNotFoundError(f"no object {key}") from None
-        raise
-
-
-@contextmanager
-def _narrowed() -> Iterator[None]:
-    """botocore's errors → ours. Messages hold status and code only, not the server's text, URL or key id."""
-    try:
-        yield
-    except ClientError as error:
-        raise _narrow_code(_status(error), _code(error)) from error
-    except _NO_ANSWER as error:
-        raise StoreUnavailableError(f"object store did not answer ({type(error).__name__})") from error
-    except BotoCoreError as error:  # no credentials, bad endpoint, bad parameters
-        raise StoreDeniedError(f"object store cannot be used ({type(error).__name__})") from error
-
-
-def _narrow_code(status: int, code: str) -> StoreUnavailableError | StoreDeniedError:
-    shown = code if re.fullmatch(r"[A-Za-z0-9]{1,64}", code) else "no code"
-    if status == 501 or code == "NotImplemented":
-        return StoreLacksError(f"object store lacks this: {status} {shown}")
-    if status >= 500 or status == 429 or code in _PASSING_CODES:
-        return StoreUnavailableError(f"object store answered {status} {shown}")
-    return StoreDeniedError(f"object store refused: {status} {shown}")

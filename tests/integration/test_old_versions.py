@@ -17,7 +17,7 @@ from shared.old_versions import OldVersions
 from shared.storage.base import StoreDeniedError
 from shared.storage.faulty import FaultyObjectStore
 from shared.storage.memory import MemoryObjectStore
-from shared.storage.s3 import _narrow_code
+from shared.storage.s3_client import narrow_code
 from shared.storage.versions import OldVersion
 from tests.fixtures.pageserver import engine
 from tests.fixtures.safekeeper_nodes import nodes
@@ -189,7 +189,7 @@ class Blind(MemoryObjectStore):
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__()
-        self._refusal = _narrow_code(status, code)
+        self._refusal = narrow_code(status, code)
 
     async def old_versions(self, prefix: str) -> AsyncIterator[OldVersion]:
         raise self._refusal

@@ -24,7 +24,8 @@ from shared.storage.base import (
     StoreDeniedError,
     StoreUnavailableError,
 )
-from shared.storage.s3 import S3ObjectStore, S3Options
+from shared.storage.s3 import S3ObjectStore
+from shared.storage.s3_client import S3Options
 
 if TYPE_CHECKING:
     from tests.fixtures.s3 import S3Server  # not imported twice: pytest wants to rewrite its asserts

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from keylake.cli import encryption as encryption_page
 from keylake.encryption import Encryption, NodeKeys, join
 from shared.api.key_upkeep import KeyUpkeepStatus, TimelineKeyUses
 from shared.api.keymanager import KekStatus, KeyState, KeyStatus, KeyUse
@@ -141,3 +142,9 @@ def test_a_lock_is_all_that_a_rekey_waits_for() -> None:
     assert (held.rekeyed, held.waits_for_locks, held.held) == (False, True, ["x version 1: AccessDenied"])
     others = join(keys(2, dek_floor=2), [superseded(1, 1, held=True), node((2, 1, 7), dek_floor=2)])
     assert not others.waits_for_locks
+
+
+def test_people_are_shown_old_versions_and_what_holds_them() -> None:
+    assert encryption_page._old_versions(join(keys(2), [node((2, 2, 100))])) == "none"
+    shown = encryption_page._old_versions(join(keys(2, dek_floor=2), [superseded(1, 1, held=True)]))
+    assert shown == "1 objects, 50 bytes, that a re-key removes; the object store keeps x version 1: AccessDenied"
