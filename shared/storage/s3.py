@@ -225,10 +225,13 @@ class S3ObjectStore:
             versions = page.get("Versions", ())
             there |= {entry["Key"] for entry in versions if entry["IsLatest"]}  # listed before those below it
             for entry in versions:
-                if not entry["IsLatest"]:
-                    key = str(entry["Key"])
-                    name = key.removeprefix(self._prefix)
-                    yield OldVersion(name, str(entry["VersionId"]), int(entry["Size"]), key in there)
+                if entry["IsLatest"]:
+                    continue
+                try:
+                    key = check_key(entry["Key"].removeprefix(self._prefix))
+                except InvalidKeyError:
+                    continue  # somebody else's, as in `list`
+                yield OldVersion(key, str(entry["VersionId"]), int(entry["Size"]), entry["Key"] in there)
 
     async def get_version(self, version: OldVersion) -> bytes:
         where = self._where(version.key) | {"VersionId": version.version_id}

@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.integration
 
+FOREIGN = "somebody's own.key"
+"""No key of ours: a space is in it."""
+
 
 def envelopes(owner: Any, bucket: str) -> dict[tuple[str, str], tuple[Envelope, bool]]:
     """Every version of every envelope in the bucket, by (key, version): itself, and whether it is current."""
     found = {}
     for page in owner.get_paginator("list_object_versions").paginate(Bucket=bucket):
         for each in page.get("Versions", ()):
-            if each["Key"].endswith(".key"):
+            if each["Key"].endswith(".key") and not each["Key"].endswith(FOREIGN):
                 body = owner.get_object(Bucket=bucket, Key=each["Key"], VersionId=each["VersionId"])["Body"].read()
                 found[each["Key"], each["VersionId"]] = Envelope.parse(body), each["IsLatest"]
     return found
@@ -79,6 +82,9 @@ async def test_a_pageservers_old_versions_count_and_go_with_a_rekey(tmp_path: Pa
     async with versioned(s3_server) as (store, owner, bucket), engine(tmp_path / "a", store=store) as one:
         timeline = await filled(one)
         keys, want = project_keys(one, timeline), await pages(timeline)
+        foreign = {"Bucket": bucket, "Key": f"keylake/projects/{one.project_id}/timelines/{FOREIGN}"}
+        owner.put_object(**foreign)
+        owner.delete_object(**foreign)
         before = await left(keys)
         assert before[1, 1, False]
         deleted = before[1, 1, True]  # versions of the index from before the last two
