@@ -110,6 +110,14 @@ async def test_a_pageservers_old_versions_count_and_go_with_a_rekey(tmp_path: Pa
         async with engine(tmp_path / "b", like=one) as two:
             assert await pages(await two.open()) == want
 
+        # What is left of a timeline that was deleted is of the project, too.
+        await one.store.delete_many([info.key async for info in one.store.list()])
+        nothing = project_keys(one)
+        assert (await left(nothing)).keys() == {(3, 3, True)}
+        assert await nothing.remove_old_versions(4, 4) == []
+        assert await left(nothing) == {}
+        assert envelopes(owner, bucket) == {}
+
 
 async def test_offloaded_wal_that_was_replaced_goes_too(tmp_path: Path, s3_server: S3Server) -> None:
     async with versioned(s3_server) as (store, owner, bucket), nodes(tmp_path, START, objects=store) as made:
