@@ -165,7 +165,7 @@ class _Stage:
                 found = await self.cluster.client.revocations(project.project.project_id)
                 if len(found) > known and found[0].sealed_after_s is not None:
                     return found[0]
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(_PROBE_S)  # when it was is written there; to ask takes the keymanager's CPU
 
 
 class _Cut:

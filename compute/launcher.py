@@ -75,7 +75,7 @@ class AgentProcess:
         self.prepared: asyncio.Future[Prepared] = loop.create_future()
         self.running: asyncio.Future[Running] = loop.create_future()
         self.ended: asyncio.Future[Ended] = loop.create_future()
-        """Always gets a result, also when the agent dies without a word."""
+        """Always gets a result: the agent's last word, or that it died without one. `close` waits for its processes."""
         self.on_idle: Callable[[float], None] = lambda idle_s: None
         """Called every few seconds with how long nobody has used Postgres, in seconds."""
         self.replayed: Replayed | None = None
@@ -267,6 +267,7 @@ class AgentProcess:
                             _resolve(self._log_asked, message)
                     case Ended():
                         ended = message
+                        _resolve(self.ended, ended)  # nothing of the project is left; its process may take its time
         except (InvalidInputError, ValueError, OSError) as error:
             _log.error("an agent does not speak the protocol", error=str(error))
             self.kill()

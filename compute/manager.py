@@ -492,9 +492,7 @@ class Manager:
         run = self._runs.get(endpoint_id)
         is_taken = not row.read_only and self._is_written(timeline.timeline_id)
         if run is None and not self._closing and not is_taken:
-            run = self._runs[endpoint_id] = Run(
-                self._services, row, timeline, leases[0].workspace_id, needed[1:], turns=self._turns
-            )
+            run = self._runs[endpoint_id] = Run(self._services, row, timeline, leases[0], needed[1:], turns=self._turns)
             self._tasks[endpoint_id] = asyncio.create_task(self._run(run, row), name=f"run {endpoint_id}")
             return run
         await self._drop_all(needed)
@@ -595,15 +593,17 @@ class Manager:
 
     async def _on_loss(self, loss: KeyLoss) -> dict[str, float]:
         """Belt and braces: the computes hold leases of their own, and kill themselves. They get a moment for that,
-        because
-        only they can acknowledge what they did; then they are killed."""
+        because only they can acknowledge what they did; then they are killed. What their runs do after that (records,
+        streams) has nothing of the project, and is not waited for."""
         began = time.monotonic()
-        runs = {self._tasks[each]: run for each, run in self._runs.items() if loss.project_id in run.project_ids}
-        if runs:
-            _, late = await asyncio.wait(runs, timeout=_PATIENCE_S)
-            for task in late:
-                runs[task].stop(f"the keys are gone ({loss.state.value}): {loss.reason}", graceful=False)
-            await asyncio.wait(runs)
+        runs = [run for run in self._runs.values() if loss.project_id in run.project_ids]
+        gone = asyncio.gather(*(run.gone.wait() for run in runs))
+        _, late = await asyncio.wait([gone], timeout=_PATIENCE_S)
+        if late:
+            for run in runs:
+                if not run.gone.is_set():
+                    run.stop(f"the keys are gone ({loss.state.value}): {loss.reason}", graceful=False)
+        await gone
         return {"computes_gone": round(time.monotonic() - began, 6)}
 
 

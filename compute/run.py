@@ -47,12 +47,13 @@ from compute.repository import EndpointRow, Repository, TimelineRow
 from compute.sizes import MAX_CONNECTIONS, RESERVED_CONNECTIONS, Resources, resources
 from compute.storage_clients import PageserverClient, SafekeeperClient
 from shared.api.compute import ConnectTarget, EndpointSize, EndpointState, FirstQuery, StageTiming
+from shared.api.keymanager import KeyState
 from shared.api.safekeeper import ComputeAddress, CreateTimeline, Donor, StopStream, StreamFrom
 from shared.auth import Scope, Service, TokenIssuer
 from shared.config import Address
 from shared.errors import ConflictError, KeyAccessError, KeylakeError, UnavailableError
-from shared.ids import EndpointId, InstanceId, ProjectId, TimelineId, WorkspaceId
-from shared.lease import key_access_error
+from shared.ids import EndpointId, InstanceId, ProjectId, TimelineId
+from shared.lease import Lease, key_access_error
 from shared.lsn import Lsn
 from shared.telemetry import get_logger
 from shared.tracing import record_stage
@@ -93,15 +94,15 @@ class Run:
         services: RunServices,
         endpoint: EndpointRow,
         timeline: TimelineRow,
-        workspace_id: WorkspaceId | None,
+        lease: Lease,
         ancestor_projects: Sequence[ProjectId] = (),
         *,
         turns: asyncio.Semaphore,
     ) -> None:
-        """`workspace_id`: whose key it is, for those who are refused. `ancestor_projects`: others that the timeline was
-        branched off. `turns`: how many may start at the same time. Who waits for a quorum gives its turn back."""
+        """`lease`: the manager's, on the endpoint's project. `ancestor_projects`: others that the timeline was branched
+        off. `turns`: how many may start at the same time. Who waits for a quorum gives its turn back."""
         self._services = services
-        self._workspace_id = workspace_id
+        self._lease = lease
         self.project_ids: Final = (endpoint.project_id, *ancestor_projects)
         """Whose keys it needs."""
         self._endpoint = endpoint
@@ -128,6 +129,8 @@ class Run:
         """Of now: done when it was to be suspended, and goes on. Another one after that."""
         self.ready: asyncio.Future[ConnectTarget] = asyncio.get_running_loop().create_future()
         """Where to connect, or why there is nowhere."""
+        self.gone = asyncio.Event()
+        """No process of its compute is left, nor a file; what is over after that is the manager's own."""
         self._stop: asyncio.Future[tuple[str, bool]] = asyncio.get_running_loop().create_future()
         self._elected = asyncio.Event()
         self._followers: list[Follower] = []
@@ -252,12 +255,13 @@ class Run:
             raise
         finally:
             self.state, self.reason = EndpointState.STOPPED, reason
+            self.gone.set()
             self._fail(UnavailableError(f"the endpoint stopped: {reason}"))
         return reason
 
     def _fail(self, error: KeylakeError) -> None:
         if isinstance(error, KeyAccessError) and error.workspace_id is None:
-            error.workspace_id = self._workspace_id
+            error.workspace_id = self._lease.workspace_id
         if not self.ready.done():
             self.ready.set_exception(error)
             self.ready.exception()  # retrieved: nobody may be waiting
@@ -280,9 +284,12 @@ class Run:
             try:
                 return await self._supervise(self._agent, socket_dir, followers)
             finally:
+                if self.state in (EndpointState.STARTING, EndpointState.RUNNING):
+                    self.state = next_state(self.state, Event.STOP)  # whoever comes now waits for the next run
                 if not self._stop.done() or not self._stop.result()[1]:
                     self._agent.kill()
                 await self._agent.close()
+                self.gone.set()
         finally:
             followers.cancel()
             await asyncio.gather(followers, return_exceptions=True)
@@ -577,9 +584,10 @@ class Run:
                 group.create_task(follower.run(), name=f"follow {follower.node_id}")
 
     async def _stop_streams(self) -> None:
-        """Polite: the safekeepers notice by themselves, but keep trying to reconnect until they are told."""
+        """Polite: the safekeepers notice by themselves, but keep trying to reconnect until they are told. Or until they
+        lose the project's keys: then they stop, and hear of it from whom we did."""
         plan = self.plan
-        if plan is None:
+        if plan is None or self._lease.state is not KeyState.ACTIVE:
             return
 
         async def tell(safekeeper: SafekeeperClient) -> None:

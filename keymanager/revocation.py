@@ -8,8 +8,9 @@ Revocation, in order, each step in the audit chain with its time since detection
     3  push Revoke             to every holder's session, in the same step: a slow database does not put it off
     4  store                   state, revocation, and who held leases, in one transaction (repeated until it succeeds)
     5  collect                 an acknowledgement, or the end of the lease ("fenced"), whichever is first, per holder;
-                               stored in groups: what has come in while one group was written is the next one
-    6  sealed                  when nobody is pending
+                               stored in groups, of all projects: what has come in while one group was written is the
+                               next one
+    6  sealed                  when nobody is pending: in the transaction that stores the last outcomes
 
 The next leader, or the same keymanager after a restart, pushes again, to each pending holder that connects, and goes on
 at 5: what is stored says whom to wait for, and until when is not known, so each of them gets a whole ttl from then.
@@ -92,7 +93,6 @@ class OpenRevocation:
     pending: dict[InstanceId, _Pending]
     settled: list[InstanceId] = field(default_factory=list)
     """Of these, in this order: an outcome is there, and not stored yet."""
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def message(self) -> Revoke:
         unstored = self.entry.ending and self.state.final
@@ -106,6 +106,17 @@ class OpenRevocation:
 
 def _seconds(value: float) -> str:
     return f"{value:.6f}"
+
+
+def _outcome_entry(revocation: OpenRevocation, instance_id: InstanceId, pending: _Pending) -> AuditEntry:
+    details = {
+        "revocation_id": revocation.revocation_id,
+        "instance_id": str(instance_id),
+        "after_s": _seconds(pending.after_s),
+        **{f"step:{name}": _seconds(value) for name, value in sorted(pending.steps_s.items())},
+    }
+    actor = f"node/{pending.holder.node_id}" if pending.outcome == "acknowledged" else "keymanager"
+    return AuditEntry(actor, "revocation.instance", pending.outcome, revocation.entry.project_id, details)
 
 
 class Revoker:
@@ -133,6 +144,11 @@ class Revoker:
         self._tasks = tasks
         self._storing = asyncio.Lock()  # keeps the stored order of states the order in which they happened
         self._open: dict[str, OpenRevocation] = {}
+        self._collecting: list[OpenRevocation] = []
+        """Those that are stored, and not sealed."""
+        self._collector: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        """An outcome has come in, or a revocation."""
         self._returning: dict[ProjectId, asyncio.Task[None]] = {}
 
     # --- events ---
@@ -235,7 +251,7 @@ class Revoker:
             if revocation.state.final:
                 revocation.entry.end(reason)
                 self._push(revocation)
-            self._tasks.create_task(self._collect(revocation))
+            self._collect_too(revocation)
         for entry in returning:
             self._return(entry, actor, reason, detected_at, started_s)
 
@@ -310,25 +326,35 @@ class Revoker:
     def _push(self, revocation: OpenRevocation) -> None:
         self._sessions.push_to(revocation.pending, revocation.message())
 
-    async def _collect(self, revocation: OpenRevocation) -> None:
-        while revocation.pending:
-            revocation.changed.clear()
-            if revocation.settled:
-                await self._store_outcomes(revocation)
+    def _collect_too(self, revocation: OpenRevocation) -> None:
+        """Its rows are there: what comes of its holders can be stored."""
+        self._collecting.append(revocation)
+        if self._collector is None:
+            self._collector = self._tasks.create_task(self._collect())
+        self._changed.set()
+
+    async def _collect(self) -> None:
+        """One for all revocations, which share transactions: a key configuration takes all its projects along."""
+        while self._collecting:
+            self._changed.clear()
+            if any(each.settled or not each.pending for each in self._collecting):
+                await self._store_outcomes()
                 continue
-            now_s = self._clock.monotonic_s()
-            for instance_id, pending in revocation.pending.items():
-                if pending.fence_at_s <= now_s:
-                    self._settle(revocation, instance_id, "fenced", {})
-            if revocation.settled:
+            now_s, fence_at_s = self._clock.monotonic_s(), float("inf")
+            for revocation in self._collecting:
+                for instance_id, pending in revocation.pending.items():
+                    if pending.fence_at_s <= now_s:
+                        self._settle(revocation, instance_id, "fenced", {})
+                    else:
+                        fence_at_s = min(fence_at_s, pending.fence_at_s)
+            if self._changed.is_set():
                 continue
-            left_s = min(pending.fence_at_s for pending in revocation.pending.values()) - now_s
             try:
-                async with asyncio.timeout(max(0.0, left_s)):
-                    await revocation.changed.wait()
+                async with asyncio.timeout(fence_at_s - now_s):
+                    await self._changed.wait()
             except TimeoutError:
                 pass
-        await self._seal(revocation)
+        self._collector = None
 
     def acknowledge(
         self, instance_id: InstanceId, project_id: ProjectId, revocation_id: str, steps_s: Mapping[str, float]
@@ -354,45 +380,55 @@ class Revoker:
         pending.after_s = self._clock.monotonic_s() - revocation.started_s
         self._leases.release(revocation.entry.project_id, instance_id)
         revocation.settled.append(instance_id)
-        revocation.changed.set()
+        self._changed.set()
 
-    async def _store_outcomes(self, revocation: OpenRevocation) -> None:
-        project_id = revocation.entry.project_id
-        group = [(instance_id, revocation.pending[instance_id]) for instance_id in revocation.settled[:_MAX_GROUP]]
-        outcomes = [(each, pending.outcome, pending.after_s, pending.steps_s) for each, pending in group]
-        audited = []
-        for instance_id, pending in group:
-            details = {
-                "revocation_id": revocation.revocation_id,
-                "instance_id": str(instance_id),
-                "after_s": _seconds(pending.after_s),
-                **{f"step:{name}": _seconds(value) for name, value in sorted(pending.steps_s.items())},
-            }
-            actor = f"node/{pending.holder.node_id}" if pending.outcome == "acknowledged" else "keymanager"
-            audited.append(AuditEntry(actor, "revocation.instance", pending.outcome, project_id, details))
+    async def _store_outcomes(self) -> None:
+        """What has come in of all revocations, up to a limit; and which of them have everything now."""
+        left = _MAX_GROUP
+        groups: list[tuple[OpenRevocation, list[InstanceId]]] = []
+        sealed: list[tuple[OpenRevocation, float]] = []
+        now_s = self._clock.monotonic_s()
+        for revocation in self._collecting:
+            group = revocation.settled[:left]
+            left -= len(group)
+            if group:
+                groups.append((revocation, group))
+            if len(group) == len(revocation.pending):
+                sealed.append((revocation, now_s - revocation.started_s))
 
         async def store(transaction: Transaction) -> None:
-            await transaction.set_outcomes(revocation.revocation_id, outcomes)
-            await transaction.delete_leases([(project_id, instance_id) for instance_id, _ in group])
+            audited = []
+            for revocation, group in groups:
+                known = [(each, revocation.pending[each]) for each in group]
+                await transaction.set_outcomes(
+                    revocation.revocation_id,
+                    [(each, pending.outcome, pending.after_s, pending.steps_s) for each, pending in known],
+                )
+                audited += [_outcome_entry(revocation, each, pending) for each, pending in known]
+            gone = [(revocation.entry.project_id, each) for revocation, group in groups for each in group]
+            if gone:
+                await transaction.delete_leases(gone)
+            for revocation, after_s in sealed:
+                await transaction.seal_revocation(revocation.revocation_id, after_s)
+                details = {"revocation_id": revocation.revocation_id, "after_s": _seconds(after_s)}
+                state, project_id = revocation.state.value, revocation.entry.project_id
+                audited.append(AuditEntry("keymanager", "project.sealed", state, project_id, details))
             await transaction.audit(audited)
 
         await self._store(store)
-        del revocation.settled[: len(group)]
-        for instance_id, _ in group:
-            del revocation.pending[instance_id]
+        for revocation, group in groups:
+            del revocation.settled[: len(group)]
+            for instance_id in group:
+                del revocation.pending[instance_id]
+        for revocation, after_s in sealed:
+            self._sealed(revocation, after_s)
+        if sealed:
+            self._recorded()
 
-    async def _seal(self, revocation: OpenRevocation) -> None:
+    def _sealed(self, revocation: OpenRevocation, after_s: float) -> None:
+        """That it is stands in the database."""
         entry = revocation.entry
-        sealed_after_s = self._clock.monotonic_s() - revocation.started_s
-        details = {"revocation_id": revocation.revocation_id, "after_s": _seconds(sealed_after_s)}
-
-        async def store(transaction: Transaction) -> None:
-            await transaction.seal_revocation(revocation.revocation_id, sealed_after_s)
-            sealed = AuditEntry("keymanager", "project.sealed", revocation.state.value, entry.project_id, details)
-            await transaction.audit([sealed])
-
-        await self._store(store)
-        self._recorded()
+        self._collecting.remove(revocation)
         del self._open[revocation.revocation_id]
         entry.unsealed.discard(revocation.revocation_id)
         sealed, entry.sealed = entry.sealed, asyncio.Event()
@@ -402,7 +438,7 @@ class Revoker:
             project_id=str(entry.project_id),
             state=revocation.state.value,
             reason=revocation.reason,
-            sealed_after_s=round(sealed_after_s, 3),
+            sealed_after_s=round(after_s, 3),
         )
 
     # --- back ---
@@ -476,7 +512,7 @@ class Revoker:
             )
             entry.unsealed.add(each.revocation_id)
             self._open[each.revocation_id] = revocation
-            self._tasks.create_task(self._collect(revocation))
+            self._collect_too(revocation)
         for entry in self._projects.all():
             if entry.access.state is KeyState.ACTIVE and entry.state is not KeyState.ACTIVE:
                 self._return(entry, "keymanager", "", now, now_s)

@@ -36,6 +36,9 @@ class _Id:
         """Raises ValueError when `text` is not an id of this type."""
         return cls(text)
 
+    def __hash__(self) -> int:
+        return hash(self.text)  # a tuple of it, as dataclasses do it, is made anew each time
+
     def __str__(self) -> str:
         return self.text
 

@@ -1,4 +1,4 @@
-"""Receiving over TLS without an object of 256 KiB per message: for protocols of our own, and for asyncio's streams."""
+"""Receiving over TLS without an object of 256 KiB per message: our own protocols, those of others, asyncio streams."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ class Receiver(asyncio.BufferedProtocol):
         raise NotImplementedError
 
 
-class _IntoStreams(Receiver):
-    """All else is asyncio's own protocol between a transport and its StreamReader and StreamWriter."""
+class ReceivingFor(Receiver):
+    """Between a transport and a protocol that was written for `asyncio.Protocol`, to which all else is left."""
 
-    def __init__(self, streams: asyncio.StreamReaderProtocol) -> None:
-        self._streams = streams
+    def __init__(self, protocol: asyncio.Protocol) -> None:
+        self._protocol = protocol
 
     def data_received(self, data: bytes) -> None:
-        self._streams.data_received(data)
+        self._protocol.data_received(data)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._streams.connection_made(transport)
+        self._protocol.connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._streams.connection_lost(exc)
+        self._protocol.connection_lost(exc)
 
     def eof_received(self) -> bool | None:
-        return self._streams.eof_received()
+        return self._protocol.eof_received()
 
     def pause_writing(self) -> None:
-        self._streams.pause_writing()
+        self._protocol.pause_writing()
 
     def resume_writing(self) -> None:
-        self._streams.resume_writing()
+        self._protocol.resume_writing()
 
 
 async def open_tls_connection(
@@ -68,7 +68,7 @@ async def open_tls_connection(
     reader = asyncio.StreamReader(limit=limit, loop=loop)
     streams = asyncio.StreamReaderProtocol(reader, loop=loop)
     transport, _ = await loop.create_connection(
-        lambda: _IntoStreams(streams), host, port, ssl=context, server_hostname=server_hostname
+        lambda: ReceivingFor(streams), host, port, ssl=context, server_hostname=server_hostname
     )
     return reader, asyncio.StreamWriter(transport, streams, reader, loop)
 
@@ -79,8 +79,8 @@ async def start_tls_server(
     """As `asyncio.start_server`. Raises OSError."""
     loop = asyncio.get_running_loop()
 
-    def accepted() -> _IntoStreams:
+    def accepted() -> ReceivingFor:
         reader = asyncio.StreamReader(limit=limit, loop=loop)
-        return _IntoStreams(asyncio.StreamReaderProtocol(reader, accept, loop=loop))
+        return ReceivingFor(asyncio.StreamReaderProtocol(reader, accept, loop=loop))
 
     return await loop.create_server(accepted, host, port, ssl=context, ssl_handshake_timeout=handshake_timeout_s)

@@ -32,12 +32,15 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from shared.api.common import ErrorBody, problem
 from shared.auth import Scope, Service, TokenVerifier
 from shared.authorize import Authorizer, OnRefusal, authenticate
 from shared.config import Address
 from shared.errors import InvalidInputError, KeyAccessError, KeylakeError, NotFoundError
+from shared.receiver import ReceivingFor
 from shared.telemetry import get_logger
 from shared.tls import CertificateFiles
 from shared.tracing import Kind, Span, TraceContext, span
@@ -282,6 +285,18 @@ class _BodyLimit:
         await self._app(scope, limited, send)
 
 
+class _Http(ReceivingFor):
+    """uvicorn calls these two with what it would give its own protocols."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(H11Protocol(**parts))
+
+
+class _WebSocket(ReceivingFor):
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(WebSocketsSansIOProtocol(**parts))
+
+
 class HttpServer:
     """uvicorn inside our own event loop: `async with` starts it and stops it gracefully."""
 
@@ -295,7 +310,8 @@ class HttpServer:
             log_config=None,
             access_log=False,
             server_header=False,
-            ws="websockets-sansio",
+            http=cast("type[asyncio.Protocol]", _Http),
+            ws=cast("type[asyncio.Protocol]", _WebSocket),
             ws_max_size=1024 * 1024,
             ws_ping_interval=None,  # lease renewals are the heartbeat
             timeout_keep_alive=KEEP_ALIVE_S,

@@ -227,14 +227,20 @@ async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, clie
 
 
 async def test_revocation_kills_the_compute_and_refuses_starts_until_it_is_lifted(
-    cluster: ComputeCluster, client: ServiceClient
+    cluster: ComputeCluster, client: ServiceClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endpoint = await make_endpoint(client, ProjectId.new())
     target = await reach(client, endpoint)
     connection = await log_in(target, endpoint)
+    hold, over = cluster.manager._runs[endpoint.endpoint_id]._lsn_hold, asyncio.Event()
+    monkeypatch.setattr(hold, "release", over.wait)
     await cluster.leases.revoke(endpoint.project_id)
     with pytest.raises(CONNECTION_LOST):
         await query_until_it_fails(connection, 5)
+    # The acknowledgement says that computes are gone, and waits for nothing else; and nobody is sent to one that is.
+    await wait_until(lambda: {Role.COMPUTE, Role.MANAGER} <= cluster.leases.acknowledged.keys())
+    assert (await state_of(client, endpoint)).state is EndpointState.STOPPING
+    over.set()
 
     async def stopped() -> bool:
         return (await state_of(client, endpoint)).state is EndpointState.STOPPED
@@ -243,7 +249,6 @@ async def test_revocation_kills_the_compute_and_refuses_starts_until_it_is_lifte
     reason = (await state_of(client, endpoint)).reason
     assert "REVOKED" in reason
     assert "KMS: disabled" in reason
-    await wait_until(lambda: {Role.COMPUTE, Role.MANAGER} <= cluster.leases.acknowledged.keys())
     with pytest.raises(RevokedError):
         await reach(client, endpoint)
     assert not list(cluster.settings.runtime_dir.iterdir())

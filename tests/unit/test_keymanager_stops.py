@@ -27,6 +27,7 @@ from keymanager.kms_ledger import KmsLedger
 from keymanager.leadership import Seat, Term
 from keymanager.lease_table import Holder
 from keymanager.manager import KeyManager
+from keymanager.projects import ProjectEntry
 from keymanager.records import StoredKek, StoredKeyConfiguration, StoredLease, StoredProject, StoredReplacement
 from keymanager.session import Session
 from keymanager.state import KeyAccess, KeyEvent, KmsAccess
@@ -154,16 +155,21 @@ class Place:
             created_at=AT,
         )
         database.workspaces.append(workspace)
-        stored = StoredProject(PROJECT, WORKSPACE, "shop", False, False, KeyState.ACTIVE, "", AT, KEY)
-        kek = StoredKek(PROJECT, KEK, 1, self.cmk.wrapped(secrets.token_bytes(32)), "1", 0, AT)
-        database.projects[PROJECT], database.keks[PROJECT, 1] = stored, kek
-        self.entry = manager.projects.add(stored, [kek], KeyAccess())
-        self.grant()
+        self.entry = self.add_project(PROJECT, KEK)
 
-    def grant(self) -> StoredLease:
-        lease = StoredLease(PROJECT, HOLDER, SETTINGS.lease_ttl_s)
-        self.manager.leases.grant(PROJECT, HOLDER, lease.ttl_s, self.process.monotonic_s())
-        self.database.leases[PROJECT, HOLDER.instance_id] = lease
+    def add_project(self, project_id: ProjectId, kek_id: KekId) -> ProjectEntry:
+        """HOLDER has a lease on it."""
+        stored = StoredProject(project_id, WORKSPACE, str(project_id), False, False, KeyState.ACTIVE, "", AT, KEY)
+        kek = StoredKek(project_id, kek_id, 1, self.cmk.wrapped(secrets.token_bytes(32)), "1", 0, AT)
+        self.database.projects[project_id], self.database.keks[project_id, 1] = stored, kek
+        entry = self.manager.projects.add(stored, [kek], KeyAccess())
+        self.grant(project_id)
+        return entry
+
+    def grant(self, project_id: ProjectId = PROJECT) -> StoredLease:
+        lease = StoredLease(project_id, HOLDER, SETTINGS.lease_ttl_s)
+        self.manager.leases.grant(project_id, HOLDER, lease.ttl_s, self.process.monotonic_s())
+        self.database.leases[project_id, HOLDER.instance_id] = lease
         return lease
 
     @contextmanager
@@ -599,6 +605,26 @@ def test_the_row_of_a_lease_that_was_given_back_goes_though_the_database_was_awa
         await asyncio.sleep(40)
         assert place.database.leases == {}
         assert list(place.manager.leases.all()) == []
+
+    play(story)
+
+
+def test_projects_of_one_key_are_sealed_together() -> None:
+    """Twenty transactions one after the other would be what the last of them waits for."""
+
+    async def story(place: Place) -> None:
+        entries = [place.entry, *(place.add_project(ProjectId.new(), KekId.new()) for _ in range(19))]
+        await place.revoker.kms_event(KEY, KeyEvent.KMS_DENIED, KmsAccess.DENIED, {})
+        for message in place.revoker.unanswered(HOLDER.instance_id):
+            assert place.revoker.acknowledge(HOLDER.instance_id, message.project_id, message.revocation_id, {})
+        for entry in entries:
+            while entry.unsealed:
+                await entry.sealed.wait()
+        links = place.database.chain
+        assert sum(link.entry.action == "project.sealed" for link in links) == len(entries)
+        assert sum(link.entry.action == "revocation.instance" for link in links) == len(entries)
+        of_outcomes = {"revocation.instance", "project.sealed"}
+        assert len({link.at for link in links if link.entry.action in of_outcomes}) == 1, "more than one transaction"
 
     play(story)
 

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
+from starlette.types import Receive, Send
+from starlette.types import Scope as AsgiScope
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from shared.auth import Service
-from shared.receiver import Receiver, open_tls_connection, start_tls_server
+from shared.config import Address
+from shared.keysession import dial_over_tls
+from shared.receiver import Receiver, ReceivingFor, open_tls_connection, start_tls_server
+from shared.service import HttpServer
 from shared.tls import client_context, server_context, service_host_name
 from tests.fixtures.realm import Realm
 from tests.fixtures.sockets import LOOP_NAMES, LOOPS
@@ -75,3 +82,41 @@ def test_streams_over_tls_are_read_through_the_shared_buffer(
             server.close()
 
     run(scenario())
+
+
+async def _echo(scope: AsgiScope, receive: Receive, send: Send) -> None:
+    """An ASGI application: each text of a WebSocket comes back."""
+    while True:
+        message = await receive()
+        match message["type"]:
+            case "lifespan.startup" | "lifespan.shutdown":
+                await send({"type": f"{message['type']}.complete"})
+            case "websocket.connect":
+                await send({"type": "websocket.accept"})
+            case "websocket.receive":
+                await send({"type": "websocket.send", "text": message["text"]})
+        if message["type"] in ("lifespan.shutdown", "websocket.disconnect"):
+            return
+
+
+def test_the_web_sockets_of_a_service_are_read_through_the_shared_buffer(tmp_path: Path) -> None:
+    """After an upgrade of a connection that was read so, too."""
+    realm = Realm.create(tmp_path)
+    much = "much" * 60_000
+
+    async def scenario() -> None:
+        files = realm.identity(Service.KEYMANAGER).files
+        async with HttpServer(_echo, Address(host="127.0.0.1", port=0), files) as server:
+            dial = dial_over_tls(client_context(realm.ca_certificate))
+            client = await dial(Address(host="127.0.0.1", port=server.port), "a token", 5.0)
+            for text in ("little", much):
+                await client.send(text)
+                assert await client.recv() == text
+            [socket] = [each for each in gc.get_objects() if isinstance(each, WebSocketsSansIOProtocol)]
+            receiver = socket.transport.get_protocol()
+            assert isinstance(receiver, ReceivingFor), "read in some other way"
+            assert receiver._protocol is socket
+            assert not any(receiver.get_buffer(-1))
+            await client.close()
+
+    uvloop.run(scenario())
