@@ -191,7 +191,9 @@ def _clog_set(page: bytearray, payload: bytes) -> None:
     status = payload[2]
     if not XidStatus.COMMITTED <= status <= XidStatus.SUB_COMMITTED:
         raise CorruptedError("native change of the commit log has an impossible status")
-    for index in struct.unpack_from(f"<{size // _INDEX.size}H", payload, 3):
+    # Mostly it is one, and there are hundreds of them.
+    one = size == _INDEX.size
+    for index in _INDEX.unpack_from(payload, 3) if one else struct.unpack_from(f"<{size // _INDEX.size}H", payload, 3):
         if index >= CLOG_XACTS_PER_PAGE:
             raise CorruptedError("native change of the commit log is beyond its page")
         byte, shift = index >> 2, (index & 3) * 2

@@ -36,7 +36,7 @@ def naive(values: list[tuple[int, int, bytes]], lsn: int, floor: int) -> tuple[l
     chain: list[Value] = []
     for value in reversed(values):
         if floor < value[0] <= lsn:
-            chain.append(Value(*value))
+            chain.append(value)
             if value[1] in CHAIN_START:
                 return chain, True
     return chain, False
