@@ -33,7 +33,8 @@ Value: TypeAlias = tuple[int, int, bytes]
 """One version: its LSN, ValueKind and payload. The LSN is the END of the record that made it (Neon invariant 1), as a
 plain integer; the whole is a plain tuple, because `zip` makes chains of hundreds of them."""
 
-_STARTS: Final = bytes(kind in CHAIN_START for kind in range(256))
+START_TABLE: Final = bytes(kind in CHAIN_START for kind in range(256))
+"""For `bytes.translate`: 1 for a kind that starts a chain, or else 0."""
 _SEARCHED_AT_ONCE: Final = 128
 
 
@@ -41,7 +42,7 @@ def chain_start(kinds: Sequence[int], low: int, end: int) -> int:
     """Index of the last one of kinds[low:end] that starts a chain; -1 when there is none."""
     while end > low:
         start = max(low, end - _SEARCHED_AT_ONCE)
-        found = bytes(kinds[start:end]).translate(_STARTS).rfind(1)
+        found = bytes(kinds[start:end]).translate(START_TABLE).rfind(1)
         if found >= 0:
             return start + found
         end = start

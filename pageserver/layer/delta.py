@@ -36,7 +36,7 @@ from typing import Final, NamedTuple
 from pageserver.layer.footer import Footer
 from pageserver.layer.in_memory import Run
 from pageserver.layer.name import LayerKind
-from pageserver.value import Value, ValueKind, chain_start
+from pageserver.value import START_TABLE, Value, ValueKind, chain_start
 from shared.errors import CorruptedError
 from shared.keyspace import KEY_SIZE_BYTES, KeyRange
 
@@ -243,7 +243,7 @@ class DeltaBuilder:
         count = len(lsns)
         ends = list(accumulate(map(len, payloads)))
         kind_bytes = bytes(kinds)
-        start = chain_start(kind_bytes, 0, count)
+        start = kind_bytes.translate(START_TABLE).rfind(1)
         chain = min(count - 1 - start if start >= 0 else chain_before + count, _MAX_U32)
         if ends[-1] > _MAX_U32:
             raise OverflowError("the values of one key do not fit a run")

@@ -9,7 +9,7 @@ import pytest
 from pageserver.layer.delta import DeltaBuilder, DeltaIndex, RunHeader, run_header_range
 from pageserver.layer.footer import FOOTER_SIZE_BYTES, Footer
 from pageserver.layer.image import ImageBuilder, ImageIndex
-from pageserver.layer.in_memory import InMemoryLayer, tail_length
+from pageserver.layer.in_memory import LONG_RUN_VALUES, InMemoryLayer, tail_length
 from pageserver.layer.layer_map import LayerMap
 from pageserver.layer.name import (
     LayerDescriptor,
@@ -75,13 +75,13 @@ def test_an_inserted_image_shortens_reads_above_it_only() -> None:
 
 def test_long_runs_are_reported_and_sizes_counted() -> None:
     layer = InMemoryLayer(0)
-    for lsn in range(1, 129):
+    for lsn in range(1, LONG_RUN_VALUES + 1):
         assert layer.long_runs == []
         layer.put(A, lsn, WAL, b"x" * 10)
     assert layer.long_runs == [A]
-    assert layer.value_count == 128
+    assert layer.value_count == LONG_RUN_VALUES
     assert layer.key_count == 1
-    assert layer.size_bytes >= 128 * 10
+    assert layer.size_bytes >= LONG_RUN_VALUES * 10
 
 
 def test_a_frozen_layer_takes_nothing_and_a_cleared_one_has_nothing() -> None:
