@@ -73,6 +73,7 @@ class NativeOp(enum.IntEnum):
 
 _CLOG_SET: Final = int(NativeOp.CLOG_SET)
 _COMMITTED: Final = int(XidStatus.COMMITTED)
+_SUB_COMMITTED: Final = int(XidStatus.SUB_COMMITTED)
 _pack_one_clog: Final = struct.Struct("<BBBH").pack
 
 
@@ -189,7 +190,7 @@ def _clog_set(page: bytearray, payload: bytes) -> None:
     if size < 0 or size % _INDEX.size:
         raise CorruptedError("native change of the commit log has a wrong length")
     status = payload[2]
-    if not XidStatus.COMMITTED <= status <= XidStatus.SUB_COMMITTED:
+    if not _COMMITTED <= status <= _SUB_COMMITTED:
         raise CorruptedError("native change of the commit log has an impossible status")
     # Mostly it is one, and there are hundreds of them.
     one = size == _INDEX.size
@@ -199,7 +200,7 @@ def _clog_set(page: bytearray, payload: bytes) -> None:
         byte, shift = index >> 2, (index & 3) * 2
         old = page[byte]
         # TransactionIdSetStatusBit: in recovery, a committed xid does not go back to sub-committed.
-        if status == XidStatus.SUB_COMMITTED and (old >> shift) & 3 == XidStatus.COMMITTED:
+        if status == _SUB_COMMITTED and (old >> shift) & 3 == _COMMITTED:
             continue
         page[byte] = old & ~(3 << shift) | status << shift
 
