@@ -17,6 +17,7 @@ from keylake.cluster import Cluster
 from keylake.demo.pgbench import run_pgbench
 from pageserver.ingest_shell import IngestShell, load_tip
 from pageserver.initdb_import import read_position, read_values
+from pageserver.layer.in_memory import LONG_RUN_VALUES
 from pageserver.layer_cache import LayerCache
 from pageserver.project_redo import ProjectRedo
 from pageserver.redo.build import prepare
@@ -154,7 +155,8 @@ async def _flushed(connection: asyncpg.Connection[asyncpg.Record]) -> int:
 
 
 async def measure_redo(repeats: int = 2000) -> list[Row]:
-    """Pages of pgbench_accounts rebuilt by one redo worker, one request at a time: of one record, and of 100."""
+    """Pages of pgbench_accounts rebuilt by one redo worker, one request at a time: of one record, of 100, and
+    of as many as a read may have to apply."""
     rows: list[Row] = []
     async with stock_primary(wal_keep_size="4GB", max_wal_size="8GB") as server:
         await pgbench_init(socket_env(server), 1)
@@ -171,7 +173,7 @@ async def measure_redo(repeats: int = 2000) -> list[Row]:
             before = decoder.next_lsn
             for _, end, record in decoder.feed(before, data):
                 for block in parse_blocks(record).blocks:
-                    if record[17] == RmgrId.HEAP and block.fork == Fork.MAIN:
+                    if record[17] in (RmgrId.HEAP, RmgrId.HEAP2) and block.fork == Fork.MAIN:
                         chain = chains.setdefault((block.rel, block.block_number), [])
                         if block.starts_over:
                             chain.clear()
@@ -183,7 +185,7 @@ async def measure_redo(repeats: int = 2000) -> list[Row]:
     (rel, block_number), longest = max(chains.items(), key=lambda item: len(item[1]))
     worker = await RedoWorker.start(await prepare())
     try:
-        for count, target_us in ((1, 60), (100, 1500)):
+        for count, target_us in ((1, 60), (100, 1500), (LONG_RUN_VALUES, 1500)):
             begun, times = longest[0:1], []
             base = await worker.apply(rel, 0, block_number, None, begun)
             chain = longest[1 : 1 + count]

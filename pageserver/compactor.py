@@ -204,7 +204,8 @@ class Compactor:
         pacer = Pacer(live.check)
         builder = DeltaBuilder()
         for key, numbers in keys_of(streams, WHOLE_KEYSPACE):
-            await pacer.turn()
+            if pacer.is_over():
+                await pacer.pause()
             runs: list[RawRun] = []
             chains: list[int] = []
             size = 0
@@ -290,7 +291,8 @@ class Compactor:
         while True:
             batch.clear()
             for key, numbers in keys:
-                await pacer.turn()
+                if pacer.is_over():
+                    await pacer.pause()
                 if key[0] != REL_BLOCK or await sizes.exists(key):
                     batch.append((key, await _chain(live, streams, numbers, key, lsn)))
                     if len(batch) == _IMAGE_BATCH_KEYS:

@@ -44,10 +44,16 @@ from shared.wal import (
     rmgr_xlog,
 )
 from shared.wal.image import require_readable, restore_image, with_page_lsn
-from shared.wal.reader import RawRecord
-from shared.wal.record import SINGLE_END, Rel, parse_blocks, unpack_single
+from shared.wal.reader import RECORD_HEADER_SIZE_BYTES, RawRecord
+from shared.wal.record import SINGLE_END, BlockFlag, Rel, parse_blocks
 from shared.wal.rmgr import RmgrId
-from shared.wal.rmgr_heap import CLEAR_FLAGS, HEAP_BLOCKS_PER_MAP_PAGE, VisibilityClear, visibility_clears
+from shared.wal.rmgr_heap import (
+    CLEAR_FLAGS,
+    HEAP_BLOCKS_PER_MAP_PAGE,
+    OPCODE_MASK,
+    VisibilityClear,
+    visibility_clears,
+)
 from shared.wal.rmgr_smgr import TruncateFlag
 
 MAX_GAP_BLOCKS: Final = 1 << 18
@@ -65,7 +71,17 @@ _WAL, _WAL_INIT, _IMAGE, _NATIVE, _TOMBSTONE = (
     int(k) for k in (ValueKind.WAL, ValueKind.WAL_INIT, ValueKind.IMAGE, ValueKind.NATIVE, ValueKind.TOMBSTONE)
 )
 _FSM, _VM = int(Fork.FSM), int(Fork.VISIBILITY_MAP)
-_HEADER: Final = struct.Struct("<4xI8xBB")
+_HEADER: Final = struct.Struct("<4xI8xH")
+"""Of a record: its xid, and its operation: xl_info, and above it the resource manager's id."""
+_SINGLE: Final = struct.Struct("<4xI8xH6xBBH16xBB")
+"""Of a record of SINGLE_END bytes or more: the same; then block id, fork and flags, data length, id of the main data's
+header, its length, if it names one block without an image. What stands between is the place of the block:"""
+_PLACE: Final = struct.Struct("<IIII")
+"""Tablespace, database, relfilenumber, block number; from _PLACE_START."""
+_PLACE_START: Final = RECORD_HEADER_SIZE_BYTES + 4
+_PLACE_END: Final = _PLACE_START + _PLACE.size
+_MAX_KNOWN_BLOCKS: Final = 1 << 15
+"""Some 7 MB."""
 _BARE_COMMIT: Final = bytes((255, 8))
 """The header of the main data of a commit record, of 34 bytes, that says when and nothing else."""
 # Resource managers whose records concern more than their blocks.
@@ -86,7 +102,16 @@ _SPECIAL: Final = frozenset(
     }
 )
 _PLAIN: Final = frozenset(RmgrId) - _SPECIAL
-_XACT: Final = int(RmgrId.XACT)
+_PLAIN_OPERATIONS: Final[dict[int, tuple[int, int] | tuple[()]]] = {
+    rmid << 8 | info: CLEAR_FLAGS.get(rmid << 8 | info & OPCODE_MASK, ()) for rmid in _PLAIN for info in range(256)
+}
+"""Operations that concern their blocks only; with where the flags are that may clear bits of a visibility map, too."""
+_COMMIT: Final = RmgrId.XACT << 8
+_HAS_DATA, _WILL_INIT = int(BlockFlag.HAS_DATA), int(BlockFlag.WILL_INIT)
+_SINGLE_FLAGS: Final = tuple(
+    frozenset(fork | data | init for fork in Fork for init in (0, _WILL_INIT)) for data in (0, _HAS_DATA)
+)
+"""Fork and flags of a block with its own relation and without an image; without and with data."""
 _HEAP: Final = frozenset({RmgrId.HEAP, RmgrId.HEAP2})
 
 
@@ -114,6 +139,9 @@ class WalIngest(StateIngest):
     def __init__(self, tip: Tip) -> None:
         super().__init__(tip)
         self._copy: CopyDatabase | None = None
+        self._known: dict[bytes, bytes] = {}
+        """Place, as a record has it → key, of blocks of main forks that exist. One key object for all values of a block
+        is what makes finding its run fast: its hash is known, and it is compared by identity."""
 
     def ingest(self, records: Sequence[RawRecord]) -> Ingested:
         """Values of `records`, or of the first of them, in LSN order per key. Raises CorruptedError,
@@ -125,58 +153,65 @@ class WalIngest(StateIngest):
         next_xid = self.tip.checkpoint.next_xid & 0xFFFFFFFF
         consumed = 0
         full = False
-        unpack_header, find_flags = _HEADER.unpack_from, CLEAR_FLAGS.get
+        unpack_header, unpack_single, find_plain = _HEADER.unpack_from, _SINGLE.unpack_from, _PLAIN_OPERATIONS.get
+        known = self._known
         tracking = self.tip.control.track_commit_timestamp
         if records:
             self._copied_lsn = min(self._copied_lsn, records[0][0])
         for start, end, record in records:
             consumed += 1
-            xid, info, rmid = unpack_header(record)
+            size = len(record)
+            if size >= SINGLE_END:
+                xid, operation, block_id, flags, data_length, main_id, main_length = unpack_single(record)
+            else:
+                xid, operation = unpack_header(record)
+                main_id = 0
             # Wraparound-safe "xid >= next_xid" (transam.h, TransactionIdFollowsOrEquals). 0 is no xid.
             if xid and (xid - next_xid) & 0xFFFFFFFF < 0x80000000:
                 next_xid = self._advance_next_xid(xid)
-            size = len(record)
-            if rmid in _PLAIN:
-                if size >= SINGLE_END:
-                    # Nine records of ten: one block without an image, and the short header of main data. The same
-                    # tests as parse_blocks makes, without a tuple for what is used once.
-                    block_id, fork, data_length, spc, db, number, block, main_id, main_length = unpack_single(
-                        record, 24
-                    )
-                    if (
-                        main_id == 255
-                        and block_id == 0
-                        and fork & 0x90 == 0
-                        and fork & 0x0F <= 3
-                        and (data_length > 0) is (fork & 0x20 != 0)
-                        and SINGLE_END + data_length + main_length == size
-                    ):
-                        kind = _WAL_INIT if fork & 0x40 else _WAL
-                        fork &= 0x0F
-                        if fork != _FSM:
-                            rel = spc, db, number
-                            if block >= sizes.get((rel, fork), 0):
-                                self._extend(rel, fork, block, end, initialised=kind != _WAL)
-                                full = len(values) > _MANY_VALUES
-                            append((pack_key(REL_BLOCK, spc, db, number, fork, block), end, kind, record))
-                        clear = find_flags(rmid << 8 | info & 0x70)
-                        if clear is not None and (
-                            main_length < clear[1] or record[SINGLE_END + data_length + clear[0]] & 3
-                        ):
-                            blocks, main_start = parse_blocks(record)
-                            clears = visibility_clears(rmid, info, blocks, record, main_start)
-                            if clears:
-                                self._clear_visibility(clears, end)
-                        if self._pending:
-                            self._store_pending(end)
-                        if full:
-                            break
-                        continue
-            elif rmid == _XACT and info == 0 and xid and record[24:26] == _BARE_COMMIT and size == 34 and not tracking:
+            clear = find_plain(operation)
+            if clear is not None:
+                # Nine records of ten: one block without an image, and the short header of main data. The same tests as
+                # parse_blocks makes, without a tuple for what is used once.
+                if (
+                    main_id == 255
+                    and block_id == 0
+                    and flags in _SINGLE_FLAGS[data_length > 0]
+                    and SINGLE_END + data_length + main_length == size
+                ):
+                    fork = flags & 0x0F
+                    kind = _WAL_INIT if flags & _WILL_INIT else _WAL
+                    key = None if fork else known.get(record[_PLACE_START:_PLACE_END])
+                    if key is not None:
+                        append((key, end, kind, record))
+                    elif fork != _FSM:
+                        spc, db, number, block = _PLACE.unpack_from(record, _PLACE_START)
+                        rel = spc, db, number
+                        if block >= sizes.get((rel, fork), 0):
+                            self._extend(rel, fork, block, end, initialised=kind != _WAL)
+                            full = len(values) > _MANY_VALUES
+                        key = pack_key(REL_BLOCK, spc, db, number, fork, block)
+                        if fork == 0:
+                            if len(known) >= _MAX_KNOWN_BLOCKS:
+                                known.clear()
+                            known[record[_PLACE_START:_PLACE_END]] = key
+                        append((key, end, kind, record))
+                    if clear and (main_length < clear[1] or record[SINGLE_END + data_length + clear[0]] & 3):
+                        blocks, main_start = parse_blocks(record)
+                        clears = visibility_clears(operation >> 8, operation & 0xFF, blocks, record, main_start)
+                        if clears:
+                            self._clear_visibility(clears, end)
+                    if self._pending:
+                        self._store_pending(end)
+                    if full:
+                        break
+                    continue
+            elif operation == _COMMIT and xid and record[24:26] == _BARE_COMMIT and size == 34 and not tracking:
                 self._commit_one(xid, unpack_time(record, 26)[0], end)
                 if self._pending:
                     self._store_pending(end)
                 continue
+            rmid, info = divmod(operation, 256)
             blocks, main_start = parse_blocks(record)
             for _, rel, fork, block, flags, image, _, _ in blocks:
                 if fork == _FSM:
@@ -229,10 +264,13 @@ class WalIngest(StateIngest):
 
     def _set_size(self, rel: Rel, fork: int, blocks: int) -> None:
         require_known_tablespace(rel[0])
+        if blocks < self.tip.rel_sizes.get((rel, fork), 0):
+            self._known.clear()
         self.tip.rel_sizes[rel, fork] = blocks
         self._pending[pack_key(REL_SIZE, *rel, fork, 0)] = _IMAGE, pack_size(blocks)
 
     def _drop_rel(self, rel: Rel) -> None:
+        self._known.clear()
         for fork in Fork:
             if self.tip.rel_sizes.pop((rel, int(fork)), None) is not None:
                 self._pending[pack_key(REL_SIZE, *rel, fork, 0)] = _TOMBSTONE, b""

@@ -91,6 +91,9 @@ class StateIngest:
         self.tip = tip
         self._values: list[KeyedValue] = []
         self._pending: dict[bytes, tuple[int, bytes]] = {}
+        self._clog_page = -1
+        self._clog_key = b""
+        """Of the last commit."""
         self._running_are_listed = False
         """Completely, by the last record that does."""
         self._copied_lsn = _UNKNOWN_LSN
@@ -236,7 +239,12 @@ class StateIngest:
         """A commit without anything else to it, as most are."""
         self._note_end_time(time_us, end)
         page = xid // native.CLOG_XACTS_PER_PAGE
-        self._slru_change(Slru.CLOG, page, native.pack_clog_commit(xid), end)
+        change = native.pack_clog_commit(xid)
+        if page == self._clog_page and page in self.tip.slru_pages[Slru.CLOG]:
+            self._values.append((self._clog_key, end, _NATIVE, change))
+        else:
+            self._slru_change(Slru.CLOG, page, change, end)
+            self._clog_page, self._clog_key = page, slru_key(Slru.CLOG, page)
 
     def _note_end_time(self, time_us: int, end: int) -> None:
         """Times of transactions that end together may cross in the log; what is stored only rises, to be searched."""

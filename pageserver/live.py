@@ -57,9 +57,10 @@ class TimelineConfig:
     """Memory that it may take before it is frozen in any case."""
     frozen_layers: int = 2
     """Ingest waits while there are so many that are not flushed."""
-    image_threshold_values: int = 100
-    """Chain length past which a flush adds an image. To redo so many records takes a worker some 70 µs (`python -m
-    benchmarks redo`), no more than to read and open an image; each image costs ingest as much as 100 records do."""
+    image_threshold_values: int = 256
+    """Chain length past which a flush adds an image. To redo so many records takes a worker some 160 µs, twice as long
+    as 100 of them (`python -m benchmarks redo`). Most pages of an index, or of a table that rows are appended to, are
+    full before that; images of all of them would be half of what their ingest costs."""
     chunk_size_bytes: int = 64 * 1024
     """Plaintext bytes of a layer that are sealed, read and cached together."""
     page_cache_bytes: int = 64 * 1024 * 1024

@@ -73,6 +73,7 @@ class NativeOp(enum.IntEnum):
 
 _CLOG_SET: Final = int(NativeOp.CLOG_SET)
 _COMMITTED: Final = int(XidStatus.COMMITTED)
+_SUB_COMMITTED: Final = int(XidStatus.SUB_COMMITTED)
 _pack_one_clog: Final = struct.Struct("<BBBH").pack
 
 
@@ -189,15 +190,17 @@ def _clog_set(page: bytearray, payload: bytes) -> None:
     if size < 0 or size % _INDEX.size:
         raise CorruptedError("native change of the commit log has a wrong length")
     status = payload[2]
-    if not XidStatus.COMMITTED <= status <= XidStatus.SUB_COMMITTED:
+    if not _COMMITTED <= status <= _SUB_COMMITTED:
         raise CorruptedError("native change of the commit log has an impossible status")
-    for index in struct.unpack_from(f"<{size // _INDEX.size}H", payload, 3):
+    # Mostly it is one, and there are hundreds of them.
+    one = size == _INDEX.size
+    for index in _INDEX.unpack_from(payload, 3) if one else struct.unpack_from(f"<{size // _INDEX.size}H", payload, 3):
         if index >= CLOG_XACTS_PER_PAGE:
             raise CorruptedError("native change of the commit log is beyond its page")
         byte, shift = index >> 2, (index & 3) * 2
         old = page[byte]
         # TransactionIdSetStatusBit: in recovery, a committed xid does not go back to sub-committed.
-        if status == XidStatus.SUB_COMMITTED and (old >> shift) & 3 == XidStatus.COMMITTED:
+        if status == _SUB_COMMITTED and (old >> shift) & 3 == _COMMITTED:
             continue
         page[byte] = old & ~(3 << shift) | status << shift
 

@@ -16,7 +16,8 @@ the other one writes later.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -33,10 +34,11 @@ from shared.keyspace import REL_BLOCK, Fork
 
 _WAL: Final = int(ValueKind.WAL)
 _WAL_INIT: Final = int(ValueKind.WAL_INIT)
-_RECORDS: Final = frozenset({_WAL, _WAL_INIT})
 _IMAGE: Final = int(ValueKind.IMAGE)
 _NATIVE: Final = int(ValueKind.NATIVE)
 _TOMBSTONE: Final = int(ValueKind.TOMBSTONE)
+_NATIVE_RUN: Final = re.compile(b"%c+" % _NATIVE)
+_RECORD_RUN: Final = re.compile(b"[%c%c]+" % (_WAL, _WAL_INIT))
 
 
 class Memory(Protocol):
@@ -185,24 +187,23 @@ def reconstruct(key: bytes, chain: Chain) -> Generator[RedoRequest, bytes, bytes
     is_block = key[0] == REL_BLOCK
     current: bytes | None = None if base is None else base.value
     started = base is not None and base.value is not None
-    index = len(values) - 1
-    while index >= 0:
-        kind = values[index].kind
+    columns: Iterable[tuple[Any, ...]] = zip(*reversed(values), strict=True) if values else ((), (), ())
+    lsns, each_kind, payloads = columns
+    kinds, index = bytes(each_kind), 0
+    while index < len(kinds):
+        kind, first = kinds[index], index
         if kind == _IMAGE:
-            current, started = values[index].payload, True
-            index -= 1
+            current, started = payloads[index], True
+            index += 1
         elif kind == _TOMBSTONE:
             # A dropped file is gone; a block that has no life of its own yet starts from zeros.
             current, started = None, is_block
-            index -= 1
-        elif kind == _NATIVE:
-            payloads = []
-            while index >= 0 and values[index].kind == _NATIVE:
-                payloads.append(values[index].payload)
-                index -= 1
-            current = apply_native(key, current, payloads)
+            index += 1
+        elif run := _NATIVE_RUN.match(kinds, index):
+            index = run.end()
+            current = apply_native(key, current, payloads[first:index])
             started = True
-        elif kind in _RECORDS:
+        elif run := _RECORD_RUN.match(kinds, index):
             if not is_block:
                 raise CorruptedError("a WAL record stands under a key that is no block")
             if kind == _WAL_INIT:
@@ -210,11 +211,8 @@ def reconstruct(key: bytes, chain: Chain) -> Generator[RedoRequest, bytes, bytes
             elif not started and key[13] != Fork.VISIBILITY_MAP:
                 # Redo makes a page of a visibility map out of nothing (heap_xlog_visible), and no other.
                 raise CorruptedError("a WAL record needs a page and there is none")
-            first = index
-            while index >= 0 and values[index].kind in _RECORDS:
-                index -= 1
-            records = [(lsn, payload) for lsn, _, payload in reversed(values[index + 1 : first + 1])]
-            current = yield RedoRequest(current, records)
+            index = run.end()
+            current = yield RedoRequest(current, list(zip(lsns[first:index], payloads[first:index], strict=True)))
             started = True
         else:
             raise CorruptedError(f"a value is of unknown kind {kind}")
@@ -230,5 +228,5 @@ def reconstruct(key: bytes, chain: Chain) -> Generator[RedoRequest, bytes, bytes
 def changed_lsn(chain: Chain) -> int:
     """When the value became what it is; 0 when it never was anything."""
     if chain.values:
-        return chain.values[0].lsn
+        return chain.values[0][0]
     return 0 if chain.base is None else chain.base.changed_lsn

@@ -29,14 +29,14 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from operator import lt
+from operator import le, lt
 from struct import Struct
 from typing import Final, NamedTuple
 
 from pageserver.layer.footer import Footer
-from pageserver.layer.in_memory import STARTS, Run
+from pageserver.layer.in_memory import Run
 from pageserver.layer.name import LayerKind
-from pageserver.value import Value, ValueKind, new_value
+from pageserver.value import START_TABLE, Value, ValueKind, chain_start
 from shared.errors import CorruptedError
 from shared.keyspace import KEY_SIZE_BYTES, KeyRange
 
@@ -45,7 +45,6 @@ _INDEX_ROW_BYTES: Final = KEY_SIZE_BYTES + 3 * 8 + 3 * 4
 _KEY: Final = Struct(f"{KEY_SIZE_BYTES}s")
 _PACKED_VALUES: Final = 32
 _HEADERS: Final = [Struct(f"<{n}Q{n}I{n}B").pack for n in range(_PACKED_VALUES)]
-_START_TABLE: Final = bytes(kind < len(STARTS) and STARTS[kind] for kind in range(256))
 _MAX_U32: Final = (1 << 32) - 1
 
 
@@ -174,31 +173,27 @@ class RunHeader:
         Raises CorruptedError for ends of payloads that go back or past the run.
         """
         end = entry.values if lsn >= entry.last_lsn else bisect_right(self._lsns, lsn)
-        first = end
-        complete = False
-        lsns, kinds = self._lsns, self._kinds
-        while first > 0 and lsns[first - 1] > floor:
-            first -= 1
-            if _START_TABLE[kinds[first]]:
-                complete = True
-                break
+        above = bisect_right(self._lsns, floor, 0, end)
+        oldest = chain_start(self._kinds, above, end)
+        first = max(above, oldest)
         start = self._ends[first - 1] if first else 0
         stop = self._ends[end - 1] if end else 0
         if not start <= stop <= entry.payload_size_bytes:
             raise CorruptedError("a run's payloads overlap")
-        return Selection(first, end, start, stop, complete)
+        return Selection(first, end, start, stop, oldest >= 0)
 
     def take(self, selection: Selection, payloads: bytes | memoryview, chain: list[Value]) -> None:
-        """Append the selected values to `chain`, newest first. `payloads`: the bytes that the selection names."""
-        lsns, ends, kinds = self._lsns, self._ends, self._kinds
-        base = selection.payload_start
-        stop = selection.payload_end
-        for index in range(selection.end - 1, selection.first - 1, -1):
-            start = ends[index - 1] if index else 0
-            if not base <= start <= stop:
-                raise CorruptedError("a run's payloads overlap")
-            chain.append(new_value((lsns[index], kinds[index], bytes(payloads[start - base : stop - base]))))
-            stop = start
+        """Append the selected values to `chain`, newest first. `payloads`: the bytes that the selection names.
+
+        Raises CorruptedError for ends of payloads that go back.
+        """
+        selected, base, data = slice(selection.first, selection.end), selection.payload_start, bytes(payloads)
+        ends = self._ends[selected].tolist()
+        starts = [base, *ends[:-1]]
+        if not all(map(le, starts, ends)):
+            raise CorruptedError("a run's payloads overlap")
+        parts = [data[start - base : end - base] for start, end in zip(starts, ends, strict=False)]
+        chain += zip(reversed(self._lsns[selected]), reversed(self._kinds[selected]), reversed(parts), strict=True)
 
 
 class RawRun(NamedTuple):
@@ -248,7 +243,7 @@ class DeltaBuilder:
         count = len(lsns)
         ends = list(accumulate(map(len, payloads)))
         kind_bytes = bytes(kinds)
-        start = kind_bytes.translate(_START_TABLE).rfind(1)
+        start = kind_bytes.translate(START_TABLE).rfind(1)
         chain = min(count - 1 - start if start >= 0 else chain_before + count, _MAX_U32)
         if ends[-1] > _MAX_U32:
             raise OverflowError("the values of one key do not fit a run")

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from pageserver.value import CHAIN_START, Value, ValueKind, new_value
+from pageserver.value import Value, ValueKind, chain_start
 from shared.keyspace import REL_BLOCK, KeyRange
 
 KeyedValue = tuple[bytes, int, int, bytes]
@@ -24,18 +24,17 @@ KeyedValue = tuple[bytes, int, int, bytes]
 Run = list[Any]
 """[lsn: int, kind: int, payload: bytes, …]: see above."""
 
-STARTS: Final = tuple(kind in CHAIN_START for kind in ValueKind)
-"""Indexed by kind: does the value need no older one? A tuple, because an enum lookup costs as much as the rest."""
-
 _VALUE_OVERHEAD_BYTES: Final = 96
 """Memory of a value beside its payload: object header, LSN, three list slots. Measured with tracemalloc."""
 _KEY_OVERHEAD_BYTES: Final = 260
 """Memory of a key with its list and its place in the dictionary."""
 
-LONG_RUN_VALUES: Final = 128
+LONG_RUN_VALUES: Final = 256
 """A key is reported in `long_runs` each time it has collected this many values."""
 _LONG_RUN_SLOTS: Final = LONG_RUN_VALUES * 3
 _DISMANTLED_SLOTS: Final = 3 * 4096
+_PIECE_SLOTS: Final = 3 * 64
+"""Of a run, looked at together: as slices, a value costs a tenth of what it does one by one."""
 
 
 class InMemoryLayer:
@@ -128,18 +127,18 @@ class InMemoryLayer:
         run = self._runs.get(key)
         if run is None:
             return False
-        index = len(run) - 3
-        if run[index] > lsn:
-            index = _behind(run, lsn) - 3
-        while index >= 0:
-            at = run[index]
-            if at <= floor:
-                return False
-            kind = run[index + 1]
-            chain.append(new_value((at, kind, run[index + 2])))
-            if STARTS[kind]:
-                return True
-            index -= 3
+        end = len(run) if run[-3] <= lsn else _behind(run, lsn)
+        while end > 0:
+            start = max(0, end - _PIECE_SLOTS)
+            lsns, kinds = run[start:end:3], run[start + 1 : end : 3]
+            above = bisect_right(lsns, floor)
+            oldest = chain_start(kinds, above, len(kinds))
+            first = max(above, oldest)
+            payloads = run[start + 3 * first + 2 : end : 3]
+            chain += zip(reversed(lsns[first:]), reversed(kinds[first:]), reversed(payloads), strict=True)
+            if oldest >= 0 or above > 0:
+                return oldest >= 0
+            end = start
         return False
 
     def keys_in(self, key_range: KeyRange) -> list[bytes]:
@@ -176,12 +175,15 @@ class InMemoryLayer:
 
 def tail_length(run: Run) -> tuple[int, bool]:
     """(values behind the last one that starts a chain, is there such a one); without one, all values count."""
-    count = 0
-    for kind in run[-2::-3]:
-        if STARTS[kind]:
-            return count, True
-        count += 1
-    return count, False
+    end = len(run)
+    while end > 0:
+        start = max(0, end - _PIECE_SLOTS)
+        kinds = run[start + 1 : end : 3]
+        oldest = chain_start(kinds, 0, len(kinds))
+        if oldest >= 0:
+            return (len(run) - start) // 3 - 1 - oldest, True
+        end = start
+    return len(run) // 3, False
 
 
 def image_points(run: Run) -> list[int]:

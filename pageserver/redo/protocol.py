@@ -81,13 +81,11 @@ def apply_request(
         raise InvalidInputError("the base is not a page")
     if not 0 <= fork <= MAX_FORK or not 0 <= block <= MAX_BLOCK or not records:
         raise InvalidInputError("no such fork or block, or no records")
-    pack = _RECORD.pack
-    parts = [b"", base or b""]
-    append = parts.append
+    ends, bodies = zip(*records, strict=True)
+    parts = [b"", base or b""] + 2 * len(records) * [b""]
+    parts[3::2] = bodies
     try:
-        for end_lsn, record in records:
-            append(pack(end_lsn, len(record)))
-            append(record)
+        parts[2::2] = map(_RECORD.pack, ends, map(len, bodies))
         flags = (0 if base is None else _HAS_BASE) | (_VERIFY_CRC if verify_crc else 0)
         size = sum(map(len, parts)) + _APPLY.size - FRAME_HEADER_SIZE_BYTES
         if size > MAX_REQUEST_BYTES:
@@ -100,13 +98,15 @@ def apply_request(
 
 def split_chain(records: Sequence[tuple[int, bytes]]) -> list[Sequence[tuple[int, bytes]]]:
     """Cut a chain into runs that fit one request each; nearly always there is one. Raises InvalidInputError."""
+    lengths = [len(record) for _, record in records]
+    if lengths and not (min(lengths) >= MIN_RECORD_BYTES and max(lengths) <= MAX_RECORD_BYTES):
+        raise InvalidInputError("a record of impossible length")
+    if APPLY_OVERHEAD_BYTES + len(lengths) * RECORD_OVERHEAD_BYTES + sum(lengths) <= MAX_REQUEST_BYTES:
+        return [records]
     runs: list[Sequence[tuple[int, bytes]]] = []
     start = 0
     size = APPLY_OVERHEAD_BYTES
-    for index, (_, record) in enumerate(records):
-        length = len(record)
-        if not MIN_RECORD_BYTES <= length <= MAX_RECORD_BYTES:
-            raise InvalidInputError("a record of impossible length")
+    for index, length in enumerate(lengths):
         size += RECORD_OVERHEAD_BYTES + length
         if size > MAX_REQUEST_BYTES:
             runs.append(records[start:index])

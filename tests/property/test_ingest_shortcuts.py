@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from unittest import mock
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pageserver import ingest
@@ -13,6 +13,7 @@ from pageserver.ingest import WalIngest
 from pageserver.ingest_state import KeyedValue
 from shared.errors import KeylakeError
 from shared.wal.rmgr import RmgrId
+from shared.wal.rmgr_smgr import TruncateFlag
 from shared.wal.writer import build_record
 from tests.unit.test_ingest_state import END, new_tip
 
@@ -60,8 +61,20 @@ def outcome(records: list[bytes], *, tracking: bool) -> tuple[list[KeyedValue], 
 BARE_COMMIT = build_record(rmgr_id=RmgrId.XACT, info=0, prev_lsn=1, xid=10_000, fragments=bytes((255, 8)) + b"the time")
 
 
+def record(rmgr_id: RmgrId, info: int, fragments: bytes) -> bytes:
+    return build_record(rmgr_id=rmgr_id, info=info, prev_lsn=1, xid=10_000, fragments=fragments)
+
+
+REL = struct.pack("<III", 1663, 5, 16384)
+CHANGE = record(RmgrId.BTREE, 0, struct.pack("<BBH12sIBB", 0, 0, 0, REL, 1, 255, 2) + b"to")
+TRUNCATE = record(RmgrId.SMGR, 0x20, bytes((255, 20)) + struct.pack("<I12sI", 1, REL, TruncateFlag.HEAP))
+DROP = record(RmgrId.XACT, 0x80, bytes((255, 28)) + b"the time" + struct.pack("<II12s", 0x04, 1, REL))
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(single_blocks(), commits()), max_size=2), st.booleans())
+@example([CHANGE, TRUNCATE, CHANGE], False)  # a block that is known goes away, and comes back as a new one
+@example([CHANGE, DROP, CHANGE], False)
 def test_shortcuts_change_nothing(records: list[bytes], tracking: bool) -> None:
     records = [BARE_COMMIT, *records]
     short = outcome(records, tracking=tracking)

@@ -12,7 +12,7 @@ from pageserver.index_part import IndexPart
 from pageserver.layer.delta import DeltaBuilder, DeltaIndex, RunHeader, run_header_range
 from pageserver.layer.footer import FOOTER_SIZE_BYTES, Footer
 from pageserver.layer.image import ImageBuilder, ImageIndex
-from pageserver.layer.in_memory import InMemoryLayer, Run, image_points, tail_length
+from pageserver.layer.in_memory import LONG_RUN_VALUES, InMemoryLayer, Run, image_points, tail_length
 from pageserver.layer.name import LayerKind, parse_layer_name
 from pageserver.value import CHAIN_START, Value, ValueKind
 from shared.errors import CorruptedError
@@ -36,7 +36,7 @@ def naive(values: list[tuple[int, int, bytes]], lsn: int, floor: int) -> tuple[l
     chain: list[Value] = []
     for value in reversed(values):
         if floor < value[0] <= lsn:
-            chain.append(Value(*value))
+            chain.append(value)
             if value[1] in CHAIN_START:
                 return chain, True
     return chain, False
@@ -78,7 +78,7 @@ def test_delta_layers_and_memory_give_the_chain_that_looking_at_all_values_gives
 
 @given(runs)
 def test_image_points_lie_behind_the_last_chain_start(values: list[tuple[int, int, bytes]]) -> None:
-    long = values + [(1000 + n, int(ValueKind.WAL), b"") for n in range(1, 300)]
+    long = values + [(1000 + n, int(ValueKind.WAL), b"") for n in range(1, 2 * LONG_RUN_VALUES + 44)]
     points = image_points(flat(long))
     assert points == sorted(points)
     assert 2 <= len(points) <= 3

@@ -9,7 +9,7 @@ import pytest
 from pageserver.layer.delta import DeltaBuilder, DeltaIndex, RunHeader, run_header_range
 from pageserver.layer.footer import FOOTER_SIZE_BYTES, Footer
 from pageserver.layer.image import ImageBuilder, ImageIndex
-from pageserver.layer.in_memory import InMemoryLayer, tail_length
+from pageserver.layer.in_memory import LONG_RUN_VALUES, InMemoryLayer, tail_length
 from pageserver.layer.layer_map import LayerMap
 from pageserver.layer.name import (
     LayerDescriptor,
@@ -40,14 +40,14 @@ def test_gather_walks_down_to_a_chain_start() -> None:
     layer = layer_with((A, 101, WAL, b"0"), (A, 110, WAL_INIT, b"1"), (A, 120, WAL, b"2"), (A, 130, WAL, b"3"))
     chain: list[Value] = []
     assert layer.gather(A, 129, -1, chain)
-    assert chain == [Value(120, WAL, b"2"), Value(110, WAL_INIT, b"1")]
+    assert chain == [(120, WAL, b"2"), (110, WAL_INIT, b"1")]
 
 
 def test_gather_stops_at_the_floor_and_before_the_first_value() -> None:
     layer = layer_with((A, 110, WAL, b"1"), (A, 120, WAL, b"2"))
     chain: list[Value] = []
     assert not layer.gather(A, 200, 110, chain)
-    assert chain == [Value(120, WAL, b"2")]
+    assert chain == [(120, WAL, b"2")]
     nothing: list[Value] = []
     assert not layer.gather(A, 109, -1, nothing)
     assert not layer.gather(B, 200, -1, nothing)
@@ -59,7 +59,7 @@ def test_gather_finds_any_version_of_a_long_run() -> None:
     for lsn in (110, 111, 119, 120, 2505, 5090, 9999):
         chain: list[Value] = []
         assert layer.gather(A, lsn, -1, chain)
-        assert chain[0].payload == str(min(499, (lsn - 100) // 10)).encode()
+        assert chain[0][2] == str(min(499, (lsn - 100) // 10)).encode()
 
 
 def test_an_inserted_image_shortens_reads_above_it_only() -> None:
@@ -67,7 +67,7 @@ def test_an_inserted_image_shortens_reads_above_it_only() -> None:
     layer.insert_image(A, 105, b"page")
     above: list[Value] = []
     assert layer.gather(A, 107, -1, above)
-    assert above == [Value(107, WAL, b"7"), Value(106, WAL, b"6"), Value(105, IMAGE, b"page")]
+    assert above == [(107, WAL, b"7"), (106, WAL, b"6"), (105, IMAGE, b"page")]
     below: list[Value] = []
     assert not layer.gather(A, 104, -1, below)
     assert len(below) == 4
@@ -75,13 +75,13 @@ def test_an_inserted_image_shortens_reads_above_it_only() -> None:
 
 def test_long_runs_are_reported_and_sizes_counted() -> None:
     layer = InMemoryLayer(0)
-    for lsn in range(1, 129):
+    for lsn in range(1, LONG_RUN_VALUES + 1):
         assert layer.long_runs == []
         layer.put(A, lsn, WAL, b"x" * 10)
     assert layer.long_runs == [A]
-    assert layer.value_count == 128
+    assert layer.value_count == LONG_RUN_VALUES
     assert layer.key_count == 1
-    assert layer.size_bytes >= 128 * 10
+    assert layer.size_bytes >= LONG_RUN_VALUES * 10
 
 
 def test_a_frozen_layer_takes_nothing_and_a_cleared_one_has_nothing() -> None:
@@ -146,11 +146,11 @@ def test_delta_layer_gives_back_what_went_in() -> None:
     footer = Footer.parse(plaintext[-FOOTER_SIZE_BYTES:], size)
     start, end = footer.index_range(size)
     for index in (built, DeltaIndex(footer, plaintext[start:end])):
-        assert read(plaintext, index, A, 110) == ([Value(109, WAL, b"three"), Value(105, WAL_INIT, b"")], True)
-        assert read(plaintext, index, A, 104) == ([Value(101, WAL, b"one")], False)
-        assert read(plaintext, index, A, 999, floor=109) == ([Value(111, WAL, b"f")], False)
+        assert read(plaintext, index, A, 110) == ([(109, WAL, b"three"), (105, WAL_INIT, b"")], True)
+        assert read(plaintext, index, A, 104) == ([(101, WAL, b"one")], False)
+        assert read(plaintext, index, A, 999, floor=109) == ([(111, WAL, b"f")], False)
         assert read(plaintext, index, A, 100) == ([], False)
-        assert read(plaintext, index, C, 120) == ([Value(120, IMAGE, b"page")], True)
+        assert read(plaintext, index, C, 120) == ([(120, IMAGE, b"page")], True)
         assert index.find(B) is None
         assert list(index.keys_in(KeyRange(B, C))) == []
         assert list(index.keys_in(KeyRange(A, covering_range(C, C).end))) == [A, C]
@@ -159,8 +159,8 @@ def test_delta_layer_gives_back_what_went_in() -> None:
 def test_delta_layer_with_an_image_at_the_last_lsn() -> None:
     run: list[object] = [101, WAL, b"one", 105, WAL, b"two"]
     plaintext, index = build((A, run, 40, b"page"))
-    assert read(plaintext, index, A, 105) == ([Value(105, IMAGE, b"page")], True)
-    assert read(plaintext, index, A, 104) == ([Value(101, WAL, b"one")], False)
+    assert read(plaintext, index, A, 105) == ([(105, IMAGE, b"page")], True)
+    assert read(plaintext, index, A, 104) == ([(101, WAL, b"one")], False)
 
 
 def test_delta_layer_carries_chain_lengths_on() -> None:
@@ -178,7 +178,7 @@ def test_a_run_of_many_values() -> None:
     builder.add_run(A, run, 0)
     plaintext, index = builder.finish(100, 3000)
     chain, complete = read(bytes(plaintext), index, A, 1600, floor=1590)
-    assert [value.payload for value in chain] == [b"%d" % n for n in range(1500, 1490, -1)]
+    assert [payload for _, _, payload in chain] == [b"%d" % n for n in range(1500, 1490, -1)]
     assert not complete
 
 

@@ -65,7 +65,7 @@ def test_delta_layer() -> None:
     selection = header.select(entry, 0x101F, -1)
     at = entry.payload_offset
     header.take(selection, DELTA[at + selection.payload_start : at + selection.payload_end], chain)
-    assert chain == [Value(0x1010, 2, b"one")]
+    assert chain == [(0x1010, 2, b"one")]
 
 
 def test_image_layer() -> None:
