@@ -14,6 +14,8 @@ for them in vain until it has heard the same; what it misses it would not be ask
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from safekeeper.control_file import ControlState
 from safekeeper.offload import OffloadTuning
 
@@ -30,3 +32,16 @@ def trim_point(state: ControlState, tuning: OffloadTuning) -> int:
     limit = trim_limit(state, tuning)
     ends = (extent.end_lsn for extent in state.log.extents)
     return max((end for end in ends if end is not None and end <= limit), default=0)
+
+
+def trimmed(state: ControlState, tuning: OffloadTuning) -> ControlState:
+    """Without the pieces that nobody will ask for; the same state when there are none."""
+    lsn = trim_point(state, tuning)
+    return state if lsn <= state.log.oldest_lsn else replace(state, log=state.log.trimmed_at(lsn))
+
+
+def begun_at(state: ControlState, flush_lsn: int, lsn: int) -> ControlState:
+    """With a log that begins at `lsn`, where the donor's does; ours ends before, at `flush_lsn`. What was trimmed was
+    committed."""
+    acceptor = replace(state.acceptor, commit_lsn=max(state.acceptor.commit_lsn, lsn))
+    return replace(state, acceptor=acceptor, log=state.log.closed_at(flush_lsn).trimmed_at(lsn))
