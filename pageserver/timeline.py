@@ -146,9 +146,7 @@ class Timeline:
         self._flusher = Flusher(services, config, lambda: self._live, self._published)
         self.compactor = Compactor(services, config, self._flusher, lambda: self._live)
         self.history = Collector(services, config, self._flusher, self.compactor, lambda: self._live, self._known_index)
-        # Images of a branch would have to hold what is inherited, too; and a branch point is read for as long as the
-        # branch exists.
-        self.compactor.is_complete = lambda: self.ancestor is None
+        # A branch point is read for as long as the branch exists.
         self.history.retain_lsns = lambda: self.branches.values()
         self.inspector = Inspector(services, lambda: self._live)
         self.scrubber = Scrubber(services, self._flusher, self.compactor, lambda: self._live)
