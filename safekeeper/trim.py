@@ -21,10 +21,13 @@ from safekeeper.offload import OffloadTuning
 
 
 def trim_limit(state: ControlState, tuning: OffloadTuning) -> int:
-    """Nobody asks for WAL before this."""
-    acceptor = state.acceptor
-    in_layers = min(state.remote_consistent_lsn, acceptor.commit_lsn) - tuning.history_size_bytes
-    return max(0, min(in_layers, acceptor.commit_lsn - tuning.keep_size_bytes))
+    """Nobody asks for WAL before this.
+
+    Up to commit_lsn this log is the one that is in layers. That it lags behind remote_consistent_lsn costs no margin:
+    what peers have trimmed by that, this node may be asked for and not have.
+    """
+    in_layers = state.remote_consistent_lsn - tuning.history_size_bytes
+    return max(0, min(in_layers, state.acceptor.commit_lsn - tuning.keep_size_bytes))
 
 
 def trim_point(state: ControlState, tuning: OffloadTuning) -> int:
