@@ -16,7 +16,7 @@ import asyncio
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -32,7 +32,6 @@ from tests.cluster.primary import SHUT_DOWN_LEASE_S, connect, shut_down
 from tests.cluster.processes import compute_of
 from tests.cluster.test_workloads import Place, differences
 
-DATABASE = "regression"
 _FILE_TIMEOUT_S = 300.0
 
 
@@ -52,22 +51,25 @@ class Suite:
     command: tuple[str, ...]
     good_statuses: tuple[int, ...]
     """Of `command`, when it came to its end."""
+    database: str
+    """Some tests name the one that they expect to run in."""
     own_socket: bool = False
     """Past the proxy, at the Postgres's own socket."""
 
 
 def regression_suite(directory: Path) -> Suite:
     psql = find_postgres().program("psql")
-    options = ("-X", "-a", "-q", "-d", DATABASE, "-v", "HIDE_TABLEAM=on", "-v", "HIDE_TOAST_COMPRESSION=on")
-    return Suite(directory, "parallel_schedule", "sql/{}.sql", (str(psql), *options), (0, 3))
+    options = ("-X", "-a", "-q", "-d", "regression", "-v", "HIDE_TABLEAM=on", "-v", "HIDE_TOAST_COMPRESSION=on")
+    return Suite(directory, "parallel_schedule", "sql/{}.sql", (str(psql), *options), (0, 3), "regression")
 
 
 def isolation_suite(directory: Path) -> Suite:
     tester = str(directory.absolute() / "isolationtester")
     # Past the proxy: it asks who waits for whom by the pids that libpq was told, and through the proxy those are the
     # proxy's.
-    command = (tester, f"dbname={DATABASE}")
-    return Suite(directory, "isolation_schedule", "specs/{}.spec", command, (0,), own_socket=True)
+    database = "isolation_regression"
+    command = (tester, f"dbname={database}")
+    return Suite(directory, "isolation_schedule", "specs/{}.spec", command, (0,), database, own_socket=True)
 
 
 async def run_file(suite: Suite, results: Path, name: str, env: Mapping[str, str]) -> str:
@@ -95,12 +97,15 @@ async def run_file(suite: Suite, results: Path, name: str, env: Mapping[str, str
     return "as expected" if content in expected else "different"
 
 
-async def run_suite(cluster: Cluster, project: RunningProject, suite: Suite, results: Path) -> Counter[str]:
+async def run_suite(
+    cluster: Cluster, project: RunningProject, suite: Suite, results: Path, names: Collection[str]
+) -> Counter[str]:
+    """Those of `names` only, if there are any."""
     connection = await connect(project)
-    await connection.execute(f"CREATE DATABASE {DATABASE} TEMPLATE template0")
+    await connection.execute(f"CREATE DATABASE {suite.database} TEMPLATE template0")
     for name, value in (("lc_messages", "C"), ("lc_monetary", "C"), ("lc_numeric", "C"), ("lc_time", "C"),
                         ("bytea_output", "hex"), ("timezone_abbreviations", "Default")):  # fmt: skip
-        await connection.execute(f"ALTER DATABASE {DATABASE} SET {name} TO '{value}'")
+        await connection.execute(f"ALTER DATABASE {suite.database} SET {name} TO '{value}'")
     await connection.close()
     target = project.connection
     outcomes: Counter[str] = Counter()
@@ -126,7 +131,10 @@ async def run_suite(cluster: Cluster, project: RunningProject, suite: Suite, res
             [socket] = compute.socket_dir.glob(".s.PGSQL.*[0-9]")
             env |= {"PGHOST": str(compute.socket_dir), "PGPORT": socket.name.rpartition(".")[2]}
             del env["PGOPTIONS"]
-        for group in groups_of(suite.directory / suite.schedule):
+        for scheduled in groups_of(suite.directory / suite.schedule):
+            group = [name for name in scheduled if not names or name in names]
+            if not group:
+                continue
             found = await asyncio.gather(*(run_file(suite, results, name, env) for name in group))
             outcomes.update(found)
             print(
@@ -143,7 +151,10 @@ async def main() -> None:
     parser.add_argument(
         "directory", type=Path, help="src/test/regress or src/test/isolation of a PostgreSQL source tree"
     )
-    directory: Path = parser.parse_args().directory
+    parser.add_argument("names", nargs="*", help="of tests to run; none: all of the schedule")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="keep there what the tests answered")
+    arguments = parser.parse_args()
+    directory: Path = arguments.directory
     isolation = (directory / "isolation_schedule").is_file()
     suite = isolation_suite(directory) if isolation else regression_suite(directory)
     if not (directory / suite.schedule).is_file():
@@ -155,14 +166,16 @@ async def main() -> None:
         "compute": {"superuser_owners": True, "volume_size_mb": 4096, "max_connections": 60},
         "keymanager": {"lease_ttl_s": SHUT_DOWN_LEASE_S},
     }
-    with tempfile.TemporaryDirectory(prefix="keylake-regression-") as results:
-        os.chmod(results, 0o777)  # noqa: S103 - the compute's Postgres writes there, as somebody else
-        (Path(results) / "results").mkdir(mode=0o777)
+    with tempfile.TemporaryDirectory(prefix="keylake-regression-") as temporary:
+        results: Path = arguments.results or Path(temporary)
+        (results / "results").mkdir(parents=True, exist_ok=True)
+        for shared in (results, results / "results"):
+            shared.chmod(0o777)  # the compute's Postgres writes there, as somebody else
         async with Cluster(settings=settings) as cluster:
             project = await cluster.create_project("regression")
             redo = await RedoWorker.start(await prepare())
             begun = perf_counter()
-            outcomes = await run_suite(cluster, project, suite, Path(results))
+            outcomes = await run_suite(cluster, project, suite, results, arguments.names)
             print(f"{dict(outcomes)} in {perf_counter() - begun:.0f} s")
             connection = await connect(project)
             rows = await connection.fetch(
@@ -174,7 +187,7 @@ async def main() -> None:
             different = await differences(Place(cluster, project, redo, {}, primary), primary, counts)
             await redo.close()
             # The next compute comes up from storage, and reads all of it.
-            connection = await connect(project, DATABASE)
+            connection = await connect(project, suite.database)
             rows = await connection.fetch(
                 "SELECT oid::regclass::text AS name FROM pg_class WHERE relkind IN ('r', 'm') AND relpersistence = 'p'"
             )

@@ -9,13 +9,14 @@ from dataclasses import replace
 from prometheus_client import CollectorRegistry
 
 from pageserver.app import create_app
+from pageserver.attached import Environment
 from pageserver.config import PageserverSettings
 from pageserver.ingest_memory import IngestMemory
 from pageserver.layer_cache import LayerCache
 from pageserver.page_service import PAGES_SCOPE, PageService
 from pageserver.redo.build import RedoBinaries, prepare
 from pageserver.retention import Retention
-from pageserver.tenants import Environment, Tenants
+from pageserver.tenants import Tenants
 from pageserver.timeline import TimelineConfig
 from pageserver.walreceiver import Peer
 from shared.api.keymanager import Role

@@ -88,9 +88,6 @@ class Compactor:
         """Held by whoever replaces or removes layers. Taken before `Flusher.lock`."""
         self.fault = ""
         self.stats = CompactionStats()
-        self.is_complete: Callable[[], bool] = lambda: True
-        """Does what no layer of this timeline holds not exist? (Not so on a branch, which falls through to another
-        timeline: then keys without an image get none, for it would have to hold what is inherited, too.)"""
         self._services = services
         self._config = config
         self._flusher = flusher
@@ -259,7 +256,7 @@ class Compactor:
         held: set[tuple[str, bytes]] = set()
         for part in partitions(layers, lsn):
             deltas = deltas_above(layers, part, lsn)
-            if depth(deltas) < threshold or (part.image is None and not self.is_complete()):
+            if depth(deltas) < threshold:
                 continue
             found.append((part, deltas))
             for layer in deltas:
@@ -271,7 +268,8 @@ class Compactor:
         return plan_images(found, lsn, threshold, lambda layer, keys: (layer.name, keys.start) in held)
 
     async def _make_images(self, inputs: list[LayerDescriptor], writer: _Writer, *, plan: ImagePlan) -> None:
-        """Images of everything that exists in the plan's range at its LSN, complete for the range."""
+        """Images of everything that exists in the plan's range at its LSN, complete for the range; on a branch, of all
+        that it has changed there, also into what does not exist."""
         live, lsn = writer.live, plan.lsn
         layers = live.layer_map.layers
         parts = [
@@ -288,6 +286,7 @@ class Compactor:
         builder, start = ImageBuilder(), plan.key_range.start
         batch: list[tuple[bytes, Chain]] = []
         keys = keys_of(streams, plan.key_range)
+        is_branch = live.parent is not None
         while True:
             batch.clear()
             for key, numbers in keys:
@@ -295,13 +294,16 @@ class Compactor:
                     await pacer.pause()
                 if key[0] != REL_BLOCK or await sizes.exists(key):
                     batch.append((key, await _chain(live, streams, numbers, key, lsn)))
-                    if len(batch) == _IMAGE_BATCH_KEYS:
-                        break
+                elif is_branch:
+                    batch.append((key, _NOTHING))
+                if len(batch) == _IMAGE_BATCH_KEYS:
+                    break
             if not batch:
                 break
             values = await live.reader.build_all(batch)
             live.check()
-            for (key, _), value in zip(batch, values, strict=True):
+            for (key, _), found in zip(batch, values, strict=True):
+                value = b"" if found is None and is_branch else found
                 if value is None:
                     continue
                 if builder.size_bytes and builder.size_bytes + len(value) > self._config.compaction_target_bytes:
@@ -382,8 +384,12 @@ class _RelSizes:
         return block < self._blocks
 
 
+_NOTHING: Final = Chain([], None)
+
+
 async def _chain(live: Live, streams: Sequence[LayerStream], numbers: Sequence[int], key: bytes, lsn: int) -> Chain:
-    """As `gather`, from streams: delta layers from the newest down, then images."""
+    """As `gather`, from streams: delta layers from the newest down, then images; what is inherited by the way of
+    readers."""
     image = live.layer_map.image(key, lsn)
     floor = -1 if image is None else image.lsn_start
     values: list[Value] = []
@@ -394,8 +400,8 @@ async def _chain(live: Live, streams: Sequence[LayerStream], numbers: Sequence[i
             if image is None or stream.layer.descriptor.name != image.name:
                 continue
             place = index.find(key)
-            value = b"" if place is None else bytes(await _read(stream, *place))
-            return Chain(values, Base(value, floor, floor))
+            value = None if place is None else bytes(await _read(stream, *place))
+            return Chain(values, Base(value or None, floor, floor))
         entry = index.find(key)
         if entry is None or entry.first_lsn > lsn or entry.last_lsn <= floor:
             continue
@@ -408,7 +414,13 @@ async def _chain(live: Live, streams: Sequence[LayerStream], numbers: Sequence[i
         header.take(selection, data, values)
         if selection.complete:
             return Chain(values, None)
-    return Chain(values, None if image is None else Base(None, floor, floor))
+    with live.in_use():
+        ancestry = live.ancestry()
+        if ancestry is None:
+            return Chain(values, None if image is None else Base(None, floor, floor))
+        older = await live.reader.inherited(ancestry, key)
+    live.check()
+    return Chain(values + older.values, older.base)
 
 
 async def _read(stream: LayerStream, start: int, end: int) -> memoryview:

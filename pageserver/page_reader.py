@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from pageserver.lru import ByteLru
 from pageserver.open_layers import OpenLayers
 from pageserver.read_path import (
+    Ancestry,
     Base,
     Chain,
     GatherRequest,
@@ -104,6 +105,10 @@ class PageReader:
                 answers[number] = value
         return answers
 
+    async def inherited(self, ancestry: Ancestry, key: bytes) -> Chain:
+        """The chain of `key` in an ancestor, at the branch point. Nothing is remembered of it."""
+        return await self._driven(gather(ancestry.snapshot, ancestry.layers, key, ancestry.lsn, None), None)
+
     async def build_all(self, chains: Sequence[tuple[bytes, Chain]]) -> list[bytes | None]:
         """The values of keys whose chains are at hand, side by side. Nothing is remembered of them."""
         return await _gathered([self._build(key, chain) for key, chain in chains])
@@ -144,19 +149,21 @@ class PageReader:
         at: GatherRequest | Chain | None,
     ) -> bytes | None:
         """Drive `plan` on from the request that it has made, or from its end, or (None) from its start."""
-        if isinstance(at, Chain):
-            chain = at
-        else:
-            try:
-                request = next(plan) if at is None else at
-                while True:
-                    if isinstance(request, OpenRequest):
-                        request = plan.send(await request.layers.open(request.layer))
-                    else:
-                        request = plan.send(await request.layers.read(request.layer, request.start, request.end))
-            except StopIteration as stop:
-                chain = stop.value
+        chain = at if isinstance(at, Chain) else await self._driven(plan, at)
         return self._remember(key, lsn, chain, await self._build(key, chain))
+
+    @staticmethod
+    async def _driven(plan: Generator[GatherRequest, Any, Chain], at: GatherRequest | None) -> Chain:
+        try:
+            request = next(plan) if at is None else at
+            while True:
+                if isinstance(request, OpenRequest):
+                    request = plan.send(await request.layers.open(request.layer))
+                else:
+                    request = plan.send(await request.layers.read(request.layer, request.start, request.end))
+        except StopIteration as stop:
+            chain: Chain = stop.value
+            return chain
 
     async def _build(self, key: bytes, chain: Chain) -> bytes | None:
         work = reconstruct(key, chain)

@@ -11,7 +11,8 @@ result in: at once if it is in memory, or after awaiting it.
 A branch has values of its own only above the LSN at which it left its ancestor. A chain that neither starts there nor
 finds a base there goes on in the ancestor, at the LSN read or at the branch point, whichever is lower (Neon:
 `Timeline::get_vectored_reconstruct_data`). So nothing is copied when a branch is made, and neither side ever sees what
-the other one writes later.
+the other one writes later. An image of a branch has the keys that the branch has changed: one that is not in there is
+inherited.
 """
 
 from __future__ import annotations
@@ -160,22 +161,23 @@ def gather(
         header.take(selection, data, values)
         if selection.complete:
             return Chain(values, None)
-    if image is None:
-        ancestor = snapshot.ancestor
-        if ancestor is None or floor >= ancestor.lsn:
-            return Chain(values, cached)
-        older = yield from gather(ancestor.snapshot, ancestor.layers, key, min(lsn, ancestor.lsn), cached)
-        return Chain(values + older.values, older.base)
-    opened = layers.peek(image) or (yield OpenRequest(layers, image))
-    if not isinstance(opened.index, ImageIndex):
-        raise CorruptedError("a layer is listed as an image layer and is none")
-    place = opened.index.find(key)
-    if place is None:
-        return Chain(values, Base(None, image.lsn_start, image.lsn_start))
-    value = layers.peek_bytes(opened, *place)
-    if value is None:
-        value = yield ReadRequest(layers, opened, *place)
-    return Chain(values, Base(value, image.lsn_start, image.lsn_start))
+    ancestor = snapshot.ancestor
+    if image is not None:
+        opened = layers.peek(image) or (yield OpenRequest(layers, image))
+        if not isinstance(opened.index, ImageIndex):
+            raise CorruptedError("a layer is listed as an image layer and is none")
+        place = opened.index.find(key)
+        if place is not None:
+            value = layers.peek_bytes(opened, *place)
+            if value is None:
+                value = yield ReadRequest(layers, opened, *place)
+            return Chain(values, Base(value or None, image.lsn_start, image.lsn_start))
+        if ancestor is None:
+            return Chain(values, Base(None, image.lsn_start, image.lsn_start))
+    elif ancestor is None or floor >= ancestor.lsn:
+        return Chain(values, cached)
+    older = yield from gather(ancestor.snapshot, ancestor.layers, key, min(lsn, ancestor.lsn), cached)
+    return Chain(values + older.values, older.base)
 
 
 def reconstruct(key: bytes, chain: Chain) -> Generator[RedoRequest, bytes, bytes | None]:

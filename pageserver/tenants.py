@@ -1,35 +1,23 @@
 """All projects and timelines of one pageserver: attached at the start, created, looked up; and what a lost lease means
-for them.
-
-A timeline's life is one loop: wait for the lease (and for the ancestor) → load the durable state → ingest and flush
-until something ends it → again. What ends it is the loss of the keys, its own or its ancestor's (then plaintext is
-dropped and the loop waits), or a fault: corrupt WAL, another writer, a full disk. A fault that may pass is retried with
-a pause; one that does not stays, and the timeline's status says why.
+for them. The life of one timeline: attached.py; of a project: project.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import shutil
-import ssl
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Final, Self
 
 from pageserver.announced import announced_lsn
-from pageserver.ingest_memory import IngestMemory
-from pageserver.ingest_shell import IngestShell, load_tip
+from pageserver.attached import FAULT_PAUSE_S, AttachedTimeline, Environment
 from pageserver.initdb_import import read_position, read_values
 from pageserver.key_project import ProjectKeys
-from pageserver.key_upkeep import TimelineKeys
-from pageserver.layer_cache import LayerCache
+from pageserver.project import Branched, Project, turn
 from pageserver.project_redo import ProjectRedo
-from pageserver.redo.build import RedoBinaries
 from pageserver.removal import Mark, Removal
 from pageserver.scrub import MAX_FINDINGS
 from pageserver.timeline import (
@@ -37,48 +25,39 @@ from pageserver.timeline import (
     InitdbPosition,
     NoSuchTimelineError,
     Timeline,
-    TimelineConfig,
     TimelineExistsError,
     TimelineServices,
 )
-from pageserver.walreceiver import Peer, WalReceiver
 from shared.api.pageserver import (
     ADMIN_ROLE,
     AncestorInfo,
     Finding,
     FindingKind,
-    RetentionWindow,
     Strays,
     TimelineInfo,
 )
-from shared.auth import TokenIssuer
 from shared.deletion import Deletion
 from shared.errors import (
     ConflictError,
     IntegrityError,
     KeyAccessError,
     KeylakeError,
-    LeaseExpiredError,
     NotFoundError,
     ShreddedError,
     UnavailableError,
 )
 from shared.failpoints import failpoint
 from shared.ids import ProjectId, TimelineId
-from shared.key_upkeep import KeyUpkeep, UpkeepTuning
-from shared.lease import KeyLoss, KeySource, Lease, key_access_error
+from shared.key_upkeep import KeyUpkeep
+from shared.lease import Lease
 from shared.lsn import Lsn
 from shared.postgres import initdb
 from shared.sandbox import SHARED_MEMORY_DIR
-from shared.storage.base import ObjectStore, StoreDeniedError
+from shared.storage.base import StoreDeniedError
 from shared.storage.purge import purge
-from shared.storage.threads import BlockingPool
 from shared.telemetry import get_logger
 from shared.wal.page import boundary_of
-from shared.wal.reader import WalStreamDecoder
 
-_LEASE_POLL_S: Final = 0.1
-_FAULT_PAUSE_S: Final = 1.0
 PROJECTS_PREFIX: Final = "projects/"
 _WAL_PREFIX: Final = "wal/"
 """Of what safekeepers offload: wal/<project>/<timeline>/…"""
@@ -88,234 +67,12 @@ BRANCH_WAIT_S: Final = 30.0
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """What all projects of this process share."""
-
-    store: ObjectStore
-    files: LayerCache
-    keys: KeySource
-    pool: BlockingPool
-    redo_binaries: RedoBinaries
-    config: TimelineConfig
-    peers: Sequence[Peer]
-    issuer: TokenIssuer
-    peer_context: ssl.SSLContext
-    upkeep: UpkeepTuning = field(default_factory=UpkeepTuning)
-    compactions: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
-    memory: IngestMemory = field(default_factory=IngestMemory)
-
-
-class AttachedTimeline:
-    """One timeline, with the task that keeps it going."""
-
-    def __init__(self, timeline: Timeline, environment: Environment) -> None:
-        self.timeline = timeline
-        self._environment = environment
-        self._receiver: WalReceiver | None = None
-        self._work: asyncio.Task[None] | None = None
-        self._keys_went = asyncio.Event()
-        self.fault = ""
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        while True:
-            self._keys_went.clear()
-            await self._wait_for_lease()
-            self._work = asyncio.create_task(self._live(), name=f"timeline {self.timeline.timeline_id}")
-            try:
-                await asyncio.wait([self._work])
-            finally:
-                await self._stop_work()
-            if self.fault:
-                await self._pause_after_fault()
-            else:
-                await asyncio.sleep(0)
-
-    async def _pause_after_fault(self) -> None:
-        """Ends early when the keys go: with what they were given again for, it is tried at once."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._keys_went.wait(), _FAULT_PAUSE_S)
-
-    async def _wait_for_lease(self) -> None:
-        # A lease is a core without events, so one that comes back is noticed by looking. So is an ancestor.
-        while not (self.timeline.lease.live and self.timeline.ancestor_is_usable):  # noqa: ASYNC110
-            await asyncio.sleep(_LEASE_POLL_S)
-
-    async def _live(self) -> None:
-        timeline = self.timeline
-        try:
-            if not timeline.is_live:
-                await timeline.reopen()
-            ingest = IngestShell(timeline, await load_tip(timeline))
-            receiver = WalReceiver(
-                timeline.project_id,
-                timeline.timeline_id,
-                self._environment.peers,
-                self._environment.issuer,
-                self._environment.peer_context,
-                WalStreamDecoder(
-                    timeline.last_record_lsn,
-                    system_identifier=timeline.system_identifier,
-                    last_record_start=timeline.prev_record_lsn,
-                ),
-                ingest.ingest,
-                lambda: timeline.remote_consistent_lsn,
-            )
-            self._receiver = receiver
-            self.fault = ""
-            async with asyncio.TaskGroup() as group:
-                group.create_task(timeline.run())
-                group.create_task(receiver.run())
-                group.create_task(_ended(timeline))
-        except KeylakeError as error:
-            self._failed(error)
-        except ExceptionGroup as group_error:
-            known, rest = group_error.split(KeylakeError)
-            if rest is not None:
-                self.fault = "internal error; the service's log has the details"
-                _log.error("timeline failed", timeline_id=str(timeline.timeline_id), exc_info=rest)
-                await timeline.drop_plaintext()
-            elif known is not None:
-                self._failed(_first(known))
-        finally:
-            self._receiver = None
-            # What is in memory was ingested by this run; the next one starts over from what is durable.
-            await timeline.drop_plaintext()
-
-    def _failed(self, error: KeylakeError) -> None:
-        if isinstance(error, KeyAccessError):
-            return  # `lose` is told by the key client; the loop waits for the lease
-        self.fault = f"{error.code}: {error}"
-        log = _log.warning if error.retryable else _log.error
-        log("timeline failed", timeline_id=str(self.timeline.timeline_id), code=error.code, error=str(error))
-
-    async def _stop_work(self) -> None:
-        work, self._work = self._work, None
-        if work is not None and not work.done():
-            work.cancel()
-            await asyncio.wait([work])
-
-    async def lose(self) -> dict[str, float]:
-        """The keys are lost: stop ingest and forget all plaintext. Returns the steps in seconds."""
-        started = perf_counter()
-        self._keys_went.set()
-        steps_s = await self.timeline.drop_plaintext()
-        await self._stop_work()
-        return steps_s | {"ingest stopped": perf_counter() - started}
-
-    def info(self) -> TimelineInfo:
-        timeline = self.timeline
-        ancestor = timeline.ancestor
-        return TimelineInfo(
-            project_id=timeline.project_id,
-            timeline_id=timeline.timeline_id,
-            state=timeline.lease.state,
-            system_identifier=timeline.system_identifier,
-            initdb_lsn=Lsn(timeline.initdb_lsn),
-            last_record_lsn=Lsn(timeline.last_record_lsn),
-            prev_record_lsn=Lsn(timeline.prev_record_lsn),
-            disk_consistent_lsn=Lsn(timeline.disk_consistent_lsn),
-            remote_consistent_lsn=Lsn(timeline.remote_consistent_lsn),
-            commit_lsn=Lsn(self._receiver.commit_lsn if self._receiver is not None else 0),
-            oldest_lsn=Lsn(timeline.oldest_lsn),
-            retention=RetentionWindow(lsn_bytes=timeline.retention.lsn_bytes, age_s=timeline.retention.age_s),
-            layers=timeline.layer_count,
-            l0_layers=timeline.l0_layer_count,
-            layer_size_bytes=timeline.layer_size_bytes,
-            in_memory_size_bytes=timeline.in_memory_size_bytes,
-            ancestor=None
-            if ancestor is None
-            else AncestorInfo(project_id=ancestor.project_id, timeline_id=ancestor.timeline_id, lsn=Lsn(ancestor.lsn)),
-            branches={branch: Lsn(lsn) for branch, lsn in timeline.branches.items()},
-            fault=self.fault or timeline.fault,
-        )
-
-
-class _Project:
-    """One project: its lease, its redo worker, its timelines."""
-
-    def __init__(
-        self, project_id: ProjectId, redo: ProjectRedo, branches_elsewhere: Callable[[], Sequence[_Branched]]
-    ) -> None:
-        """`branches_elsewhere`: timelines of other projects that read this one's."""
-        self.project_id = project_id
-        self._branches_elsewhere = branches_elsewhere
-        self.redo = redo
-        self.lease: Lease | None = None
-        self.timelines: dict[TimelineId, AttachedTimeline] = {}
-        self.tasks: dict[TimelineId, asyncio.Task[None]] = {}
-        """What loads them and keeps them going."""
-        self.unloaded: dict[TimelineId, KeylakeError] = {}
-        """Why timelines of the object store could not be loaded so far."""
-        self.ending: set[TimelineId] = set()
-        """Those that do not exist any more, but something of them: their task deletes it."""
-        self.ancestors: dict[TimelineId, tuple[ProjectId, TimelineId]] = {}
-        """Of branches, as soon as that is known; loaded or not."""
-        self.changing = asyncio.Lock()
-
-    def is_loading(self, timeline_id: TimelineId) -> bool:
-        return timeline_id in self.tasks and timeline_id not in self.timelines and timeline_id not in self.ending
-
-    def check_loaded(self, timeline_id: TimelineId) -> None:
-        """Nothing for one that is not known at all. Raises UnavailableError while it is being loaded, or why it cannot
-        be."""
-        unloaded = self.unloaded.get(timeline_id)
-        if unloaded is not None:
-            raise type(unloaded)(str(unloaded))
-        if self.is_loading(timeline_id):
-            raise UnavailableError("the timeline is being loaded")
-
-    def timeline_keys(self) -> dict[TimelineId, TimelineKeys]:
-        return {timeline_id: attached.timeline.keys for timeline_id, attached in self.timelines.items()}
-
-    def cut(self, loss: KeyLoss) -> None:
-        """CutHandler of the project: no page of it leaves, and no plaintext is in a cache, when this returns."""
-        workspace_id = None if self.lease is None else self.lease.workspace_id
-        error = key_access_error(loss.state, loss.reason, workspace_id)
-        for attached in self._lost_with_it(self._branches_elsewhere()):
-            attached.timeline.cut(error)
-
-    def _lost_with_it(self, elsewhere: Sequence[_Branched]) -> list[AttachedTimeline]:
-        """Pages of a branch are made of its ancestor's: they go, too."""
-        return [*self.timelines.values(), *(each.attached for each in elsewhere)]
-
-    async def on_loss(self, loss: KeyLoss) -> dict[str, float]:
-        """KeyLossHandler of the project."""
-        started = perf_counter()
-        self.cut(loss)
-        steps_s = {"connections and plaintext dropped": perf_counter() - started}
-        elsewhere = self._branches_elsewhere()
-        redos = {self.redo, *(each.redo for each in elsewhere)}  # the workers, too, that made them
-        losing = asyncio.gather(*(attached.lose() for attached in self._lost_with_it(elsewhere)))
-        await asyncio.gather(*(redo.kill() for redo in redos))  # meanwhile: reads under way may wait for them
-        steps_s["redo worker killed"] = perf_counter() - started
-        for done in await losing:
-            for step, seconds in done.items():
-                steps_s[step] = max(seconds, steps_s.get(step, 0.0))
-        for redo in redos:
-            redo.allow()  # a new worker starts only for a read, and a read needs the lease
-        # Cancelled tasks and their tracebacks refer to each other, and to the batch of WAL that they had at hand.
-        gc.collect()
-        steps_s["all plaintext gone"] = perf_counter() - started
-        _log.info("keys lost", project_id=str(self.project_id), state=loss.state.value, reason=loss.reason)
-        return steps_s
-
-
-@dataclass(frozen=True, slots=True)
-class _Branched:
-    """A timeline, and the worker of its project."""
-
-    attached: AttachedTimeline
-    redo: ProjectRedo
-
-
 class Tenants:
     """Use as an async context manager; entering attaches what the object store holds."""
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
-        self._projects: dict[ProjectId, _Project] = {}
+        self._projects: dict[ProjectId, Project] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._shredded: set[ProjectId] = set()
         self._stopping = False
@@ -372,7 +129,7 @@ class Tenants:
                 if timeline_id not in project.ending:
                     self._not_attached(project, timeline_id, error)
                 waits = isinstance(error, AncestorNotLoadedError)
-                await asyncio.sleep(_ANCESTOR_POLL_S if waits else _FAULT_PAUSE_S)
+                await asyncio.sleep(_ANCESTOR_POLL_S if waits else FAULT_PAUSE_S)
         project.unloaded.pop(timeline_id, None)
         if timeline is not None:
             await self._keep(project, timeline)
@@ -380,7 +137,7 @@ class Tenants:
             del project.tasks[timeline_id]
             self._tell_news()
 
-    def _not_attached(self, project: _Project, timeline_id: TimelineId, error: KeylakeError) -> None:
+    def _not_attached(self, project: Project, timeline_id: TimelineId, error: KeylakeError) -> None:
         known = project.unloaded.get(timeline_id)
         if known is None or known.code != error.code:
             log = _log.error if isinstance(error, IntegrityError) else _log.info
@@ -388,7 +145,7 @@ class Tenants:
         project.unloaded[timeline_id] = error
         self._tell_news()
 
-    async def _find(self, project: _Project, timeline_id: TimelineId) -> Timeline | None:
+    async def _find(self, project: Project, timeline_id: TimelineId) -> Timeline | None:
         """None when there is no such timeline: a process has died before it had created it, or while it deleted it,
         which is finished here."""
         lease = await self._lease(project)
@@ -404,7 +161,7 @@ class Tenants:
             project.ending.discard(timeline_id)
             return None
 
-    async def _open(self, project: _Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
+    async def _open(self, project: Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
         environment, services = self._environment, self._services(project)
         project_id, config = project.project_id, environment.config
         announced = await announced_lsn(
@@ -426,7 +183,7 @@ class Tenants:
         if ancestor_project_id != project_id:
             await self._environment.keys.note_branch(project_id, ancestor_project_id)
 
-    async def _keep(self, project: _Project, timeline: Timeline) -> None:
+    async def _keep(self, project: Project, timeline: Timeline) -> None:
         attached = AttachedTimeline(timeline, self._environment)
         project.timelines[timeline.timeline_id] = attached
         self._tell_news()
@@ -436,32 +193,32 @@ class Tenants:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
-    def _project(self, project_id: ProjectId) -> _Project:
+    def _project(self, project_id: ProjectId) -> Project:
         project = self._projects.get(project_id)
         if project is None:
-            project = _Project(
+            project = Project(
                 project_id, ProjectRedo(self._environment.redo_binaries), lambda: self._branches_elsewhere(project_id)
             )
             self._projects[project_id] = project
         return project
 
-    def _branches_elsewhere(self, project_id: ProjectId) -> list[_Branched]:
+    def _branches_elsewhere(self, project_id: ProjectId) -> list[Branched]:
         return [
-            _Branched(attached, project.redo)
+            Branched(attached, project.redo)
             for project in self._projects.values()
             if project.project_id != project_id
             for attached in project.timelines.values()
             if attached.timeline.reads(project_id)
         ]
 
-    async def _lease(self, project: _Project) -> Lease:
+    async def _lease(self, project: Project) -> Lease:
         self._check_there(project.project_id)
         if project.lease is None:
             project.lease = await self._environment.keys.acquire(project.project_id, project.on_loss, project.cut)
         project.lease.check()
         return project.lease
 
-    def _services(self, project: _Project) -> TimelineServices:
+    def _services(self, project: Project) -> TimelineServices:
         environment = self._environment
         return TimelineServices(
             environment.store,
@@ -490,7 +247,7 @@ class Tenants:
             # As it stands: the log may end before the multiple of 8 that it is rounded to, never by a record.
             await parent.wait_lsn(ancestor.lsn.value, BRANCH_WAIT_S)
             changing.append(self._project(ancestor.project_id))
-        async with _turn(changing):
+        async with turn(changing):
             project.check_loaded(timeline_id)  # or there would be two of it
             if timeline_id in project.ending:
                 raise UnavailableError("a timeline of this name is being deleted")
@@ -510,7 +267,7 @@ class Tenants:
         return info
 
     async def _branch(
-        self, project: _Project, timeline_id: TimelineId, lease: Lease, ancestor: AncestorInfo
+        self, project: Project, timeline_id: TimelineId, lease: Lease, ancestor: AncestorInfo
     ) -> Timeline:
         await self._note(project.project_id, ancestor.project_id)
         try:
@@ -555,7 +312,7 @@ class Tenants:
         if project is not None:
             project.ending.discard(timeline_id)
 
-    async def _end(self, project: _Project | None, timeline_id: TimelineId) -> tuple[ProjectId, TimelineId] | None:
+    async def _end(self, project: Project | None, timeline_id: TimelineId) -> tuple[ProjectId, TimelineId] | None:
         """When this returns nobody here has the timeline open. Returns its ancestor. Raises as `delete`, or why it is
         not loaded, if that may pass."""
         listed_by = self._listed_by(timeline_id)
@@ -598,7 +355,7 @@ class Tenants:
                 if ancestor is None and not isinstance(project.unloaded.get(other), IntegrityError):
                     raise UnavailableError("it is not known yet whether the timeline has branches")
 
-    async def _detach(self, project: _Project, timeline_id: TimelineId, attached: AttachedTimeline) -> None:
+    async def _detach(self, project: Project, timeline_id: TimelineId, attached: AttachedTimeline) -> None:
         task = project.tasks.pop(timeline_id)
         await attached.timeline.close()
         task.cancel()  # it would load the timeline again
@@ -623,12 +380,12 @@ class Tenants:
                     failpoint("branch-removed")
         await removal.end()
 
-    def _go_on(self, project: _Project | None, timeline_id: TimelineId) -> None:
+    def _go_on(self, project: Project | None, timeline_id: TimelineId) -> None:
         """After an error: load it, or delete the rest of it, as soon as that is possible, whoever asks for it."""
         if project is not None and timeline_id not in project.tasks and not self._stopping:
             project.tasks[timeline_id] = self._spawn(self._attach(project.project_id, timeline_id))
 
-    async def _create(self, project: _Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
+    async def _create(self, project: Project, timeline_id: TimelineId, lease: Lease) -> Timeline:
         parent = self._environment.redo_binaries.sandboxes or (
             SHARED_MEMORY_DIR if SHARED_MEMORY_DIR.is_dir() else None
         )
@@ -772,31 +529,9 @@ class Tenants:
         return [project_id for project_id, project in self._projects.items() if project.redo.running]
 
 
-async def _ended(timeline: Timeline) -> None:
-    """Raises LeaseExpiredError when the timeline's plaintext is gone."""
-    await timeline.ended()
-    raise LeaseExpiredError("the plaintext was dropped")
-
-
-@contextlib.asynccontextmanager
-async def _turn(projects: Sequence[_Project]) -> AsyncIterator[None]:
-    """Whoever makes a branch and whoever deletes its ancestor take turns. The locks are taken in the order of the
-    projects' ids: two projects may each have a branch of the other."""
-    async with contextlib.AsyncExitStack() as held:
-        for project in sorted(set(projects), key=lambda each: str(each.project_id)):
-            await held.enter_async_context(project.changing)
-        yield
-
-
 def _has_branches() -> ConflictError:
     return ConflictError("the timeline has branches, which read it: delete them first")
 
 
 def _rounded(ancestor: AncestorInfo) -> AncestorInfo:
     return ancestor.model_copy(update={"lsn": Lsn(boundary_of(ancestor.lsn.value))})
-
-
-def _first(group: ExceptionGroup[KeylakeError]) -> KeylakeError:
-    """The first error of a group, wherever it is nested."""
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, ExceptionGroup) else error

@@ -42,13 +42,13 @@ from pageserver.flush import FlushStats, build_image, seal_layer, upload_layer
 from pageserver.flusher import Flusher
 from pageserver.index_part import MAX_BRANCHES, Ancestor, IndexPart
 from pageserver.key_upkeep import TimelineKeys
+from pageserver.known_timeline import KnownTimeline
 from pageserver.layer.in_memory import KeyedValue
-from pageserver.layer.name import LayerKind
 from pageserver.live import Live, TimelineConfig, TimelineServices
 from pageserver.lsn_waiters import LsnWaiters
 from pageserver.readers import Readers
 from pageserver.remote_timeline import FencedError, RemoteTimeline, TimelineExistsError
-from pageserver.retention import HistoryPoint, Retention
+from pageserver.retention import HistoryPoint
 from pageserver.scrub import Scrubber
 from shared.errors import (
     ConflictError,
@@ -119,7 +119,7 @@ def some_record_before(lsn: int) -> int:
     return lsn - RECORD_HEADER_SIZE_BYTES
 
 
-class Timeline:
+class Timeline(KnownTimeline):
     """Made by `create`, `branch` or `open`. LSNs are plain integers; `lsn` of a read is the version, inclusive."""
 
     def __init__(
@@ -146,9 +146,7 @@ class Timeline:
         self._flusher = Flusher(services, config, lambda: self._live, self._published)
         self.compactor = Compactor(services, config, self._flusher, lambda: self._live)
         self.history = Collector(services, config, self._flusher, self.compactor, lambda: self._live, self._known_index)
-        # Images of a branch would have to hold what is inherited, too; and a branch point is read for as long as the
-        # branch exists.
-        self.compactor.is_complete = lambda: self.ancestor is None
+        # A branch point is read for as long as the branch exists.
         self.history.retain_lsns = lambda: self.branches.values()
         self.inspector = Inspector(services, lambda: self._live)
         self.scrubber = Scrubber(services, self._flusher, self.compactor, lambda: self._live)
@@ -315,16 +313,6 @@ class Timeline:
 
     # --- branches ---
 
-    @property
-    def ancestor(self) -> Ancestor | None:
-        """Where it was branched off; None for a timeline that began with an initdb, or is not known yet."""
-        return None if self._index is None else self._index.ancestor
-
-    @property
-    def log_start_lsn(self) -> int:
-        """Where its own log begins."""
-        return self.initdb_lsn if self.ancestor is None else self.ancestor.lsn
-
     def reads(self, project_id: ProjectId) -> bool:
         """Does an ancestor of it lie in this project?"""
         ancestor = self.ancestor
@@ -334,11 +322,6 @@ class Timeline:
             return self._find_ancestor(ancestor).reads(project_id)
         except KeylakeError:
             return False  # then it is not loaded either
-
-    @property
-    def branches(self) -> Mapping[TimelineId, int]:
-        """Its children and their ancestor_lsns: garbage collection keeps what is read at these LSNs."""
-        return self._known_index().branches
 
     async def add_branch(self, branch: TimelineId, lsn: int) -> int:
         """Note in the index that `branch` reads this timeline at `lsn`, for as long as `remove_branch` is not called.
@@ -424,83 +407,6 @@ class Timeline:
         self.lease.check()
         if self.ancestor is not None:
             self._find_ancestor(self.ancestor).check_lease()
-
-    # --- what it knows ---
-
-    @property
-    def is_live(self) -> bool:
-        """False between the loss of keys and `reopen`."""
-        return self._live is not None and not self._live.closed
-
-    @property
-    def fault(self) -> str:
-        """Why values are not flushed, or not taken any more, or layers not kept in order, in one line; empty while all
-        of it works."""
-        if self._flusher.fault or not (other := self.compactor.fault or self.history.fault):
-            return self._flusher.fault
-        return f"compaction and GC: {other}"
-
-    @property
-    def last_flush(self) -> FlushStats:
-        return self._flusher.last_flush
-
-    @property
-    def system_identifier(self) -> int:
-        return self._known_index().system_identifier
-
-    @property
-    def initdb_lsn(self) -> int:
-        return self._known_index().initdb_lsn
-
-    @property
-    def last_record_lsn(self) -> int:
-        """End of the last record ingested."""
-        return self.remote_consistent_lsn if self._live is None else self._live.last_record_lsn
-
-    @property
-    def prev_record_lsn(self) -> int:
-        """Start of that record."""
-        return self._known_index().prev_record_lsn if self._live is None else self._live.prev_record_lsn
-
-    @property
-    def disk_consistent_lsn(self) -> int:
-        return self.remote_consistent_lsn if self._live is None else self._live.disk_consistent_lsn
-
-    @property
-    def remote_consistent_lsn(self) -> int:
-        """Everything at or below it is durable and listed. Never goes back."""
-        return 0 if self._index is None else self._index.disk_consistent_lsn
-
-    @property
-    def oldest_lsn(self) -> int:
-        """Every version from here on can be read. Never goes back."""
-        return self.history.oldest_lsn
-
-    @property
-    def retention(self) -> Retention:
-        return self._known_index().retention
-
-    @property
-    def l0_layer_count(self) -> int:
-        layers = self._known_index().layers
-        return sum(layer.level == 0 and layer.kind is LayerKind.DELTA for layer, _ in layers)
-
-    @property
-    def layer_count(self) -> int:
-        return len(self._known_index().layers)
-
-    @property
-    def layer_size_bytes(self) -> int:
-        return sum(layer.size_bytes for layer, _ in self._known_index().layers)
-
-    @property
-    def in_memory_size_bytes(self) -> int:
-        return 0 if self._live is None else sum(layer.size_bytes for layer in self._live.snapshot.in_memory)
-
-    def _known_index(self) -> IndexPart:
-        if self._index is None:
-            raise UnavailableError("the timeline is not open yet")
-        return self._index
 
     # --- writing ---
 

@@ -67,7 +67,8 @@ class ControlState:
     acceptor: AcceptorState
     log: LogMap
     remote_consistent_lsn: int = 0
-    """The pageserver has everything below in layers that are durable. A hint that may lag, as commit_lsn."""
+    """The pageserver has everything below in layers that are durable; may be more than commit_lsn. A hint that may
+    lag, as that one."""
 
     def end_of_log(self, open_piece_end_lsn: int | None) -> int:
         """Where the log ends, given where the good frames of the open piece (None: there is none) end.

@@ -142,4 +142,5 @@ class RemoteWal:
     async def remove(self, pieces: Sequence[RemotePiece]) -> None:
         """Nothing happens for what is not there."""
         await self._store.delete_many([self._prefix + piece.name for piece in pieces])
+        failpoint("offloaded-pieces-removed")
         await self._store.delete_many([self._prefix + piece.name + KEY_SUFFIX for piece in pieces])

@@ -33,13 +33,13 @@ from safekeeper.end_of_wal import RecordBoundary, find_last_record
 from safekeeper.key_upkeep import PieceUpkeep
 from safekeeper.log_map import LogMap
 from safekeeper.offload import OffloadTuning, RemoteReader
+from safekeeper.offloader import Offloader
 from safekeeper.peer_recovery import ConnectToPeer, PeerRecovery
 from safekeeper.piece_keys import PieceKeys, ProjectKeys
 from safekeeper.remote_upkeep import RemoteUpkeep
 from safekeeper.remote_wal import RemoteWal
 from safekeeper.scrub import WalScrubber
 from safekeeper.term_history import TermHistory
-from safekeeper.trim import trim_limit
 from safekeeper.wal_receiver import ReceiverTuning, WalReceiver
 from safekeeper.wal_sender import Subscription, ended_by_election
 from safekeeper.wal_store import StoreTuning, WalStore
@@ -117,12 +117,13 @@ class Timeline:
         self._reader = None if self._remote is None else RemoteReader(self._remote, self._keys_of)
         self._control, self._store = self._open_log(state)
         self._scrubber: WalScrubber | None = None
+        self._offloader: Offloader | None = None
         if self._remote is not None and self._reader is not None:
+            self._offloader = offloader = Offloader(
+                self._store, self._control, self._remote, self._reader, environment.node_id, environment.offload
+            )
             self._scrubber = WalScrubber(
-                self._remote,
-                self._reader,
-                lambda: self._control.state.log,
-                lambda: trim_limit(self._control.state, environment.offload),
+                self._remote, self._reader, lambda: self._control.state.log, lambda: offloader.trim_limit
             )
         self.key_upkeep = PieceUpkeep(
             self._store,
@@ -247,9 +248,9 @@ class Timeline:
     async def offload(self) -> None:
         """One pass of offload.py. Raises KeyAccessError, UnavailableError, StoreDeniedError, IntegrityError."""
         async with self._offloading:
-            if self._remote is None or self._closed or not self._store.loaded or self._store.fault:
+            if self._offloader is None or self._closed or not self._store.loaded or self._store.fault:
                 return
-            await self._store.offload(self._remote, self._environment.node_id, self._environment.offload)
+            await self._offloader.run_once()
 
     async def aclose(self) -> None:
         self._closed = True

@@ -14,15 +14,20 @@ for them in vain until it has heard the same; what it misses it would not be ask
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from safekeeper.control_file import ControlState
 from safekeeper.offload import OffloadTuning
 
 
 def trim_limit(state: ControlState, tuning: OffloadTuning) -> int:
-    """Nobody asks for WAL before this."""
-    acceptor = state.acceptor
-    in_layers = min(state.remote_consistent_lsn, acceptor.commit_lsn) - tuning.history_size_bytes
-    return max(0, min(in_layers, acceptor.commit_lsn - tuning.keep_size_bytes))
+    """Nobody asks for WAL before this.
+
+    Up to commit_lsn this log is the one that is in layers. That it lags behind remote_consistent_lsn costs no margin:
+    what peers have trimmed by that, this node may be asked for and not have.
+    """
+    in_layers = state.remote_consistent_lsn - tuning.history_size_bytes
+    return max(0, min(in_layers, state.acceptor.commit_lsn - tuning.keep_size_bytes))
 
 
 def trim_point(state: ControlState, tuning: OffloadTuning) -> int:
@@ -30,3 +35,16 @@ def trim_point(state: ControlState, tuning: OffloadTuning) -> int:
     limit = trim_limit(state, tuning)
     ends = (extent.end_lsn for extent in state.log.extents)
     return max((end for end in ends if end is not None and end <= limit), default=0)
+
+
+def trimmed(state: ControlState, tuning: OffloadTuning) -> ControlState:
+    """Without the pieces that nobody will ask for; the same state when there are none."""
+    lsn = trim_point(state, tuning)
+    return state if lsn <= state.log.oldest_lsn else replace(state, log=state.log.trimmed_at(lsn))
+
+
+def begun_at(state: ControlState, flush_lsn: int, lsn: int) -> ControlState:
+    """With a log that begins at `lsn`, where the donor's does; ours ends before, at `flush_lsn`. What was trimmed was
+    committed."""
+    acceptor = replace(state.acceptor, commit_lsn=max(state.acceptor.commit_lsn, lsn))
+    return replace(state, acceptor=acceptor, log=state.log.closed_at(flush_lsn).trimmed_at(lsn))

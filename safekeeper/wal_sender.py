@@ -168,6 +168,11 @@ async def serve(connection: FramedConnection, principal: Principal, find: FindLo
     request = Subscribe.parse(payload)
     principal.require(WAL_SCOPE, request.project_id)
     log = await find(request.project_id, request.timeline_id)
+    await serve_log(connection, log, request, takes_feedback=FEEDBACK_SCOPE in principal.scopes)
+
+
+async def serve_log(connection: FramedConnection, log: Log, request: Subscribe, *, takes_feedback: bool) -> None:
+    """Raises KeylakeError."""
     wants_wal = not request.flags & SubscribeFlags.STATUS_ONLY
     if wants_wal and request.start < log.start_lsn:
         # A peer that lacks what was trimmed learns where to go on.
@@ -175,7 +180,6 @@ async def serve(connection: FramedConnection, principal: Principal, find: FindLo
         raise InvalidInputError(f"the log begins at {Lsn(log.start_lsn)}")
     if request.end and request.end < request.start:
         raise InvalidInputError("the timeline has no such range of WAL")
-    takes_feedback = FEEDBACK_SCOPE in principal.scopes
     await Subscription(log, request, connection, takes_feedback=takes_feedback).run()
 
 

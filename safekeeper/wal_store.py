@@ -32,19 +32,19 @@ from safekeeper.acceptor import AcceptorState
 from safekeeper.control_file import ControlState
 from safekeeper.control_store import ControlStore, DiskFullError
 from safekeeper.log_map import Extent, Place
-from safekeeper.offload import OffloadTuning, RemoteReader, read_for_upload, to_offload, to_remove
+from safekeeper.offload import RemoteReader, read_for_upload
 from safekeeper.piece_file import ALLOCATION_STEP_BYTES, PieceFile, frame_size_bytes
 from safekeeper.piece_keys import PieceKeys
 from safekeeper.piece_maker import PieceMaker
 from safekeeper.piece_pool import PiecePool
-from safekeeper.remote_wal import RemotePiece, RemoteWal
 from safekeeper.tail_cache import TailCache
-from safekeeper.trim import trim_point
+from safekeeper.trim import begun_at
 from safekeeper.wal_segment import (
     KEY_SUFFIX,
     MAX_FRAME_PLAINTEXT_BYTES,
     PieceId,
 )
+from shared.crypto.envelope import Envelope
 from shared.crypto.secret import KeyWipedError
 from shared.errors import (
     ConflictError,
@@ -114,7 +114,6 @@ class WalStore:
         self._append_here_lock = threading.Lock()
         self._keys_epoch = 0
         self.flush_lsn = control.state.log.closed_end_lsn
-        self._swept_lsn = 0
         self.loaded = False
         self._checked = False
         self.fault = ""
@@ -368,7 +367,7 @@ class WalStore:
             fits = log is not None
             return state if log is None else replace(state, log=log)
 
-        await self._change_control(change)
+        await self.change_control(change)
         return fits
 
     async def _next_piece(self, term: int, expected: Extent | None = None) -> PieceFile:
@@ -388,7 +387,7 @@ class WalStore:
             return replace(state, log=state.log.opened(made.piece, lsn))
 
         try:
-            await self._change_control(change)
+            await self.change_control(change)
         except (ConflictError, DiskFullError):  # it will never be part of the log
             await self._discard([made.piece])
             raise
@@ -445,20 +444,22 @@ class WalStore:
                 self._pieces.clear()
 
         if clip_lsn is None:
-            await self._change_control(change)
+            await self.change_control(change)
         else:
-            await self._change_control(change, clipped)
+            await self.change_control(change, clipped)
             await self._retire_writer()
 
     async def persist_commit_lsn(self) -> None:
         """Bring what is known of commit_lsn and remote_consistent_lsn to disk, and change nothing else: not by a copy
         of the state, which an election that is under way may just be changing. Raises as `persist`."""
         self.check_ready()
-        await self._change_control(lambda state: state)
+        await self.change_control(lambda state: state)
 
-    async def _change_control(
+    async def change_control(
         self, change: Callable[[ControlState], ControlState], applied: Callable[[], None] = lambda: None
     ) -> None:
+        """`ControlStore.update`; then the files go of pieces that need not be on this disk any more. Raises
+        DiskFullError (nothing changed), IntegrityError (for good)."""
         before = self._control.state.log.local_pieces
         try:
             state = await self._control.update(change, applied)
@@ -509,40 +510,6 @@ class WalStore:
             raise UnavailableError("this part of the log is in the object store, and there is none in the settings")
         return await self._remote.read(extent, lsn, end_lsn, max_size_bytes)
 
-    # --- offload ---
-
-    async def offload(self, remote: RemoteWal, node_id: str, tuning: OffloadTuning) -> None:
-        """One pass (offload.py). Raises KeyAccessError, UnavailableError, StoreDeniedError, IntegrityError."""
-        self.check_ready()
-        await self._trim(remote, tuning)
-        for extent in to_offload(self._control.state):
-            end_lsn, term = extent.end_lsn, extent.piece.term
-            assert end_lsn is not None  # noqa: S101 - to_offload picks closed ones
-            there = await remote.pieces(extent.piece.segment_number)
-            if not any(piece.covers(term, extent.start_lsn, end_lsn) for piece in there):
-                await self._put(remote, node_id, extent)
-            failpoint("offload-put")
-            await self._place(extent, Place.BOTH)
-        for extent in to_remove(self._control.state, tuning.keep_size_bytes):
-            if await self._is_remote(extent):
-                await self._place(extent, Place.REMOTE)
-            else:
-                self._log.warning("offloaded WAL is gone or damaged, it is put again", piece=extent.piece.file_name)
-                await self._put(remote, node_id, extent)
-
-    async def _trim(self, remote: RemoteWal, tuning: OffloadTuning) -> None:
-        if trim_point(self._control.state, tuning) > self._control.state.log.oldest_lsn:
-
-            def change(state: ControlState) -> ControlState:
-                lsn = trim_point(state, tuning)
-                return state if lsn <= state.log.oldest_lsn else replace(state, log=state.log.trimmed_at(lsn))
-
-            await self._change_control(change)
-        trimmed_lsn = self._control.state.log.trimmed_lsn
-        if trimmed_lsn > self._swept_lsn:  # also what a crash has left
-            await remote.remove_before(trimmed_lsn)
-            self._swept_lsn = trimmed_lsn
-
     async def begin_at(self, lsn: int) -> None:
         """The log ends before `lsn`, and what lies between is not kept as WAL any more: go on from there.
 
@@ -551,10 +518,6 @@ class WalStore:
         """
         self.check_ready()
 
-        def change(state: ControlState) -> ControlState:
-            acceptor = replace(state.acceptor, commit_lsn=max(state.acceptor.commit_lsn, lsn))
-            return replace(state, acceptor=acceptor, log=state.log.closed_at(self.flush_lsn).trimmed_at(lsn))
-
         def begun() -> None:
             self._abandon_writer()
             self._absorb()
@@ -562,32 +525,26 @@ class WalStore:
             self._cache.wipe()
             self._pieces.clear()
 
-        await self._change_control(change, begun)
+        await self.change_control(lambda state: begun_at(state, self.flush_lsn, lsn), begun)
+        failpoint("log-begun")
         await self._retire_writer()
 
-    async def _is_remote(self, extent: Extent) -> bool:
-        return self._remote is not None and await self._remote.has(extent)
+    # --- what offloader.py needs ---
 
-    async def _put(self, remote: RemoteWal, node_id: str, extent: Extent) -> None:
-        assert extent.end_lsn is not None  # noqa: S101 - only closed ones are offloaded
-        piece = RemotePiece(extent.piece, extent.start_lsn, extent.end_lsn, node_id)
+    async def sealed(self, extent: Extent) -> tuple[bytes, Envelope] | None:
+        """The sealed bytes of a closed piece on this disk, and its envelope. None when it is not there any more.
+
+        Raises UnavailableError, IntegrityError (for good).
+        """
         try:
             _, envelope = await self._in_thread(piece_file.read_header, self._directory, extent.piece, extent.start_lsn)
-            content = await read_for_upload(self._directory, extent)
+            return await read_for_upload(self._directory, extent), envelope
         except IntegrityError as error:
             if extent.piece not in self._control.state.log.local_pieces:
-                return  # sealed anew just now; the next pass takes the new one
+                return None  # sealed anew just now
             raise self.failed(error) from None
         except OSError as error:
             raise UnavailableError(f"the log cannot be read: {error.strerror}") from None
-        await remote.put(piece, content, envelope)
-
-    async def _place(self, extent: Extent, place: Place) -> None:
-        def change(state: ControlState) -> ControlState:
-            log = state.log.placed(extent, place)
-            return state if log is None else replace(state, log=log)
-
-        await self._change_control(change)
 
     # --- end ---
 

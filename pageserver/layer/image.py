@@ -1,4 +1,4 @@
-"""Image layers: every key of a key range that exists at one LSN, with its whole value. docs/formats/image-layer.md.
+"""Image layers: the keys of a key range at one LSN, with their whole values. docs/formats/image-layer.md.
 
 The plaintext is, in this order: the values, the index, the footer (layer/footer.py). It is sealed in chunks. The
 index, with k keys in ascending order, little-endian, column by column::
@@ -6,7 +6,8 @@ index, with k keys in ascending order, little-endian, column by column::
     18k  keys
     8k   end of each value, counted from the start of the plaintext
 
-A key that is not listed did not exist: an image layer is complete for its key range, and may be empty.
+An image layer is complete for its key range, and may be empty. A key that is not listed did not exist; on a branch, it
+was not changed there, and what has an empty value did not exist. (No key that exists has one.)
 
 A core: no I/O, no keys.
 """

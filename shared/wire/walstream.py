@@ -8,7 +8,7 @@
     0x21 | → client  | STATUS: term u64, last_log_term u64, flush_lsn u64, commit_lsn u64, remote_consistent_lsn u64,
          |           | oldest_lsn u64; at once, and on every change
     0x22 | → client  | END: the range up to `end` was sent; nothing follows
-    0x23 | → server  | FEEDBACK: commit_lsn u64, remote_consistent_lsn u64, ingested_lsn u64 (0 = does not ingest)
+    0x23 | → server  | FEEDBACK: commit_lsn u64, remote_consistent_lsn u64, ingested_lsn u64; each 0: not said
 
 WAL is sent up to the server's own flush_lsn: what a quorum holds is for the client to find out from the STATUS of all
 safekeepers. A server that votes for a new term, or clips its log, ends every subscription, so that a client never

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pageserver.announced import announced_lsn
-from pageserver.tenants import Environment, Tenants
+from pageserver.attached import Environment
+from pageserver.tenants import Tenants
 from pageserver.walreceiver import Peer, RolledBackError, WalReceiver
 from shared.api.safekeeper import CreateTimeline
 from shared.auth import Service

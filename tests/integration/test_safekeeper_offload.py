@@ -20,7 +20,7 @@ from safekeeper.offload import OffloadTuning
 from safekeeper.remote_wal import RemotePiece, RemoteWal, project_prefix
 from safekeeper.wal_segment import PieceId
 from shared.api.pageserver import FindingKind
-from shared.api.safekeeper import CreateTimeline, InspectWal
+from shared.api.safekeeper import CreateTimeline, InspectWal, TermStart
 from shared.errors import (
     ConflictError,
     IntegrityError,
@@ -220,6 +220,44 @@ async def test_wal_that_is_in_layers_is_trimmed_everywhere_and_who_lacks_it_goes
             assert await node.log() == bench.data[kept_from - START :]
             await bench.offload(node)
             assert not (await node.timeline.scrub()).findings
+
+
+async def test_a_donor_that_has_not_heard_what_was_trimmed_hears_it_before_its_term_begins(tmp_path: Path) -> None:
+    """Its peer trimmed what it has in the object store only, and is gone: a follower that lacks that would wait for it
+    for ever, and so would the term."""
+    async with bench_of(tmp_path) as bench:
+        gone, donor, behind = bench.nodes
+        for node in bench.nodes:
+            await node.stop()
+            node.offload = OffloadTuning(interval_s=3600, keep_size_bytes=0, history_size_bytes=20_000)
+            await node.start()
+        await bench.reign()
+        for _ in range(2):
+            await bench.reign([gone, donor])
+        await bench.offload(donor)
+        assert places(donor) == [Place.REMOTE] * 2 + [Place.LOCAL], "of the margin"
+        for _ in range(2):
+            await bench.reign([gone, donor])
+        await bench.offload(gone)
+        trimmed_lsn, in_layers_lsn = gone.timeline.start_lsn, gone.timeline.flush_lsn
+        assert trimmed_lsn > behind.timeline.flush_lsn
+        await gone.crash()
+        await donor.crash()  # it forgets what it still had in memory
+        await donor.start()
+
+        term = bench.term + 1
+        vote, _ = [await node.vote(term) for node in (donor, behind)]
+        elected = term, [*vote.term_history, TermStart(term=term, start_lsn=vote.flush_lsn)], donor.donor
+        await donor.elected(*elected)
+        following = asyncio.create_task(behind.elected(*elected))
+        with pytest.raises(UnavailableError, match="does not show"):
+            await donor.log()
+        assert donor.timeline.wire_status().commit_lsn < in_layers_lsn, "it does not know what is committed"
+        donor.timeline.feedback(Feedback(0, in_layers_lsn))
+        await donor.timeline.offload()
+        await following
+        assert behind.timeline.start_lsn == trimmed_lsn
+        assert await behind.log() == bench.data[trimmed_lsn - START :]
 
 
 async def test_an_object_store_that_fails_is_slow_or_shows_old_lists(tmp_path: Path) -> None:

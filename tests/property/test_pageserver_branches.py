@@ -25,13 +25,9 @@ from tests.property.test_pageserver_timeline import BLOCKS, CLOG, SIZE, TINY, Or
 
 MAX_TIMELINES = 5
 which = st.integers(0, MAX_TIMELINES - 1)
-put = st.tuples(
-    st.just("put"),
-    which,
-    st.lists(block_change, max_size=3, unique_by=lambda change: change[0]),
-    st.integers(0, 3),
-    st.sampled_from([8, 0x40, 0x1000]),
-)
+blocks = st.lists(block_change, max_size=3, unique_by=lambda change: change[0])
+gap = st.sampled_from([8, 0x40, 0x1000])
+put = st.tuples(st.just("put"), which, blocks, st.integers(0, 3), gap)
 at = st.just(1.0) | st.floats(0, 1)
 step = st.one_of(
     put,
@@ -40,6 +36,14 @@ step = st.one_of(
     st.tuples(st.just("branch"), which, at),
     st.tuples(st.just("check"), which, at),
     st.tuples(st.sampled_from(["checkpoint", "reopen", "delete"]), which),
+    st.just(("restart",)),
+)
+put_within = st.tuples(st.just("put"), which, blocks, st.integers(0, 1), gap)
+"""Sizes stay: images leave out what lies behind the end of its fork, and the model does not know of ends."""
+compacting_step = st.one_of(
+    *(put_within,) * 3,
+    st.tuples(st.just("branch"), which, at),
+    st.tuples(st.sampled_from(["compact", "compact", "reopen"]), which),
     st.just(("restart",)),
 )
 
@@ -163,6 +167,10 @@ async def play(steps: list[tuple[object, ...]], root: Path) -> None:
                     await forest.check(known, place(known, share, INITDB_LSN))
                 case "checkpoint", [int(number)]:
                     await forest.pick(number).timeline.checkpoint()
+                case "compact", [int(number)]:
+                    known = forest.pick(number)
+                    await known.timeline.checkpoint()
+                    await known.timeline.compactor.compact(force=True)
                 case "reopen", [int(number)]:
                     await forest.reopen(forest.pick(number))
                 case "delete", [int(number)]:
@@ -181,6 +189,13 @@ async def play(steps: list[tuple[object, ...]], root: Path) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(step, min_size=20, max_size=50))
 def test_branches_equal_full_copies(steps: list[tuple[object, ...]]) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        asyncio.run(play(steps, Path(root)))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(compacting_step, min_size=15, max_size=40))
+def test_branches_that_are_compacted_equal_full_copies(steps: list[tuple[object, ...]]) -> None:
     with tempfile.TemporaryDirectory() as root:
         asyncio.run(play(steps, Path(root)))
 

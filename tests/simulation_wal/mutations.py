@@ -14,11 +14,15 @@ from unittest.mock import patch
 from compute import election, replacement
 from compute.proposer import Tally
 from pageserver import quorum, walreceiver
-from safekeeper import acceptor
+from safekeeper import acceptor, trim
 from safekeeper.acceptor import AcceptorState, DropStream, Effect, Persist
 from safekeeper.control_file import ControlState
+from safekeeper.offload import OffloadTuning
+from safekeeper.remote_wal import RemotePiece, RemoteWal
 from safekeeper.term_history import TermHistory
+from safekeeper.timeline import Timeline
 from shared.api.safekeeper import EndOfWal, VoteResponse
+from shared.crypto.envelope import Envelope
 from shared.lsn import Lsn
 from shared.wire.walstream import Status
 from tests.simulation_wal import safekeeper, world
@@ -115,6 +119,26 @@ async def _acknowledge_unsynced(self: safekeeper.SimLog, term: int, data: bytes)
 _append_frame = safekeeper.SimLog._append_frame
 
 
+def _trim_what_is_committed(state: ControlState, tuning: OffloadTuning) -> int:
+    return max(0, state.acceptor.commit_lsn - tuning.history_size_bytes)
+
+
+async def _put_nothing(self: RemoteWal, piece: RemotePiece, content: bytes, envelope: Envelope) -> None:
+    pass
+
+
+_wire_status = Timeline.wire_status
+
+
+def _begins_where_it_is_committed(self: Timeline) -> Status:
+    status = _wire_status(self)
+    return replace(status, oldest_lsn=status.commit_lsn)
+
+
+def _begin_uncommitted(state: ControlState, flush_lsn: int, lsn: int) -> ControlState:
+    return replace(state, log=state.log.closed_at(flush_lsn).trimmed_at(lsn))
+
+
 def _one_is_enough(nodes: int) -> int:
     return 1
 
@@ -146,6 +170,16 @@ MUTATIONS: Final[Mapping[str, Mutation]] = {
     "a replacement takes one vote": lambda: [patch.object(election, "Tally", _one_voter_is_enough)],
     "a new disk is a member before it holds the log": lambda: [
         patch.object(replacement.Replacer, "_bring_up", _copy_nothing)
+    ],
+    "WAL is trimmed that is not in layers": lambda: [
+        patch.object(trim, "trim_limit", _trim_what_is_committed),
+    ],
+    "a piece is offloaded that nobody has put": lambda: [patch.object(RemoteWal, "put", _put_nothing)],
+    "a donor has trimmed less than it says": lambda: [
+        patch.object(Timeline, "wire_status", _begins_where_it_is_committed)
+    ],
+    "a log goes on behind what it knows as committed": lambda: [
+        patch.object(safekeeper, "begun_at", _begin_uncommitted)
     ],
     "one vote is a majority": lambda: [
         patch("compute.proposer.majority", _one_is_enough),

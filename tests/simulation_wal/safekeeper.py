@@ -1,7 +1,8 @@
 """A safekeeper on a simulated disk: the real timeline, acceptor, control file, map, piece format, sender and recovery.
 
 What is not the real one is only what calls the operating system: files (`Disk`), the log's shell over them (`SimLog`,
-which does what `WalStore` does, with the same cores) and the thread that talks to Postgres (`SimReceiver`).
+which does what `WalStore` does, with the same cores), the thread that talks to Postgres (`SimReceiver`), and the object
+store (`SimStore`), of which a process may die between any two calls.
 
 The disk loses on a crash what was not synced: of a frame that was being written any beginning may be left.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,15 @@ from safekeeper.acceptor import AcceptorState
 from safekeeper.control_file import FILE_NAME, ControlState
 from safekeeper.control_store import ControlStore, DiskFullError
 from safekeeper.files import FsyncFailedError
-from safekeeper.log_map import LogMap
-from safekeeper.piece_keys import ProjectKeys
-from safekeeper.timeline import Timeline, TimelineEnvironment
+from safekeeper.log_map import Extent, LogMap, Place
+from safekeeper.offload import OffloadTuning, RemoteReader
+from safekeeper.piece_keys import PieceKeys, ProjectKeys
+from safekeeper.remote_wal import RemotePiece, timeline_prefix
+from safekeeper.timeline import SEQUENCES_BITS, Timeline, TimelineEnvironment
+from safekeeper.trim import begun_at
 from safekeeper.wal_receiver import WalReceiver
 from safekeeper.wal_segment import (
+    KEY_SUFFIX,
     MAX_FRAME_PLAINTEXT_BYTES,
     PIECE_HEADER_SIZE_BYTES,
     FrameIndex,
@@ -36,7 +41,7 @@ from safekeeper.wal_segment import (
     open_frames,
     verify_tail,
 )
-from safekeeper.wal_sender import Subscription
+from safekeeper.wal_sender import serve_log
 from safekeeper.wal_store import WalStore
 from shared.api.safekeeper import (
     CreateTimeline,
@@ -48,19 +53,23 @@ from shared.api.safekeeper import (
     VoteRequest,
     VoteResponse,
 )
-from shared.crypto.aead import AeadKey, default_suite
+from shared.crypto.aead import NONCE_SIZE_BYTES, AeadKey, default_suite
+from shared.crypto.envelope import Envelope
 from shared.crypto.secret import SecretKey
 from shared.errors import (
     ConflictError,
     CorruptedError,
     IntegrityError,
+    InvalidInputError,
     KeylakeError,
     NotFoundError,
     UnavailableError,
 )
 from shared.framed_tcp import FramedConnection
-from shared.ids import ProjectId, TimelineId
+from shared.ids import KekId, ProjectId, TimelineId
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES, Lsn
+from shared.storage.base import StoreUnavailableError
+from shared.storage.memory import MemoryObjectStore
 from shared.wire.frames import pack_frame
 from shared.wire.walstream import SUBSCRIBE, WAL, Subscribe, parse_wal
 from tests.simulation_wal.network import Connection, Network
@@ -70,6 +79,8 @@ from tests.simulation_wal.wal import end_of_wal
 PROJECT: Final = ProjectId.parse("prj-0123456789abcdef")
 TIMELINE: Final = TimelineId.parse("tl-0123456789abcdef")
 SYSTEM_IDENTIFIER: Final = 7
+KEK_ID: Final = KekId("kek-0123456789abcdef")
+DEK_SIZE_BYTES: Final = 32
 ACKNOWLEDGE: Final = 0x50
 """Receiver → compute: everything before this position is durable here."""
 START: Final = 0x51
@@ -165,17 +176,96 @@ class SimControl(ControlStore):
         await self._io.replace(FILE_NAME, data)
 
 
+@dataclass
+class Objects:
+    """The object store of all nodes. It loses nothing, but may be away."""
+
+    in_layers_lsn: Callable[[], int]
+    """What the pageserver has in layers that are durable."""
+    content: dict[str, bytes] = field(default_factory=dict)
+    away: bool = False
+    removed_lsn: int = 0
+    """Pieces that end here, at most, have been removed."""
+    skipped: int = 0
+    """How often a log went on where its donor's begins."""
+
+    def covers(self, extent: Extent) -> bool:
+        assert extent.end_lsn is not None
+        found = (RemotePiece.parse(name.rpartition("/")[2]) for name in self.content)
+        return any(
+            piece.covers(extent.piece.term, extent.start_lsn, extent.end_lsn)
+            for piece in found
+            if piece is not None and f"{timeline_prefix(PROJECT, TIMELINE)}{piece.name}{KEY_SUFFIX}" in self.content
+        )
+
+
+class SimStore(MemoryObjectStore):
+    """One process's way to them; each call is a place where it may die."""
+
+    def __init__(self, io: Io, objects: Objects) -> None:
+        super().__init__()
+        self._io = io
+        self._all = objects
+        self._objects = objects.content
+
+    async def _turn(self) -> None:
+        await self._io.step()
+        if self._all.away:
+            raise StoreUnavailableError("the object store is away: simulated")
+
+    async def delete(self, key: str) -> None:
+        await super().delete(key)
+        piece = RemotePiece.parse(key.rpartition("/")[2])
+        if piece is not None:
+            assert piece.end_lsn <= self._all.in_layers_lsn(), "WAL is removed that is not in layers"
+            self._all.removed_lsn = max(self._all.removed_lsn, piece.end_lsn)
+
+    async def delete_many(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            await self.delete(key)
+
+
+class SimPieceKeys(PieceKeys):
+    """Envelopes of the simulation wrap nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def unwrap(self, piece: PieceId, envelope: Envelope) -> tuple[AeadKey, bytes]:
+        return AeadKey(SecretKey(envelope.wrapped_dek[:DEK_SIZE_BYTES])), piece.file_name.encode()
+
+
+def envelope_of(key: bytes) -> Envelope:
+    return Envelope(KEK_ID, 1, bytes(NONCE_SIZE_BYTES), key.ljust(48, b"\0"), bytes(32))
+
+
+Committed = Callable[[int, int], bytes]
+"""The WAL between two positions that everybody has to have."""
+
+
 class SimLog:
     """What `WalStore` is to a timeline: append, read, clip, by the same cores and in the same order."""
 
-    def __init__(self, io: Io, control: ControlStore, on_flush: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        io: Io,
+        control: ControlStore,
+        on_flush: Callable[[], None],
+        remote: RemoteReader | None,
+        committed: Committed,
+        on_skip: Callable[[], None],
+    ) -> None:
         self._io = io
         self._control = control
         self._on_flush = on_flush
+        self._remote = remote
+        self._committed = committed
+        self._on_skip = on_skip
         self._writer: tuple[PieceId, PieceCipher, FrameIndex] | None = None
         self._append_lock = asyncio.Lock()
-        self._start_lsn = control.state.log.start_lsn
+        self._begin_lsn = control.state.log.oldest_lsn
         self._bytes = bytearray()
+        """From `_begin_lsn` on, also what lies in the object store or was trimmed since."""
         self._next_sequence = control.state.log.next_sequence
         self.flush_lsn = control.state.log.closed_end_lsn
         self.loaded = False
@@ -190,6 +280,10 @@ class SimLog:
             await self._io.step()
             open_end_lsn = None
             for extent in state.log.extents:
+                if extent.place is Place.REMOTE:
+                    assert extent.end_lsn is not None
+                    self._bytes += self._committed(extent.start_lsn, extent.end_lsn)  # to look at; reads go there
+                    continue
                 content, cipher = self._open(extent.piece)
                 if extent.end_lsn is None:
                     index = verify_tail(content, cipher).index
@@ -255,14 +349,14 @@ class SimLog:
         lsn, disk = self.flush_lsn, self._io.disk
         piece = PieceId(lsn // WAL_SEGMENT_SIZE_BYTES, term, self._next_sequence)
         self._next_sequence += 1
-        key = disk.rng.randbytes(32)
+        key = disk.rng.randbytes(DEK_SIZE_BYTES)
         header = PieceHeader(piece, lsn, default_suite())
         await self._io.step()
         if disk.full:
             raise DiskFullError("there is no space: simulated")
         disk.keys[piece.file_name] = key
         disk.files[piece.file_name] = header.serialize()
-        await self._change(lambda state: _with_log(state, state.log.opened(piece, lsn)))
+        await self.change_control(lambda state: replace(state, log=state.log.opened(piece, lsn)))
         cipher = PieceCipher(AeadKey(SecretKey(key)), piece.file_name.encode(), header)
         self._writer = piece, cipher, FrameIndex.empty(lsn)
         return self._writer
@@ -271,32 +365,58 @@ class SimLog:
         self.check_ready()
 
         def change(state: ControlState) -> ControlState:
-            merged = _with_commit(acceptor, max(acceptor.commit_lsn, state.acceptor.commit_lsn))
+            merged = replace(acceptor, commit_lsn=max(acceptor.commit_lsn, state.acceptor.commit_lsn))
             log = state.log if clip_lsn is None else state.log.closed_at(clip_lsn)
-            return _with_log(_with_acceptor(state, merged), log)
+            return replace(state, acceptor=merged, log=log)
 
-        await self._change(change)
-        if clip_lsn is not None:
-            if clip_lsn < self.flush_lsn:
-                self.flush_lsn = clip_lsn
-                del self._bytes[clip_lsn - self._start_lsn :]
+        def clipped() -> None:
+            if clip_lsn is not None:
+                self._writer = None
+                if clip_lsn < self.flush_lsn:
+                    self.flush_lsn = clip_lsn
+                    del self._bytes[clip_lsn - self._begin_lsn :]
+
+        await self.change_control(change, clipped)
+
+    async def begin_at(self, lsn: int) -> None:
+        self.check_ready()
+
+        def begun() -> None:
             self._writer = None
+            self.flush_lsn = self._begin_lsn = lsn
+            self._bytes.clear()
+            self._on_skip()
+
+        await self.change_control(lambda state: begun_at(state, self.flush_lsn, lsn), begun)
 
     async def persist_commit_lsn(self) -> None:
         self.check_ready()
-        await self._change(lambda state: state)
+        await self.change_control(lambda state: state)
 
-    async def _change(self, change: Callable[[ControlState], ControlState]) -> None:
-        before = [extent.piece for extent in self._control.state.log.extents]
+    async def change_control(
+        self, change: Callable[[ControlState], ControlState], applied: Callable[[], None] = lambda: None
+    ) -> None:
+        before = self._control.state.log.local_pieces
         try:
-            state = await self._control.update(change)
+            state = await self._control.update(change, applied)
         except IntegrityError as error:
             raise self.failed(error) from None
-        kept = {extent.piece for extent in state.log.extents}
-        for piece in before:
-            if piece not in kept:
-                self._io.disk.files.pop(piece.file_name, None)
-                self._io.disk.keys.pop(piece.file_name, None)
+        for piece in sorted(before - state.log.local_pieces):
+            await self._io.step()
+            self._io.disk.files.pop(piece.file_name, None)
+            self._io.disk.keys.pop(piece.file_name, None)
+
+    async def sealed(self, extent: Extent) -> tuple[bytes, Envelope] | None:
+        assert extent.end_lsn is not None
+        await self._io.step()
+        if extent.piece not in self._control.state.log.local_pieces:
+            return None
+        try:
+            content, cipher = self._open(extent.piece)
+            index = index_frames(content, cipher.header, extent.end_lsn)
+        except IntegrityError as error:
+            raise self.failed(error) from None
+        return content[: index.end_offset], envelope_of(self._io.disk.keys[extent.piece.file_name])
 
     async def prepare(self, term: int) -> None:
         self.check_ready()
@@ -304,7 +424,17 @@ class SimLog:
     async def read(self, lsn: int, max_size_bytes: int) -> bytes:
         self.check_ready()
         await asyncio.sleep(0)
-        at = lsn - self._start_lsn
+        log = self._control.state.log
+        if lsn < log.oldest_lsn:
+            raise InvalidInputError("the log begins behind this position")
+        if lsn >= self.flush_lsn:
+            return b""
+        extent = log.extents[log.find(lsn)]
+        end_lsn = self.flush_lsn if extent.end_lsn is None else min(extent.end_lsn, self.flush_lsn)
+        if extent.place is Place.REMOTE:
+            assert self._remote is not None
+            return await self._remote.read(extent, lsn, end_lsn, max_size_bytes)
+        at = lsn - self._begin_lsn
         return bytes(self._bytes[at : at + max_size_bytes])
 
     async def aclose(self) -> None:
@@ -325,22 +455,6 @@ class SimLog:
     def failed(self, error: KeylakeError) -> IntegrityError:
         self.fault = self.fault or str(error)
         return IntegrityError(self.fault)
-
-
-def _with_log(state: ControlState, log: LogMap) -> ControlState:
-    return ControlState(
-        state.node_id, state.project_id, state.timeline_id, state.system_identifier, state.acceptor, log
-    )
-
-
-def _with_acceptor(state: ControlState, acceptor: AcceptorState) -> ControlState:
-    return ControlState(
-        state.node_id, state.project_id, state.timeline_id, state.system_identifier, acceptor, state.log
-    )
-
-
-def _with_commit(acceptor: AcceptorState, commit_lsn: int) -> AcceptorState:
-    return replace(acceptor, commit_lsn=commit_lsn)
 
 
 ConnectToCompute = Callable[[str], "asyncio.Future[Connection]"]
@@ -424,21 +538,40 @@ class SimTimeline(Timeline):
     io: Io
     reach: Callable[[str], object]
 
-    def __init__(self, io: Io, reach: Callable[[str], object], state: ControlState, connect_to_peer: object) -> None:
+    def __init__(
+        self,
+        io: Io,
+        reach: Callable[[str], object],
+        state: ControlState,
+        connect_to_peer: object,
+        world: Surroundings,
+    ) -> None:
         self.io = io
         self.reach = reach
+        self.world = world
         environment = TimelineEnvironment(
             state.node_id,
             cast("Executor", None),
             connect_to_peer,  # type: ignore[arg-type]
             elected_timeout_s=1.5,
+            objects=SimStore(io, world.objects),
+            offload=world.tuning,
         )
         keys = cast("ProjectKeys", _Keys())
         super().__init__(Path("/simulated"), state, keys, environment)
 
     def _open_log(self, state: ControlState) -> tuple[ControlStore, WalStore]:
         control = SimControl(self.io, state)
-        return control, cast("WalStore", SimLog(self.io, control, self._wake_subscriptions))
+        objects = self.world.objects
+
+        def on_skip() -> None:
+            objects.skipped += 1
+
+        log = SimLog(self.io, control, self._wake_subscriptions, self._reader, self.world.committed, on_skip)
+        return control, cast("WalStore", log)
+
+    def _keys_of(self, node_id: str) -> PieceKeys:
+        return SimPieceKeys()
 
     def _make_receiver(self, request: StreamFrom) -> WalReceiver:
         host = request.compute.host
@@ -446,7 +579,8 @@ class SimTimeline(Timeline):
 
     async def end_of_wal(self) -> EndOfWal:
         await self.make_ready()
-        last, end = end_of_wal(self.start_lsn, self.content)
+        # Real WAL shows where a record starts; this kind has to be read from where the timeline begins.
+        last, end = end_of_wal(self.state.log.start_lsn, self.content)
         return EndOfWal(last_record_lsn=Lsn(last), end_lsn=Lsn(end))
 
     def streams_in(self, term: int) -> bool:
@@ -454,12 +588,17 @@ class SimTimeline(Timeline):
 
     @property
     def content(self) -> bytes:
-        """The whole log, as its shell has it in memory."""
-        return bytes(cast("SimLog", self._store)._bytes)
+        """The whole log: what was trimmed, and then what its shell has in memory."""
+        log = cast("SimLog", self._store)
+        return self.world.committed(self.state.log.start_lsn, log._begin_lsn) + log._bytes
 
     @property
     def state(self) -> ControlState:
         return self._control.state
+
+    @property
+    def durable(self) -> ControlState:
+        return self._control._durable
 
 
 class _Keys:
@@ -472,12 +611,29 @@ class _Keys:
         pass
 
 
+@dataclass
+class Surroundings:
+    """What all nodes have in common."""
+
+    objects: Objects
+    committed: Committed
+    tuning: OffloadTuning
+
+
 class SimSafekeeper:
     """One node: a disk, and now and then a process on it."""
 
-    def __init__(self, node_id: str, rng: random.Random, network: Network, note: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        node_id: str,
+        rng: random.Random,
+        network: Network,
+        note: Callable[[str, str], None],
+        world: Surroundings,
+    ) -> None:
         self.node_id = node_id
         self.disk = Disk(rng)
+        self._world = world
         self._network = network
         self._note = note
         self.process: Process | None = None
@@ -501,17 +657,20 @@ class SimSafekeeper:
     def _open(self, state: ControlState) -> None:
         assert self.process is not None
         io = Io(self.disk, self.process, self.crash)
-        self.timeline = SimTimeline(io, lambda host: self.reach(self.node_id, host), state, self._connect_to_peer)
+        self.timeline = SimTimeline(
+            io, lambda host: self.reach(self.node_id, host), state, self._connect_to_peer, self._world
+        )
 
     async def _ready(self, timeline: SimTimeline) -> None:
         await timeline.make_ready()
 
     async def _keep_house(self) -> None:
         while True:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(self.disk.rng.uniform(0.05, 0.4))
             if self.timeline is not None:
                 with suppress(KeylakeError):
                     await self.timeline.persist_commit_lsn()
+                    await self.timeline.offload()
 
     def crash(self) -> None:
         if self.process is None:
@@ -554,9 +713,8 @@ class SimSafekeeper:
         if self.timeline is None:
             start_lsn = request.start_lsn.value
             acceptor = AcceptorState(start_lsn, commit_lsn=start_lsn, seat=request.seat)
-            state = ControlState(
-                self.node_id, PROJECT, TIMELINE, request.system_identifier, acceptor, LogMap(start_lsn)
-            )
+            log = LogMap(start_lsn, next_sequence=request.seat << SEQUENCES_BITS)
+            state = ControlState(self.node_id, PROJECT, TIMELINE, request.system_identifier, acceptor, log)
             assert self.process is not None
             await Io(self.disk, self.process, self.crash).replace(FILE_NAME, state.serialize())
             if self.timeline is None:
@@ -588,7 +746,7 @@ class SimSafekeeper:
         timeline = self._found()
         await timeline.make_ready()
         request = Subscribe.parse(first[1])
-        await Subscription(timeline, request, cast("FramedConnection", connection), takes_feedback=True).run()
+        await serve_log(cast("FramedConnection", connection), timeline, request, takes_feedback=True)
 
     async def _connect_to_peer(self, donor: Donor, project_id: ProjectId) -> Connection:
         return await self._network.connect(self.node_id, donor.node_id, self.peers[donor.node_id].serve_wal)

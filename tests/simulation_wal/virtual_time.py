@@ -10,9 +10,13 @@ import asyncio
 import contextvars
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Final
+from concurrent.futures import Executor
+from typing import Any, Final, TypeVar, TypeVarTuple, Unpack
 
 from shared.errors import KeylakeError
+
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
 
 
 class Crashed(asyncio.CancelledError):
@@ -106,6 +110,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._virtual.now_s
+
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[Unpack[Arguments]], T], *args: *Arguments
+    ) -> asyncio.Future[T]:
+        """There are no threads: it runs here, in no time."""
+        future: asyncio.Future[T] = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
     def _make_task(
         self, _: asyncio.AbstractEventLoop, work: Any, context: contextvars.Context | None = None

@@ -28,6 +28,8 @@ from compute.replacement import Replacer
 from compute.storage_clients import SafekeeperAddress, SafekeeperClient
 from pageserver.walreceiver import Peer, WalReceiver
 from safekeeper.control_file import FILE_NAME, ControlState
+from safekeeper.log_map import LogMap, Place
+from safekeeper.offload import OffloadTuning
 from shared.api.safekeeper import (
     CreateTimeline,
     Donor,
@@ -51,7 +53,9 @@ from tests.simulation_wal.safekeeper import (
     START,
     SYSTEM_IDENTIFIER,
     TIMELINE,
+    Objects,
     SimSafekeeper,
+    Surroundings,
 )
 from tests.simulation_wal.virtual_time import Process, VirtualLoop, current_process
 from tests.simulation_wal.wal import HEADER_BYTES, MAX_RECORD_BYTES, Decoder, end_of_wal, make_record
@@ -508,7 +512,14 @@ class World:
             node: SafekeeperAddress(node_id=node, http=Address(host=node, port=1), wal=Address(host=node, port=2))
             for node in NODES
         }
-        self.nodes = {node: SimSafekeeper(node, self.rng, self.network, self.note) for node in NODES}
+        self.objects = Objects(lambda: self.pageserver.remote_consistent_lsn)
+        # Behind what is in layers a record is kept, as in earnest: else the last one of a log might lack its beginning.
+        tuning = OffloadTuning(
+            keep_size_bytes=self.rng.choice((0, 0, 200)),
+            history_size_bytes=self.rng.choice((1, 1, 5)) * MAX_RECORD_BYTES,
+        )
+        around = Surroundings(self.objects, self._committed, tuning)
+        self.nodes = {node: SimSafekeeper(node, self.rng, self.network, self.note, around) for node in NODES}
         for node in self.nodes.values():
             node.peers = self.nodes
             node.reach = self._reach_compute
@@ -528,6 +539,11 @@ class World:
         if self.replaces:
             self.duration_s += 0.5
         self._commit_lsns: dict[tuple[str, int], int] = {}
+
+    def _committed(self, start_lsn: int, end_lsn: int) -> bytes:
+        if end_lsn > self.oracle.end_lsn:
+            raise InvariantError(f"WAL up to {end_lsn} was taken for committed, and is not")
+        return bytes(self.oracle.log[start_lsn - self.start_lsn : end_lsn - self.start_lsn])
 
     def note(self, who: str, what: str) -> None:
         self.history.append((round(self.loop.time(), 6), who, what))
@@ -592,8 +608,9 @@ class World:
         troubles = (
             self._crash, self._crash_between_effects, self._crash_between_effects, self._isolate, self._part,
             self._bad_network, self._better_network, self._lead_again, self._kill_manager, self._kill_compute,
-            self._fill_disk, self._break_fsync, self._crash_pageserver, self._lose_disk,
-            *(self._grow_orphan,) * 4, *(self._rival,) * 4, *(self._replace,) * (10 if self.replaces else 0),
+            self._fill_disk, self._break_fsync, self._crash_pageserver, self._lose_disk, self._take_store_away,
+            *(self._trim_meanwhile,) * 3,
+            *(self._grow_orphan,) * 4, *(self._rival,) * 4, *(self._replace,) * (16 if self.replaces else 0),
         )  # fmt: skip
         pace = rng.choice((1.5, 3.0, 6.0))
         while True:
@@ -729,6 +746,18 @@ class World:
             node.lose_disk()
             self._later(node.start, 1.0)
 
+    def _take_store_away(self) -> None:
+        self.objects.away = True
+        self._later(lambda: setattr(self.objects, "away", False), 0.5)
+
+    def _trim_meanwhile(self) -> None:
+        """One node is away while the others go on to new terms, which is what closes pieces, and trim them."""
+        node = self._some_node()
+        node.crash()
+        self._lead_again()
+        self._later(self._lead_again, 0.8)
+        self._later(node.start, 2.0)
+
     def _replace(self) -> None:
         """A disk is lost that has, with one other, what was committed; the one that has not is about to vote."""
         lost = next((node for node in self.nodes.values() if self.is_lost(node)), None)
@@ -808,6 +837,7 @@ class World:
         self.note("world", "settles")
         self.settling = True
         self.network.heal()
+        self.objects.away = False
         for node in self.nodes.values():
             disk = node.disk
             disk.full = disk.fsync_fails = False
@@ -870,6 +900,7 @@ class World:
             if content[:known] != oracle.log[:known]:
                 raise InvariantError(f"{node.node_id} knows as committed what is not")
             state.log.check(state.acceptor.history)
+            self._check_offloaded(node.node_id, timeline.durable.log)
             logs.append((node.node_id, state.acceptor.history.up_to(timeline.flush_lsn), content))
         for number, (name, history, content) in enumerate(logs):
             for other, other_history, other_content in logs[number + 1 :]:
@@ -882,6 +913,18 @@ class World:
             if receiver.commit_lsn and receiver.commit_lsn < self._commit_lsns.get(("pageserver", id(receiver)), 0):
                 raise InvariantError("what the pageserver knows as committed goes back")
             self._commit_lsns["pageserver", id(receiver)] = receiver.commit_lsn
+
+    def _check_offloaded(self, node_id: str, log: LogMap) -> None:
+        """By what its disk says: it keeps whatever is not in layers, and what it has given away is to be had."""
+        if log.trimmed_lsn > self.pageserver.remote_consistent_lsn:
+            raise InvariantError(f"{node_id} has trimmed WAL that is not in layers")
+        for extent in log.extents:
+            if (
+                extent.place is not Place.LOCAL
+                and (extent.end_lsn or 0) > self.objects.removed_lsn
+                and not self.objects.covers(extent)
+            ):
+                raise InvariantError(f"{node_id} says that a piece is in the object store, which is not there")
 
     def _check_node(self, node: SimSafekeeper, commit_lsn: int) -> None:
         key = node.node_id, id(node.process)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from pageserver.layer.name import LayerKind
 from pageserver.timeline import Timeline
 from shared.clock import ManualClock
 from shared.errors import InvalidInputError
 from shared.ids import TimelineId
+from shared.keyspace import WHOLE_KEYSPACE, two_phase_key
 from shared.wal.page import boundary_of
-from tests.fixtures.pageserver import INITDB_LSN, Engine, engine
-from tests.unit.test_pageserver_compaction import EAGER, check, filled, grow, pages
+from tests.fixtures.pageserver import IMAGE, INITDB_LSN, REL, TOMBSTONE, WAL, Engine, engine, record
+from tests.unit.test_pageserver_compaction import BLOCKS, EAGER, check, filled, grow, layers_visited, live_of, pages
+from tests.unit.test_pageserver_timeline import put
 
 
 async def branch_of(on: Engine, parent: Timeline, lsn: int) -> Timeline:
@@ -81,6 +84,55 @@ async def test_a_branch_is_compacted_and_collected_itself(tmp_path: Path) -> Non
         await child.compactor.compact(force=True)
         await child.history.collect()
         assert await pages(grandchild, grandchild.last_record_lsn) == history[max(history)]
+
+
+async def test_reads_of_a_branch_visit_a_bounded_number_of_layers(tmp_path: Path) -> None:
+    """However long it lives, and whether a key was changed on it or is its ancestor's. Its images have what it changed,
+    also what it dropped; all else shines through."""
+    dropped, kept = two_phase_key(7), two_phase_key(8)
+    async with engine(tmp_path, config=EAGER) as one:
+        parent, before = await filled(one, layers=3)
+        await put(parent, (dropped, IMAGE, b"7"), (kept, IMAGE, b"8"))
+        await parent.checkpoint()
+        await parent.compactor.compact(force=True)
+        child = await branch_of(one, parent, parent.last_record_lsn)
+        await put(child, (dropped, TOMBSTONE, b""))
+        own = [await pages(child, child.last_record_lsn)]
+        worst: list[int] = []
+        for number in range(48):
+            key = REL.block_key(1 + number % 3)
+            await put(child, (key, WAL, record(9, b"x")), (REL.block_key(0), WAL, record(9, b"y")))
+            await child.checkpoint()
+            own.append(await pages(child, child.last_record_lsn))
+            await child.compactor.compact()
+            assert await pages(await reopened(one, child, parent), child.last_record_lsn) == own[-1]
+            if number % 6 == 5:
+                worst.append(max([await layers_visited(child, REL.block_key(block)) for block in range(BLOCKS)]))
+        # As for a timeline of its own (test_a_read_visits_a_bounded_number_of_layers), and in the ancestor once more.
+        assert max(worst) <= 2 * (3 + 8 + 1)
+        assert max(worst[4:]) <= max(worst[:4]), "it does not grow with history"
+
+        await child.compactor.compact(force=True)
+        await child.history.collect()
+        live = live_of(await reopened(one, child, parent))
+        images = [layer for layer in live.layer_map.layers if layer.kind is LayerKind.IMAGE]
+        assert live.layer_map.layers == tuple(images), "nothing else is needed any more"
+        in_images = {key for layer in images for key in (await live.layers.open(layer)).index.keys_in(WHOLE_KEYSPACE)}
+        assert in_images == {*(REL.block_key(block) for block in range(4)), dropped}, "what is inherited is not copied"
+        with live.in_use():
+            values = await live.reader.values(live.snapshot, [dropped, kept], child.last_record_lsn)
+        assert values == [None, b"8"]
+        assert await pages(child, child.last_record_lsn) == own[-1]
+        assert own[-1][4:] == before[max(before)][4:]
+
+
+async def reopened(on: Engine, child: Timeline, parent: Timeline) -> Timeline:
+    """From the object store, with nothing cached."""
+    fresh = await Timeline.open(
+        on.project_id, child.timeline_id, on.services, on.lease, on.config, find=lambda *_: parent
+    )
+    on.timelines.append(fresh)
+    return fresh
 
 
 async def test_a_lease_below_the_branch_point_is_the_ancestors_to_keep(tmp_path: Path) -> None:

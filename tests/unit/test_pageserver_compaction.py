@@ -134,18 +134,23 @@ class Counting:
 
 
 async def layers_visited(timeline: Timeline, key: bytes) -> int:
-    """By a read of the newest version, with nothing cached."""
-    live = live_of(timeline)
-    counting = Counting(live.layers)
-    plan = gather(live.snapshot, counting, key, timeline.last_record_lsn, None)
+    """By a read of the newest version, with nothing cached; those of an ancestor count, too."""
+    live, snapshot = live_of(timeline), live_of(timeline).snapshot
+    counted = [Counting(live.layers)]
+    if live.parent is not None:
+        assert snapshot.ancestor is not None
+        assert snapshot.ancestor.snapshot.ancestor is None
+        counted.append(Counting(live.parent.layers))
+        snapshot = snapshot._replace(ancestor=snapshot.ancestor._replace(layers=counted[1]))
+    plan = gather(snapshot, counted[0], key, timeline.last_record_lsn, None)
     with contextlib.suppress(StopIteration):
         request: GatherRequest = next(plan)
         while True:
             if isinstance(request, OpenRequest):
-                request = plan.send(await counting.open(request.layer))
+                request = plan.send(await request.layers.open(request.layer))
             else:
-                request = plan.send(await counting.read(request.layer, request.start, request.end))
-    return len(counting.visited)
+                request = plan.send(await request.layers.read(request.layer, request.start, request.end))
+    return sum(len(each.visited) for each in counted)
 
 
 async def test_a_read_visits_a_bounded_number_of_layers(tmp_path: Path) -> None:

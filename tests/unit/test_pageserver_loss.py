@@ -13,10 +13,11 @@ from typing import Any, cast
 import pytest
 from prometheus_client import CollectorRegistry
 
+from pageserver.attached import AttachedTimeline, Environment
 from pageserver.page_service import PAGES_SCOPE, PageService
+from pageserver.project import Branched, Project
 from pageserver.project_redo import ProjectRedo
 from pageserver.redo.build import RedoBinaries
-from pageserver.tenants import AttachedTimeline, Environment, _Branched, _Project
 from pageserver.timeline import Timeline
 from shared.api.keymanager import KeyState
 from shared.auth import Principal
@@ -41,17 +42,17 @@ IMPATIENT = replace(QUICK, drain_timeout_s=0.05)
 loops = pytest.mark.parametrize("run", LOOPS, ids=LOOP_NAMES)
 
 
-def project_of(*timelines: Timeline) -> _Project:
+def project_of(*timelines: Timeline) -> Project:
     """As `Tenants` has it, of timelines that nobody ingests into."""
     nowhere = Path("/nonexistent")  # nobody redoes anything here
     redo = ProjectRedo(RedoBinaries(PostgresInstallation(nowhere, "17"), nowhere, nowhere))
-    project = _Project(timelines[0].project_id, redo, list)
+    project = Project(timelines[0].project_id, redo, list)
     for timeline in timelines:
         project.timelines[timeline.timeline_id] = AttachedTimeline(timeline, cast("Environment", None))
     return project
 
 
-async def lose(lease: Lease, project: _Project) -> dict[str, float]:
+async def lose(lease: Lease, project: Project) -> dict[str, float]:
     """Up to the first await of `on_loss` it is one step with what the caller did before."""
     lease.revoked(KeyState.REVOKED, "the KMS said DisabledException")
     return await project.on_loss(KeyLoss(project.project_id, lease.state, lease.reason, "rev-1"))
@@ -61,7 +62,7 @@ async def lose(lease: Lease, project: _Project) -> dict[str, float]:
 
 
 @asynccontextmanager
-async def served(one: Engine) -> AsyncIterator[tuple[_Project, FramedConnection, Any]]:
+async def served(one: Engine) -> AsyncIterator[tuple[Project, FramedConnection, Any]]:
     """A client of the page port that has opened a timeline of 32 blocks."""
     blocks = [(REL.block_key(number), page_of(number)) for number in range(BLOCKS)]
     timeline = await one.create([(REL.size_key(), BLOCKS.to_bytes(4, "big")), *blocks])
@@ -123,7 +124,7 @@ async def test_a_branch_of_another_project_is_cut_with_its_ancestor(tmp_path: Pa
     async with pair(tmp_path, own_project=True) as two:
         told: list[KeyAccessError] = []
         project = project_of(two.parent)
-        branch = _Branched(AttachedTimeline(two.child, cast("Environment", None)), project.redo)
+        branch = Branched(AttachedTimeline(two.child, cast("Environment", None)), project.redo)
         project._branches_elsewhere = lambda: [branch]
         with two.child.readers.reading(told.append):
             two.process.lease.revoked(KeyState.REVOKED, "the KMS said DisabledException")

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from keylake.object_files import inspect_index
-from pageserver import tenants as tenants_module
+from pageserver import attached as attached_module
+from pageserver.attached import Environment
 from pageserver.redo.build import RedoBinaries
 from pageserver.removal import Mark, Removal
-from pageserver.tenants import Environment, Tenants
+from pageserver.tenants import Tenants
 from shared.auth import Service
 from shared.errors import ConflictError, CorruptedError, IntegrityError, NotFoundError, UnavailableError
 from shared.ids import ProjectId, TimelineId
@@ -96,7 +97,7 @@ async def test_a_branch_is_waited_for_while_its_ancestor_is_loaded(tmp_path: Pat
 async def test_keys_that_went_and_came_back_are_a_reason_to_try_again_at_once(
     tmp_path: Path, realm: Realm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tenants_module, "_FAULT_PAUSE_S", 3600.0)
+    monkeypatch.setattr(attached_module, "FAULT_PAUSE_S", 3600.0)
     async with stored_pair(tmp_path / "first") as (two, store):
         ids = two.parent.project_id, two.parent.timeline_id
         keys = two.process.keys.for_another_node()

@@ -19,7 +19,16 @@ from shared.framed_tcp import FramedConnection, FramedServer
 from shared.ids import ProjectId, TimelineId
 from shared.tls import client_context, server_context
 from shared.wal.reader import RawRecord, WalStreamDecoder
-from shared.wire.walstream import MAX_FRAME_SIZE_BYTES, SUBSCRIBE, Status, Subscribe, SubscribeFlags, pack_wal
+from shared.wire.walstream import (
+    FEEDBACK,
+    MAX_FRAME_SIZE_BYTES,
+    SUBSCRIBE,
+    Feedback,
+    Status,
+    Subscribe,
+    SubscribeFlags,
+    pack_wal,
+)
 from tests.fixtures.realm import Realm
 from tests.fixtures.wal import WalBuilder
 
@@ -38,6 +47,7 @@ class Safekeeper:
     def __post_init__(self) -> None:
         self.sent = asyncio.Event()
         """A subscriber that wants bytes has been sent all that there are."""
+        self.told: asyncio.Queue[Feedback] = asyncio.Queue()
 
     async def serve(self, connection: FramedConnection, principal: Principal) -> None:
         frame = await connection.receive_one()
@@ -49,8 +59,50 @@ class Safekeeper:
             for at in range(wanted.start, START + len(self.log), BUFFER_BYTES):
                 connection.write(pack_wal(at, self.log[at - START : at - START + BUFFER_BYTES]))
             self.sent.set()
-        while await connection.receive():
-            pass
+        while frames := await connection.receive():
+            for kind, payload in frames:
+                assert kind == FEEDBACK
+                self.told.put_nowait(Feedback.parse(payload))
+
+    def server(self, realm: Realm) -> FramedServer:
+        return FramedServer(
+            Address(host="127.0.0.1", port=0),
+            server_context(realm.identity(Service.SAFEKEEPER).files),
+            realm.verifier(Service.SAFEKEEPER),
+            Scope.WAL_READ,
+            MAX_FRAME_SIZE_BYTES,
+            self.serve,
+        )
+
+
+async def test_whoever_is_not_of_the_committed_term_hears_what_is_in_layers_and_nothing_else(tmp_path: Path) -> None:
+    """A term may not be able to begin before: its donor may have to trim what its peers have trimmed (ADR 40)."""
+    realm = Realm.create(tmp_path)
+    wal = WalBuilder(START)
+    wal.append_noop(3000)
+    donor = Safekeeper("a", 2, bytes(wal.data))
+    async with donor.server(realm) as server:
+        receiver = WalReceiver(
+            ProjectId.new(),
+            TimelineId.new(),
+            [Peer("a", Address(port=server.port)), *(Peer(name, Address(port=1)) for name in "bc")],
+            realm.issuers[Service.PAGESERVER],
+            client_context(realm.ca_certificate),
+            WalStreamDecoder(START, system_identifier=wal.system_identifier),
+            _ingest_nothing,
+            lambda: START + 100,
+        )
+        work = asyncio.create_task(receiver.run())
+        try:
+            async with asyncio.timeout(20):
+                assert await donor.told.get() == Feedback(0, START + 100, 0)
+        finally:
+            work.cancel()
+            await asyncio.wait([work])
+
+
+async def _ingest_nothing(records: Sequence[RawRecord]) -> None:
+    raise AssertionError("nothing is committed")
 
 
 async def test_a_source_that_filled_the_buffer_and_lost_an_election_is_given_up(
@@ -75,19 +127,7 @@ async def test_a_source_that_filled_the_buffer_and_lost_an_election_is_given_up(
         arrived.set()
 
     async with AsyncExitStack() as stack:
-
-        def server(of: Safekeeper, port: int = 0) -> FramedServer:
-            context = server_context(realm.identity(Service.SAFEKEEPER).files)
-            return FramedServer(
-                Address(host="127.0.0.1", port=port),
-                context,
-                realm.verifier(Service.SAFEKEEPER),
-                Scope.WAL_READ,
-                MAX_FRAME_SIZE_BYTES,
-                of.serve,
-            )
-
-        servers = {each.node_id: await stack.enter_async_context(server(each)) for each in (a, b, c)}
+        servers = {each.node_id: await stack.enter_async_context(each.server(realm)) for each in (a, b, c)}
         peers = [Peer(node, Address(host="127.0.0.1", port=each.port)) for node, each in servers.items()]
         receiver = WalReceiver(
             ProjectId.new(),
