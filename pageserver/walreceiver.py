@@ -219,6 +219,8 @@ class WalReceiver:
         if status.remote_consistent_lsn > self._remote_consistent_lsn():
             raise RolledBackError("the object store lacks what safekeepers were told to be durable")
         self._statuses[node_id] = status
+        if status.remote_consistent_lsn < min(status.flush_lsn, self._remote_consistent_lsn()):
+            self._fed.set()  # it has not heard yet
         if node_id == self._source:
             self._changed.set()  # it may be in a newer term now
         now = committed(self._statuses.values(), majority(len(self._peers)))
@@ -275,11 +277,14 @@ class WalReceiver:
             await asyncio.sleep(_REPORT_PACE_S)
 
     def _send_feedback(self) -> None:
-        """Only to those whose log is the committed one: another one's position would mean other bytes."""
+        """What is committed, only to those whose log it is: another one's position would mean other bytes. What is in
+        layers, to all: they may have to trim before a term can begin (ADR 40)."""
+        stored_lsn = self._remote_consistent_lsn()
         complete = min(self.commit_lsn, self._decoder.end_lsn)
         # What is decoded is ingested, but for the slice at hand. Safekeepers hold commits back that run away from it.
-        feedback = Feedback(complete, self._remote_consistent_lsn(), self._decoder.end_lsn).pack()
+        feedback = Feedback(complete, stored_lsn, self._decoder.end_lsn).pack()
+        stored = Feedback(0, stored_lsn, 0).pack()
         for node_id, connection in self._connections.items():
             status = self._statuses.get(node_id)
-            if status is not None and self._committed.is_agreed_by(status):
-                connection.write(feedback)
+            if status is not None:
+                connection.write(feedback if self._committed.is_agreed_by(status) else stored)
