@@ -14,7 +14,7 @@ COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs docs-reference docs-metrics demo test test-again test-unit test-integration example lint fmt types check bench bench-keys fuzz-keys docs-roles lock up down logs clean docs-lifecycle docs-errors fault-matrix regression isolation console-test bench-revocation bench-simulation sim-consensus model-consensus crash-anywhere compose-test
+.PHONY: help setup docs docs-reference docs-metrics demo test test-again test-unit test-integration example lint fmt types check bench bench-keys fuzz-keys docs-roles lock up renew down logs clean docs-lifecycle docs-errors fault-matrix regression isolation console-test bench-revocation bench-simulation sim-consensus model-consensus crash-anywhere compose-test
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -97,7 +97,7 @@ types: $(VENV)/.dev ## mypy, strict
 	@$(BIN)/mypy
 	@MYPYPATH=examples/orders $(BIN)/mypy --strict examples/orders/app.py examples/orders/tests
 
-check: lint types docs demo test ## what CI runs
+check: lint types docs demo test ## what CI runs, but for the containers
 
 bench: $(VENV)/.dev ## the figures of docs/benchmarks.md, as ratios against a peer in the same run (fleets and simulations: bench-*)
 	@$(BIN)/python -m benchmarks
@@ -120,8 +120,8 @@ docs-errors: $(VENV)/.dev ## docs/errors.md, from the errors and the proxy's far
 docs-reference: $(VENV)/.dev ## docs/reference/, from the command line, the settings and the HTTP APIs themselves
 	@$(BIN)/python -m keylake.reference docs/reference
 
-docs-metrics: $(VENV)/.runtime ## docs/reference/metrics.md, from the cluster that runs in KEYLAKE_HOME
-	@$(BIN)/python -m keylake.reference.metrics $(or $(KEYLAKE_HOME),.keylake) > docs/reference/metrics.md
+docs-metrics: $(VENV)/.runtime ## docs/reference/metrics.md, from a cluster of its own
+	@$(BIN)/python -m keylake.reference.metrics docs/reference/metrics.md
 
 fault-matrix: $(VENV)/.dev ## parts in trouble while keys are revoked: all pairs; FAULTS=full, the whole product (most of an hour)
 	@KEYLAKE_FAULT_MATRIX=$(or $(FAULTS),covering) $(BIN)/python -m pytest -p no:randomly -q -s tests/cluster_faults
@@ -169,6 +169,11 @@ up: ## the same services as containers
 	@$(COMPOSE) exec -T console timeout 120 \
 	  sh -c 'until test -s /run/keylake/console; do sleep 0.2; done; cat /run/keylake/console' || \
 	  { echo "not there after two minutes; see what the others say: make logs"; exit 1; }
+
+renew: ## new certificates for the containers: theirs last a year, and `provision` says when; data and keys stay
+	$(COMPOSE) stop
+	$(COMPOSE) run --rm --no-deps provision python -m keylake.provision certificates
+	$(COMPOSE) up --detach
 
 down: ## end them and remove their data
 	$(COMPOSE) down --volumes --remove-orphans

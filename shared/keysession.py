@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
+from shared.addresses import through_addresses
 from shared.api.common import ErrorBody
 from shared.api.keymanager import (
     CLOSE_PERMISSION_DENIED,
@@ -120,20 +121,24 @@ def dial_over_tls(tls: ssl.SSLContext) -> Dial:
     host_name = service_host_name(Service.KEYMANAGER.value)
 
     async def dial(address: Address, token: str, timeout_s: float) -> Connection:
-        return await connect(
-            f"wss://{host_name}/v1/session",
-            host=address.host,
-            port=address.port,
-            ssl=tls,
-            server_hostname=host_name,
-            additional_headers={"Authorization": f"Bearer {token}"},
-            compression=None,  # what is worth compressing here is ciphertext
-            max_size=MAX_MESSAGE_SIZE_BYTES,
-            ping_interval=None,  # renewals are the heartbeat
-            open_timeout=timeout_s,
-            close_timeout=1.0,
-            proxy=None,
-        )
+        async def to(ip_address: str) -> Connection:
+            return await connect(
+                f"wss://{host_name}/v1/session",
+                host=ip_address,
+                port=address.port,
+                ssl=tls,
+                server_hostname=host_name,
+                additional_headers={"Authorization": f"Bearer {token}"},
+                compression=None,  # what is worth compressing here is ciphertext
+                max_size=MAX_MESSAGE_SIZE_BYTES,
+                ping_interval=None,  # renewals are the heartbeat
+                open_timeout=None,
+                close_timeout=1.0,
+                proxy=None,
+            )
+
+        async with asyncio.timeout(timeout_s):
+            return await through_addresses(address.host, address.port, to)
 
     return dial
 

@@ -7,6 +7,8 @@ import ssl
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from shared.addresses import through_addresses
+
 _ROOM: Final = memoryview(bytearray(256 * 1024))
 _ZEROS: Final = memoryview(bytes(len(_ROOM)))
 
@@ -67,8 +69,12 @@ async def open_tls_connection(
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=limit, loop=loop)
     streams = asyncio.StreamReaderProtocol(reader, loop=loop)
-    transport, _ = await loop.create_connection(
-        lambda: ReceivingFor(streams), host, port, ssl=context, server_hostname=server_hostname
+    transport, _ = await through_addresses(
+        host,
+        port,
+        lambda address: loop.create_connection(
+            lambda: ReceivingFor(streams), address, port, ssl=context, server_hostname=server_hostname
+        ),
     )
     return reader, asyncio.StreamWriter(transport, streams, reader, loop)
 

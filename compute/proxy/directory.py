@@ -9,6 +9,7 @@ from typing import Final
 
 from compute.agent.tunnel import TUNNEL_HOST_NAME, tunnel_client_context
 from compute.proxy.first_row import FirstRow
+from shared.addresses import through_addresses
 from shared.api.compute import MAX_STAGE_S, ConnectTarget, FirstQuery
 from shared.api.safekeeper import ComputeAddress
 from shared.errors import KeylakeError
@@ -108,6 +109,10 @@ async def open_compute(compute: ComputeAddress, protocol: asyncio.BaseProtocol) 
             await loop.create_unix_connection(lambda: protocol, socket_path(compute))
         else:
             context: ssl.SSLContext = tunnel_client_context(compute.certificate_pem)
-            await loop.create_connection(
-                lambda: protocol, compute.host, compute.port, ssl=context, server_hostname=TUNNEL_HOST_NAME
+            await through_addresses(
+                compute.host,
+                compute.port,
+                lambda address: loop.create_connection(
+                    lambda: protocol, address, compute.port, ssl=context, server_hostname=TUNNEL_HOST_NAME
+                ),
             )
