@@ -145,16 +145,25 @@ async def test_postgres_does_all_that_it_does_to_files(
     before = await content(connection, "pgbench_accounts", "big")
     assert before["big"][0] == 20000
 
+    async def check(*arguments: str) -> None:
+        if no_amcheck is None:
+            host = (await reach(client, endpoint)).compute.host
+            assert await amcheck(endpoint, host, *(arguments or ("--schema", "public"))) == (0, "")
+
     # All of it on files that are still at their origin: written in part, rewritten, replaced, dropped.
     await pgbench(endpoint, (await reach(client, endpoint)).compute.host, "-n", "-c", "2", "-t", "100")
+    await check()
     await connection.execute("CREATE INDEX ON big (m)")
+    await check()
     await connection.execute("UPDATE big SET f = f || 'u' WHERE i % 3 = 0")
     await connection.execute("TRUNCATE gone")
     await connection.execute("INSERT INTO gone SELECT generate_series(1, 10)")
     await connection.execute("VACUUM FULL big")
     await connection.execute("VACUUM pgbench_accounts")
+    await check()
     await connection.execute("CREATE DATABASE wal_logged")
     await connection.execute("CREATE DATABASE copied STRATEGY file_copy")
+    await check("--database", "wal_logged", "--database", "copied")
     await connection.execute("DROP DATABASE wal_logged")
     await connection.execute("SET work_mem = '64kB'")
     assert await connection.fetchval("SELECT count(*) FROM (SELECT f FROM big ORDER BY f OFFSET 10) x") == 19990
@@ -162,9 +171,7 @@ async def test_postgres_does_all_that_it_does_to_files(
     await connection.execute("CREATE TEMPORARY TABLE t AS SELECT * FROM big; DROP TABLE t")
     assert await connection.fetchval("SELECT count(*) FROM scratch") == 500
     after = await content(connection, "pgbench_accounts", "pgbench_history", "big", "gone")
-    if no_amcheck is None:
-        host = (await reach(client, endpoint)).compute.host
-        assert await amcheck(endpoint, host, "--schema", "public") == (0, "")
+    await check()
 
     connection, large = await restarted(client, endpoint)
     assert await content(connection, "pgbench_accounts", "pgbench_history", "big", "gone") == after
@@ -202,9 +209,8 @@ async def test_postgres_does_all_that_it_does_to_files(
     assert await content(connection, "pgbench_accounts", "pgbench_history", "gone") == {
         name: after[name] for name in ("pgbench_accounts", "pgbench_history", "gone")
     }
+    await check("--all")
     if no_amcheck is None:
-        host = (await reach(client, endpoint)).compute.host
-        assert await amcheck(endpoint, host, "--all") == (0, "")
         # An index that does not hold what its table does would be noticed.
         await connection.execute(
             """
@@ -213,6 +219,7 @@ async def test_postgres_does_all_that_it_does_to_files(
             CREATE OR REPLACE FUNCTION changing(int) RETURNS int IMMUTABLE LANGUAGE sql RETURN -$1;
             """
         )
+        host = (await reach(client, endpoint)).compute.host
         status, output = await amcheck(endpoint, host, "--index", "wrong")
         assert (status, "lacks matching index tuple" in output) == (2, True), output
 
