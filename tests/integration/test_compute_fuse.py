@@ -17,11 +17,13 @@ from typing import Any
 import asyncpg
 import pytest
 
+from shared import sandbox
 from shared.api.compute import CreatedEndpoint, Endpoint, EndpointState
 from shared.api.keymanager import Role
 from shared.http import ServiceClient
 from shared.ids import ProjectId
 from shared.postgres import PG_BIN_VARIABLE, find_postgres
+from shared.sandbox import Isolation
 from tests.cluster.processes import below
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
 from tests.fixtures.contrib import postgres_with_contrib
@@ -314,6 +316,13 @@ def look_for_anything(known: bytes, sealed: bytes) -> None:
     assert len(set(blocks)) == len(blocks)
 
 
+@pytest.fixture
+def without_pid_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container: what ends without them ends with them."""
+    monkeypatch.setattr(sandbox, "detect_isolation", lambda: Isolation.MOUNTS)
+
+
+@pytest.mark.usefixtures("without_pid_namespaces")
 async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     cluster: ComputeCluster, client: ServiceClient
 ) -> None:
@@ -347,9 +356,13 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     assert refused.value.sqlstate == "58030"  # io_error
     assert await connection.fetchval("SELECT 1") == 1
 
+    tree = below(agent_pid)
+    assert run._agent.inner_pid == agent_pid
+    assert len(tree) > 5
+    os.kill(volume.server.pid, signal.SIGSTOP)
     os.kill(agent_pid, signal.SIGKILL)
     await wait_until(lambda: _stopped(client, endpoint))
-    assert not volume.server.exists
+    await wait_until(lambda: not any(each.exists for each in tree))
     await asyncio.to_thread(look_for_anything, known, volume.sealed())
     assert not [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(agent_directory) in line]
     assert not agent_directory.exists()
@@ -379,5 +392,5 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     server = next(each for each in below(run._agent.pid) if Volume.is_server(each.pid))
     os.kill(server.pid, signal.SIGSTOP)
     await wait_until(lambda: _stopped(client, endpoint), 40)
-    assert "has not answered for 3 s" in run.reason
+    assert "has not answered for" in run.reason  # the volume, or Postgres, which hangs with it
     assert not server.exists
