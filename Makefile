@@ -164,8 +164,8 @@ lock: $(VENV)/.dev ## lock the newest versions that pyproject.toml allows
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 --no-header --no-annotate \
 	  --group pyproject.toml:docs --constraints requirements-dev.lock -o requirements-docs.lock
 
-up: ## the same services as containers
-	$(COMPOSE) up --build --detach
+up: ## the same services as containers; FUSE=1: computes on lazy volumes, which need /dev/fuse (docs/compose.md)
+	$(COMPOSE) $(if $(FUSE),-f docker-compose.yml -f docker-compose.fuse.yml) up --build --detach
 	@echo "Postgres clients connect to $$($(COMPOSE) port proxy 5432). The console, for whoever has this address:"
 	@$(COMPOSE) exec -T console timeout 120 \
 	  sh -c 'until test -s /run/keylake/console; do sleep 0.2; done; cat /run/keylake/console' || \
