@@ -123,8 +123,9 @@ docs-reference: $(VENV)/.dev ## docs/reference/, from the command line, the sett
 docs-metrics: $(VENV)/.runtime ## docs/reference/metrics.md, from a cluster of its own
 	@$(BIN)/python -m keylake.reference.metrics docs/reference/metrics.md
 
-fault-matrix: $(VENV)/.dev ## parts in trouble while keys are revoked: all pairs; FAULTS=full, the whole product (most of an hour)
-	@KEYLAKE_FAULT_MATRIX=$(or $(FAULTS),covering) $(BIN)/python -m pytest -p no:randomly -q -s tests/cluster_faults
+fault-matrix: $(VENV)/.dev ## parts in trouble while keys are revoked: all pairs; FAULTS=full, the whole product, JOBS=2 clusters at a time (half an hour)
+	@KEYLAKE_FAULT_MATRIX=$(or $(FAULTS),covering) $(BIN)/python -m pytest -p no:randomly -q -rP \
+	  --numprocesses $(JOBS) --dist load tests/cluster_faults
 
 bench-keys: $(VENV)/.dev ## the key side's figures: KMS calls, renewals per second, latency of unwrapping, 100,000 envelopes wrapped again
 	@$(BIN)/python -m benchmarks keys rewrap
@@ -163,8 +164,8 @@ lock: $(VENV)/.dev ## lock the newest versions that pyproject.toml allows
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 --no-header --no-annotate \
 	  --group pyproject.toml:docs --constraints requirements-dev.lock -o requirements-docs.lock
 
-up: ## the same services as containers
-	$(COMPOSE) up --build --detach
+up: ## the same services as containers; FUSE=1: computes on lazy volumes, which need /dev/fuse (docs/compose.md)
+	$(COMPOSE) $(if $(FUSE),-f docker-compose.yml -f docker-compose.fuse.yml) up --build --detach
 	@echo "Postgres clients connect to $$($(COMPOSE) port proxy 5432). The console, for whoever has this address:"
 	@$(COMPOSE) exec -T console timeout 120 \
 	  sh -c 'until test -s /run/keylake/console; do sleep 0.2; done; cat /run/keylake/console' || \

@@ -122,8 +122,12 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _isolation() -> Iterator[Finding]:
-    if detect_isolation() is Isolation.NAMESPACES:
+    isolation = detect_isolation()
+    if isolation is Isolation.NAMESPACES:
         yield Finding("namespaces", Verdict.OK, "computes and redo workers get namespaces and a private tmpfs")
+    elif isolation is Isolation.MOUNTS:
+        without = "mounts only: files are private, processes are not (a /proc of their own cannot be mounted)"
+        yield Finding("namespaces", Verdict.OK, without)
     else:
         yield Finding(
             "namespaces",

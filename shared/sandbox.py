@@ -9,6 +9,13 @@ root, and as anybody else where user namespaces are allowed.
     └─ unshare … --kill-child      ... and takes pid 1 of the namespace with it
        └─ sh: mount tmpfs, exec    pid 1: the command itself
 
+With `Isolation.MOUNTS` there is no pid namespace: where /proc is masked, as in a container, a new one could not be
+mounted, and with the old one nobody in there would find its own processes. Files are as private, and are gone with the
+last process; but a process dies only with the one that started it (PR_SET_PDEATHSIG), so each has to ask for that.
+
+    setpriv --pdeathsig KILL       one process, which becomes ...
+    └─ unshare → sh → the command  ... the command itself
+
 With `Isolation.NONE` (Docker without CAP_SYS_ADMIN, for one) it gets a directory of mode 700 under /dev/shm: also only
 in memory, but visible to its user and to root, and somebody must call `wipe`. Processes die with the thread that
 started them (PR_SET_PDEATHSIG); their own children do not. Who was killed wipes nothing: `sandboxes_dir` keeps all of
@@ -43,40 +50,52 @@ _PROBE_TIMEOUT_S: Final = 15.0
 _DYING_S: Final = 10.0
 """A postmaster gives its children 5 s when it is killed by the death of its parent; until then they may write files."""
 
-_DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "--")
-_NAMESPACES: Final = ("--mount", "--pid", "--ipc", "--fork", "--kill-child=KILL")
+DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "--")
+_MOUNTS: Final = ("--mount", "--ipc")
+_PIDS: Final = ("--pid", "--fork", "--kill-child=KILL")
 
-# noswap is refused by older kernels and in user namespaces. A /proc of the new pid namespace hides all other processes;
-# where it may not be mounted (masked paths of a container) the old one stays, and `detect_isolation` says NONE.
+# noswap is refused by older kernels and in user namespaces. A /proc of the new pid namespace hides all other processes.
 _ENTER: Final = """
 mount -t tmpfs -o "$2,noswap" keylake "$1" 2>/dev/null || mount -t tmpfs -o "$2" keylake "$1" || exit 125
-mount -t proc proc /proc 2>/dev/null
-shift 2
+test "$3" = pids && mount -t proc proc /proc 2>/dev/null
+shift 3
 exec "$@"
 """
 
-# Is the directory ours, and does /proc count processes as we do? Where it does not (a container in which /proc is
-# masked), an agent would not find the processes that it has to kill.
+# Is the directory ours, and does /proc count processes as we do? Where it does not (a pid namespace in a container in
+# which /proc is masked), an agent would not find the processes that it has to kill.
 _PROBE: Final = 'test -w "$1" && read -r pid rest </proc/self/stat && test "$pid" = $$'
 
 
 class Isolation(enum.Enum):
+    """Strongest first."""
+
     NAMESPACES = "namespaces"
+    MOUNTS = "mounts"
     NONE = "none"
 
+    @property
+    def private_mounts(self) -> bool:
+        """Nobody outside sees the files, and the kernel frees them with the tree's last process."""
+        return self is not Isolation.NONE
 
-def _unshare_prefix(*, network: bool) -> tuple[str, ...]:
-    user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
-    return (*_DIE_WITH_PARENT, "unshare", *user, *_NAMESPACES, *(() if network else ("--net",)), "--")
+    @property
+    def private_pids(self) -> bool:
+        """The kernel ends the whole tree with its first process."""
+        return self is Isolation.NAMESPACES
 
 
 @functools.cache
 def detect_isolation() -> Isolation:
-    """What this machine allows, found by trying it once (some 10 ms, blocking)."""
+    """The best that this machine allows, found by trying it once (some 10 ms, blocking)."""
     if shutil.which("unshare") is None or shutil.which("setpriv") is None:
         return Isolation.NONE
+    return next(each for each in Isolation if each is Isolation.NONE or _works(each))
+
+
+def _works(isolation: Isolation) -> bool:
     with tempfile.TemporaryDirectory(prefix="keylake-probe-") as directory:
-        sandbox = Sandbox(Isolation.NAMESPACES, Path(directory), 1 << 20)
+        sandbox = Sandbox(isolation, Path(directory), 1 << 20)
         try:
             probe = subprocess.run(
                 sandbox.command(["sh", "-c", _PROBE, "probe", directory]),
@@ -87,8 +106,8 @@ def detect_isolation() -> Isolation:
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired):
-            return Isolation.NONE
-    return Isolation.NAMESPACES if probe.returncode == 0 else Isolation.NONE
+            return False
+    return probe.returncode == 0
 
 
 def _memory_dir() -> Path | None:
@@ -146,8 +165,8 @@ class Sandbox:
 
     isolation: Isolation
     directory: Path
-    """Absolute. As the tree sees it: its private tmpfs, empty at the start, mode 700. Seen from outside it stays empty
-    with NAMESPACES, and is the very same directory with NONE."""
+    """Absolute. As the tree sees it: its private tmpfs, empty at the start, mode 700. Seen from outside it stays empty,
+    but with NONE it is the very same directory."""
     size_bytes: int
     """Limit of the tmpfs. Not enforced with NONE."""
     network: bool = False
@@ -187,27 +206,30 @@ class Sandbox:
         When we are not root, the command is root of a user namespace: it may mount and unmount, and it must become
         somebody else to run Postgres. With `as_ourselves` it gives that up and has our uid.
 
-        The pid that the caller gets is the outermost process's: SIGKILL to it ends the tree (NAMESPACES), other signals
-        do not get through; `inner_pid` finds the process to send those to. It ends when the tree's first process ends,
-        with its exit status. Start it from a thread that lives as long as it should: it dies with that thread. With
-        NONE a command that changes its uid loses the parent-death signal and has to set it again (postgres_command).
+        The pid that the caller gets is the outermost process's: with NAMESPACES SIGKILL to it ends the tree, and other
+        signals do not get through; `inner_pid` finds the process to send those to. It ends when the tree's first
+        process ends, with its exit status. Start it from a thread that lives as long as it should: it dies with that
+        thread. A command that changes its uid loses the parent-death signal and has to set it again (postgres_command).
         """
         if self.isolation is Isolation.NONE:
-            return [*_DIE_WITH_PARENT, *argv]
+            return [*DIE_WITH_PARENT, *argv]
         options = f"size={self.size_bytes},mode=700,nosuid,nodev,noexec"
         if self.owner is not None:
             options += ",uid={},gid={}".format(*self.owner)
-        enter = ["sh", "-c", _ENTER, "sandbox", str(self.directory), options]
+        pids = self.isolation.private_pids
+        user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+        namespaces = (*user, *_MOUNTS, *(_PIDS if pids else ()), *(() if self.network else ("--net",)))
+        enter = ["sh", "-c", _ENTER, "sandbox", str(self.directory), options, "pids" if pids else "no pids"]
         if as_ourselves and os.geteuid() != 0:
             enter += ["unshare", "--user", f"--map-user={os.geteuid()}", f"--map-group={os.getegid()}", "--"]
-        return [*_unshare_prefix(network=self.network), *enter, *argv]
+        return [*DIE_WITH_PARENT, "unshare", *namespaces, "--", *enter, *argv]
 
     def inner_pid(self, outer_pid: int) -> int | None:
         """The pid, as numbered here, of the command inside, given the pid that the argv of `command` got.
 
         None when it has not started (`unshare` has not forked) or is gone.
         """
-        if self.isolation is Isolation.NONE:
+        if not self.isolation.private_pids:
             return outer_pid
         try:
             children = Path(f"/proc/{outer_pid}/task/{outer_pid}/children").read_text().split()
@@ -217,7 +239,7 @@ class Sandbox:
 
     def wipe(self) -> None:
         """Remove the directory, and with NONE its content. Again is fine. Only when no process of the tree is left."""
-        if self.isolation is Isolation.NAMESPACES:
+        if self.isolation.private_mounts:
             with contextlib.suppress(FileNotFoundError):
                 self.directory.rmdir()
         else:

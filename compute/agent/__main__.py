@@ -46,8 +46,7 @@ async def main(place: Place) -> None:
     if not isinstance(tokens, Tokens):
         return
     _log.info("compute starts", project_id=str(boot.project_id), instance_id=str(boot.instance_id), **hardening)
-    namespaces = sandbox.isolation is Isolation.NAMESPACES
-    ended = await Agent(boot, tokens, pipe, volume, no_network=namespaces).run()
+    ended = await Agent(boot, tokens, pipe, volume, no_network=sandbox.isolation.private_mounts).run()
     _log.info("compute ended", reason=ended.reason, **ended.steps_s)
     await pipe.send(ended)
 

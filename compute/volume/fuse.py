@@ -34,7 +34,7 @@ from shared.api.compute import StageTiming
 from shared.crypto.secret import SecretKey
 from shared.errors import ERRORS_BY_CODE, InvalidInputError, KeylakeError, UnavailableError
 from shared.postgres import unprivileged
-from shared.sandbox import Isolation, Sandbox
+from shared.sandbox import DIE_WITH_PARENT, Sandbox
 from shared.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -75,13 +75,15 @@ class FuseVolume:
         key_channel, theirs = KeyGiver.pair()
         try:
             with theirs:
+                # Without a pid namespace nobody else ends it when the agent is killed.
                 server = await asyncio.create_subprocess_exec(
-                    sys.executable, "-P", "-m", "compute.volume", "--key-channel", str(theirs.fileno()),
+                    *DIE_WITH_PARENT,
+                    *(sys.executable, "-P", "-m", "compute.volume", "--key-channel", str(theirs.fileno())),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     pass_fds=(theirs.fileno(),),
                     limit=MAX_LINE_SIZE_BYTES,
-                )  # fmt: skip
+                )
         except BaseException:
             key_channel.close()
             raise
@@ -233,7 +235,7 @@ class RefusedVolume(TmpfsVolume):
 
 def why_no_fuse(sandbox: Sandbox) -> str:
     """Empty when a FUSE volume can be had here."""
-    if sandbox.isolation is not Isolation.NAMESPACES:
+    if not sandbox.isolation.private_mounts:
         return mount.NO_NAMESPACE
     return mount.why_not_available(sandbox.directory)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from shared.errors import UnavailableError
-from shared.sandbox import Isolation, Sandbox, detect_isolation
+from shared.sandbox import Sandbox, detect_isolation
 
 DEVICE: Final = Path("/dev/fuse")
 NO_NAMESPACE: Final = "no FUSE: it needs a private mount namespace"
@@ -73,7 +73,7 @@ def why_not_available(scratch_dir: Path) -> str:
 
 def why_not_on_this_machine() -> str:
     """The same, for who is in no such namespace: tried in a sandbox like a compute's. Blocks for some 0.2 s."""
-    if detect_isolation() is not Isolation.NAMESPACES:
+    if not detect_isolation().private_mounts:
         return NO_NAMESPACE
     sandbox = Sandbox.create(size_bytes=1 << 20)
     try:

@@ -16,7 +16,7 @@ from compute.volume.base import Source
 from shared.api.compute import StageTiming
 from shared.crypto.secret import SecretKey
 from shared.errors import KeylakeError, UnavailableError
-from shared.sandbox import Isolation, Sandbox
+from shared.sandbox import Sandbox
 from shared.tls import client_context
 
 _MNT_DETACH: Final = 2  # sys/mount.h
@@ -34,11 +34,8 @@ class TmpfsVolume:
 
     @property
     def description(self) -> str:
-        match self._sandbox.isolation:
-            case Isolation.NAMESPACES:
-                where = "private mount namespace"
-            case Isolation.NONE:
-                where = "/dev/shm, not private to the compute"  # noqa: S108 - it is in memory
+        private = self._sandbox.isolation.private_mounts
+        where = "private mount namespace" if private else "/dev/shm, not private to the compute"  # noqa: S108 - it is in memory
         why = f" ({self._why})" if self._why else ""
         return f"tmpfs, {self._sandbox.size_bytes >> 20} MiB, {where}{why}"
 
@@ -103,7 +100,7 @@ class TmpfsVolume:
 
     def wipe(self) -> None:
         # Unmounting frees the whole tmpfs at once; where that is not ours to do, removing the files does.
-        if self._sandbox.isolation is Isolation.NAMESPACES and self._unmount():
+        if self._sandbox.isolation.private_mounts and self._unmount():
             return
         shutil.rmtree(self.path, ignore_errors=False, onerror=_ignore_missing)
 

@@ -100,13 +100,13 @@ class PageClient:
 
 
 @asynccontextmanager
-async def page_client(cluster: Cluster, project: RunningProject) -> AsyncIterator[PageClient]:
-    """One authenticated connection for one project's timeline."""
+async def page_client(cluster: Cluster, project: RunningProject, port: int = 0) -> AsyncIterator[PageClient]:
+    """One authenticated connection for one project's timeline; `port`: of another instance than the cluster's."""
     issuer = TokenIssuer.load(cluster.layout.keys / "compute.json")
     project_id = project.project.project_id
     token = issuer.issue(Service.PAGESERVER, [Scope.STORAGE_READ], project_id=project_id)
     context = client_context(cluster.layout.ca_certificate)
-    address = Address(port=cluster.ports.pages)
+    address = Address(port=port or cluster.ports.pages)
     connection = await connect(Service.PAGESERVER, address, context, token, MAX_FRAME_SIZE_BYTES)
     client = PageClient(connection)
     reading = asyncio.create_task(client.run())

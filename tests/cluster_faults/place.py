@@ -45,6 +45,7 @@ from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.pages import page_client
 from tests.cluster.primary import Session, caught_up, tag_of
 from tests.cluster.processes import ComputeProcesses, compute_of
+from tests.cluster.wal import first_wal
 from tests.cluster_faults.history import History
 from tests.cluster_faults.schedule import Condition, Event, Part, Round
 from tests.fixtures.forked_cluster import ForkedCluster, ForkedService
@@ -78,7 +79,7 @@ class Place:
 
     def __init__(self, cluster: Cluster, ways: Mapping[str, int]) -> None:
         self.cluster = cluster
-        self.ways = ways
+        self.ways = dict(ways)
         """Proxies by name: the port for clients."""
         self._key_faults: dict[str, KeyFaults] = {}
         self._faulting = asyncio.Lock()  # what is set last stands
@@ -288,17 +289,50 @@ class Tenant:
                     connection.terminate()
             await asyncio.sleep(_RETRY_S)
 
-    async def _read_pages(self) -> None:
+    async def _read_pages(self, way: str = "pages", port: int = 0) -> None:
         """The same at the pageserver's own port: what a compute that reads pages would be given."""
         while True:
             with suppress(KeylakeError, OSError, TimeoutError):
-                async with page_client(self.place.cluster, self.project) as client:
+                async with page_client(self.place.cluster, self.project, port) as client:
                     while True:
                         page = await client.page(*self.page)
                         assert page != bytes(8192)
-                        self.history.answered(monotonic(), "pages")
+                        self.history.answered(monotonic(), way)
                         await asyncio.sleep(_READ_EVERY_S)
             await asyncio.sleep(_RETRY_S)
+
+    async def _read_wal(self, way: str, port: int) -> None:
+        """The same at a safekeeper's: what another pageserver would be given."""
+        _, _, lsn = self.page
+        while True:
+            with suppress(KeylakeError, OSError, TimeoutError):
+                await first_wal(self.place.cluster, self.project, port, lsn)
+                self.history.answered(monotonic(), way)
+                await asyncio.sleep(_READ_EVERY_S)
+                continue
+            await asyncio.sleep(_RETRY_S)
+
+    @asynccontextmanager
+    async def reading_copy(self, service: Service, port: int) -> AsyncIterator[None]:
+        """Reads what a second instance of a service serves at its port for data, as long as the context lasts: that
+        counts like every other answer. Raises TimeoutError when it serves nothing at all."""
+        way = f"the copy of the {service}"
+        match service:
+            case Service.PAGESERVER:
+                reader = self._read_pages(way, port)
+            case Service.SAFEKEEPER:
+                reader = self._read_wal(way, port)
+            case _:
+                self.place.ways[way] = port
+                reader = self._read(way)
+        begun, reading = monotonic(), asyncio.create_task(reader)
+        try:
+            # It has the newer generation of the name, so the keys are its own now.
+            await wait_until(lambda: way in self.history.ways_since(begun), 30.0)
+            yield
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     # --- the customer ---
 
@@ -409,18 +443,23 @@ class Trouble:
 class ServiceTrouble(Trouble):
     """Of a process that the cluster started."""
 
-    def __init__(self, place: Place, service: ServiceProcess, condition: Condition) -> None:
+    def __init__(self, place: Place, service: ServiceProcess, condition: Condition, tenants: Sequence[Tenant]) -> None:
         self._place = place
         self._service = service
         self._condition = condition
+        self._tenants = tenants
         self._clone: ServiceProcess | None = None
+        self._readers = AsyncExitStack()
         self._stopped_at = 0.0
 
     async def prepare(self) -> None:
         if self._condition is Condition.RESTORED:
             name = self._service.name
-            self._clone, _ = clone(self._place.cluster, name, f"{name}-clone", node_id=name)
+            self._clone, port = clone(self._place.cluster, name, f"{name}-clone", node_id=name)
             await self._clone.start()
+            for tenant in self._tenants:
+                reading = tenant.reading_copy(Service(name.partition("-")[0]), port)
+                await self._readers.enter_async_context(reading)
 
     async def before(self) -> None:
         cluster, name = self._place.cluster, self._service.name
@@ -451,6 +490,7 @@ class ServiceTrouble(Trouble):
             await asyncio.sleep(max(0.0, self._stopped_at + LEASE_TTL_S + 0.5 - monotonic()))
             self._service.send_signal(signal.SIGCONT)
         if self._clone is not None:
+            await self._readers.aclose()
             await self._clone.kill()
             await self._service.kill()
             await self._service.start()
@@ -503,11 +543,11 @@ async def troubles(place: Place, conditions: Mapping[Part, Condition], tenants: 
     for part, condition in conditions.items():
         match part:
             case Part.KEYMANAGER:
-                found.append(ServiceTrouble(place, await place.cluster.leader(), condition))
+                found.append(ServiceTrouble(place, await place.cluster.leader(), condition, tenants))
             case Part.SAFEKEEPER:
-                found.append(ServiceTrouble(place, place.cluster.service("safekeeper-1"), condition))
+                found.append(ServiceTrouble(place, place.cluster.service("safekeeper-1"), condition, tenants))
             case Part.PAGESERVER | Part.PROXY:
-                found.append(ServiceTrouble(place, place.cluster.service(part.value), condition))
+                found.append(ServiceTrouble(place, place.cluster.service(part.value), condition, tenants))
             case Part.COMPUTE:
                 computes = [await tenant.compute() for tenant in tenants]
                 found.append(ComputeTrouble(place, computes, condition))

@@ -127,6 +127,7 @@ def run(stack: Stack, outcome: Outcome, directory: Path, *, alone: bool) -> None
         outcome.try_("no default password", lambda: checks.no_default_password(stack))
         outcome.try_("secrets are shown nowhere", lambda: checks.secrets_stay_where_they_are(stack))
         if canary:
+            outcome.try_("lazy volumes where they are granted", lambda: checks.lazy_volumes(stack, directory, canary))
             outcome.try_("no plaintext on disk", lambda: checks.no_plaintext(stack, name, canary))
         outcome.try_("there is one of each", lambda: checks.one_of_each(stack))
         if outcome.failed:

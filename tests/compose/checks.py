@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import secrets
 import subprocess
 import time
@@ -24,6 +25,7 @@ from tests.compose.stack import Container, Stack
 
 UID: Final = "10001"
 _PSQL_TIMEOUT_S: Final = 90
+_CAP_SYS_ADMIN: Final = 21  # linux/capability.h
 _WELL_TIMEOUT_S: Final = 60.0
 _LOG_IN: Final = """
 import asyncio, asyncpg
@@ -233,6 +235,7 @@ def postgres(stack: Stack, directory: Path) -> tuple[str, str, str]:
     assert made["port"] == stack.proxy_port
     ca = directory / "ca.crt"
     ca.write_text(made["ca_certificate"])
+    (directory / "shop.json").write_text(json.dumps(made))
     for password in ("", "app", "postgres", "password", "keylake"):
         refused = psql(made, ca, "SELECT 1", password)
         assert refused.returncode != 0, password
@@ -243,6 +246,37 @@ def postgres(stack: Stack, directory: Path) -> tuple[str, str, str]:
     read = psql(made, ca, "SELECT count(*), min(word) FROM t")
     assert read.stdout.strip() == f"1000|{canary}-1", read.stdout + read.stderr
     return name, canary, "psql, with the certificate verified; other passwords are refused"
+
+
+def lazy_volumes(stack: Stack, directory: Path, canary: str) -> str:
+    """docker-compose.fuse.yml on top: the project of `postgres`, its pages on demand, and nobody with more power."""
+    made, ca = json.loads((directory / "shop.json").read_text()), directory / "ca.crt"
+    files = [argument for name in ("docker-compose.yml", "docker-compose.fuse.yml") for argument in ("-f", name)]
+    stack.compose(*files, "up", "--detach", "--no-deps", "compute")
+    stack.wait_until_healthy()
+    written = psql(made, ca, "INSERT INTO t SELECT word || '+' FROM t; CREATE INDEX ON t (word)")
+    assert written.returncode == 0, written.stderr
+    read = psql(made, ca, "SELECT count(*), min(word) FROM t")
+    assert read.stdout.strip() == f"2000|{canary}-1", read.stdout + read.stderr
+    endpoints = json.loads(stack.operator("keylake", "endpoint", "list", "--json").stdout)
+    volumes = {each["volume"] for each in endpoints if each["state"] == "RUNNING"}
+    assert any(volume.startswith("FUSE, pages on demand") for volume in volumes), volumes
+    [compute] = [each for each in stack.containers() if each.name == "compute"]
+    of_ours = os.stat("/proc/self/ns/user").st_ino
+    outside = 0
+    for status in _processes(compute):
+        try:
+            within = os.stat(f"/proc/{status['Pid']}/ns/user").st_ino != of_ours
+        except OSError:
+            continue  # ended meanwhile
+        assert status["NoNewPrivs"] == "1"
+        assert status["Seccomp"] == "2"
+        if not within:
+            outside += 1
+            assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0, status["Name"]
+            assert int(status["CapBnd"], 16) == 1 << _CAP_SYS_ADMIN, status["Name"]
+    assert outside >= 2  # docker-init and the manager
+    return f"{volumes.pop()}; {outside} processes outside of user namespaces have no capability"
 
 
 def no_plaintext(stack: Stack, name: str, canary: str) -> str:

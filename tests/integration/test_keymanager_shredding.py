@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -322,14 +322,21 @@ async def test_everything_goes_everywhere_and_never_comes_back(manager: Keymanag
         # A branch of a branch that a node told of when all were alive.
         with pytest.raises(ShreddedError):
             await again.note_branch(other.project_id, project_id)
-        await erase(manager, people, project, (cmk, new), [branch, below])
+        await erase(manager, people, project, (cmk, new), [branch, below], store, before[0])
     assert (await manager.verify_audit()).intact
 
 
 async def erase(
-    manager: Keymanager, people: People, project: Project, cmks: tuple[str, str], branches: list[Project]
+    manager: Keymanager,
+    people: People,
+    project: Project,
+    cmks: tuple[str, str],
+    branches: list[Project],
+    store: Store,
+    wrap: bytes,
 ) -> None:
-    """The word ERASED, and every step on the way to it, for a project that is shredded."""
+    """The word ERASED, and every step on the way to it, for a project that is shredded. `store` is of a node that
+    answers; `wrap` is an old copy of a wrapped KEK."""
     customer, project_id = manager.tenant.customer, project.project_id
     words = [
         Attestation(subject="backups", text="none outside of the account"),
@@ -380,6 +387,7 @@ async def erase(
     assert set(missing.values()) == {"not checked"}
     assert len(missing) == 2
     assert (await manager.project(project_id)).state is KeyState.SHREDDED
+    await each_keeps_the_word_back(manager, project, store, wrap, lambda: verify(people.alice, words))
     report, missing = await verify(people.alice, words)
     assert (report.state, missing) == (KeyState.ERASED, {})
     assert (await manager.project(project_id)).state is KeyState.ERASED
@@ -408,6 +416,42 @@ async def erase(
     await manager.start()
     assert (await manager.project(project_id)).state is KeyState.ERASED
     assert (await receipt("erasure")).receipt.state == "ERASED"
+
+
+async def each_keeps_the_word_back(
+    manager: Keymanager,
+    project: Project,
+    store: Store,
+    wrap: bytes,
+    verify: Callable[[], Awaitable[tuple[ErasureReport, dict[str, str]]]],
+) -> None:
+    """What was found by looking is made untrue, one thing at a time: where it is looked for, and by nothing else."""
+    connection = await asyncpg.connect(manager.dsn, server_settings={"search_path": "keymanager"})
+    own = "project_id = $1 AND kek_version = 1"
+    project_id = str(project.project_id)
+    try:
+        # Somebody brings a wrap back from a backup.
+        await connection.execute(f"UPDATE kek SET wrapped = $2 WHERE {own}", project_id, wrap)  # noqa: S608
+        assert (await verify())[1] == {"no wrapped KEK is kept": "not met"}
+        await connection.execute(f"UPDATE kek SET wrapped = NULL WHERE {own}", project_id)  # noqa: S608
+        # Somebody still has a lease, as far as the database knows.
+        await connection.execute(
+            "INSERT INTO lease SELECT $1, instance_id, node_id, 'COMPUTE', 1, 5, now() FROM instance LIMIT 1",
+            project_id,
+        )
+        assert (await verify())[1] == {"no plaintext key in any instance": "not met"}
+        await connection.execute("DELETE FROM lease WHERE project_id = $1", project_id)
+        # A node finds an object again.
+        store.left = 1
+        assert (await verify())[1] == {"no object, old version or orphan is stored": "not met"}
+        store.left = 0
+        # The record was written over.
+        await connection.execute("UPDATE audit SET actor = actor || '!' WHERE sequence = 3")
+        assert (await verify())[1] == {"the record is whole and can be signed": "not met"}
+        await connection.execute("UPDATE audit SET actor = rtrim(actor, '!') WHERE sequence = 3")
+    finally:
+        await connection.close()
+    assert (await manager.project(project.project_id)).state is KeyState.SHREDDED
 
 
 async def staged(manager: Keymanager) -> bool:

@@ -26,7 +26,14 @@ needs_namespaces = pytest.mark.skipif(detect_isolation() is Isolation.NONE, reas
 SIZE = 1 << 20
 
 
-@pytest.fixture(params=[pytest.param(Isolation.NAMESPACES, marks=needs_namespaces), Isolation.NONE])
+ALL = [
+    pytest.param(Isolation.NAMESPACES, marks=needs_namespaces),
+    pytest.param(Isolation.MOUNTS, marks=needs_namespaces),
+    Isolation.NONE,
+]
+
+
+@pytest.fixture(params=ALL)
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     made = Sandbox.create(size_bytes=SIZE, isolation=request.param)
     yield made
@@ -77,7 +84,7 @@ def test_ends_with_the_status_of_its_command(sandbox: Sandbox) -> None:
 
 def test_killing_the_outermost_process_ends_all(sandbox: Sandbox) -> None:
     # The shell's own child stays in the foreground: without a pid namespace, grandchildren are not promised.
-    deep = "(sleep 1000 & sleep 1000) & echo up; " if sandbox.isolation is Isolation.NAMESPACES else "echo up; "
+    deep = "(sleep 1000 & sleep 1000) & echo up; " if sandbox.isolation.private_pids else "echo up; "
     with running(sandbox, f"echo secret > $D/file; {deep} exec sleep 1000") as (process, pipe):
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
@@ -85,7 +92,7 @@ def test_killing_the_outermost_process_ends_all(sandbox: Sandbox) -> None:
         assert inside.exists() is (sandbox.isolation is Isolation.NONE)
         process.send_signal(signal.SIGKILL)
         assert ended(pipe), "a process outlives the sandbox"
-    if sandbox.isolation is Isolation.NAMESPACES:
+    if sandbox.isolation.private_mounts:
         assert not inside.exists()
     else:
         assert inside.exists(), "with NONE somebody must call wipe: the fixture does"
@@ -107,8 +114,9 @@ def test_killing_the_inner_process_ends_all() -> None:
 
 
 @needs_namespaces
-def test_nobody_outside_sees_the_mount() -> None:
-    sandbox = Sandbox.create(size_bytes=SIZE)
+@pytest.mark.parametrize("isolation", [Isolation.NAMESPACES, Isolation.MOUNTS])
+def test_nobody_outside_sees_the_mount(isolation: Isolation) -> None:
+    sandbox = Sandbox.create(size_bytes=SIZE, isolation=isolation)
     with running(sandbox, "echo secret > $D/file; echo up; exec sleep 1000") as (process, _):
         assert process.stdout is not None
         process.stdout.readline()
@@ -191,7 +199,7 @@ process.wait()
 """
 
 
-@pytest.mark.parametrize("isolation", [pytest.param(Isolation.NAMESPACES, marks=needs_namespaces), Isolation.NONE])
+@pytest.mark.parametrize("isolation", ALL)
 def test_ends_with_the_process_that_started_it(isolation: Isolation) -> None:
     read_end, write_end = os.pipe()
     starter = subprocess.Popen(
@@ -255,19 +263,20 @@ import os, subprocess
 from shared.sandbox import Isolation, Sandbox, detect_isolation
 assert os.geteuid() == 65534
 assert detect_isolation() is Isolation.NAMESPACES
-sandbox = Sandbox.create(size_bytes=1 << 20)
-done = subprocess.run(
-    sandbox.command(["sh", "-c", f"echo secret > {sandbox.directory}/file && cat {sandbox.directory}/file"]),
-    capture_output=True, text=True,
-)
-assert done.stdout == "secret\\n", done
-assert list(sandbox.directory.iterdir()) == []
-as_root, as_ourselves = (
-    subprocess.run(sandbox.command(["id", "-u"], as_ourselves=flag), capture_output=True, text=True).stdout.strip()
-    for flag in (False, True)
-)
-assert (as_root, as_ourselves) == ("0", "65534"), (as_root, as_ourselves)
-sandbox.wipe()
+for isolation in (Isolation.NAMESPACES, Isolation.MOUNTS):
+    sandbox = Sandbox.create(size_bytes=1 << 20, isolation=isolation)
+    done = subprocess.run(
+        sandbox.command(["sh", "-c", f"echo secret > {sandbox.directory}/file && cat {sandbox.directory}/file"]),
+        capture_output=True, text=True,
+    )
+    assert done.stdout == "secret\\n", done
+    assert list(sandbox.directory.iterdir()) == []
+    as_root, as_ourselves = (
+        subprocess.run(sandbox.command(["id", "-u"], as_ourselves=flag), capture_output=True, text=True).stdout.strip()
+        for flag in (False, True)
+    )
+    assert (as_root, as_ourselves) == ("0", "65534"), (as_root, as_ourselves)
+    sandbox.wipe()
 print("fine")
 """
 
