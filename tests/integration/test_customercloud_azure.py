@@ -25,6 +25,7 @@ from azure.identity import ClientSecretCredential
 from azure.keyvault.keys import (
     JsonWebKey,
     KeyClient,
+    KeyReleasePolicy,
     KeyRotationLifetimeAction,
     KeyRotationPolicy,
     KeyRotationPolicyAction,
@@ -339,6 +340,15 @@ def test_what_is_not_here_is_refused_in_azures_shape(azure: AzureTenant, keys: K
     assert refusal(lambda: keys.release_key(azure.key_name, "attestation"))[:3] == (
         403, "Forbidden", "KeyOperationForbidden",
     )  # fmt: skip
+    policy = KeyReleasePolicy(b'{"version":"1.0.0","anyOf":[]}')
+    for call, code in (
+        (lambda: keys.create_rsa_key("released", exportable=True, release_policy=policy), "AKV.SKR.1001: "),
+        (lambda: keys.create_rsa_key("released", exportable=True), "AKV.SKR.1004: "),
+        (lambda: keys.create_rsa_key("released", release_policy=policy), "AKV.SKR.1005: "),
+        (lambda: keys.update_key_properties(azure.key_name, release_policy=policy), "AKV.SKR.1005: "),
+    ):
+        status, word, inner, message = refusal(call)
+        assert (status, word, inner, message[: len(code)]) == (400, "BadParameter", None, code)
     assert refusal(lambda: keys.get_key_attestation(azure.key_name))[:2] == (400, "BadParameter")
     assert refusal(lambda: keys.get_random_bytes(8))[:2] == (400, "BadParameter")
     for path in ("/secrets", "/secrets/s/", "/certificates/c", "/deletedsecrets/s", "/storage"):
