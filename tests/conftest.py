@@ -9,6 +9,7 @@ import pytest
 pytest_plugins = [
     "tests.fixtures.s3",
     "tests.fixtures.customercloud",
+    "tests.fixtures.azure",
     "tests.fixtures.google",
     "tests.fixtures.keymanager",
     "tests.fixtures.keymanager_replicas",

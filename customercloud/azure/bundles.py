@@ -92,8 +92,9 @@ def changed_attributes(
         update["key_ops"] = key_ops
     if (tags := body.tags("tags")) is not None:
         update["tags"] = tags
-    if given.boolean("exportable"):
-        raise errors.bad_parameter("Exportable keys must have release policy")
+    exportable, policy = bool(given.boolean("exportable")), body.object("release_policy") is not None
+    if exportable or policy:
+        raise errors.not_exportable(exportable=exportable, policy=policy)
     changed = old.model_copy(update=update)
     if changed.not_before is not None and changed.expires is not None and changed.not_before > changed.expires:
         raise errors.bad_parameter("Not before date must be before the expiration date.")

@@ -42,6 +42,18 @@ def invalid_value(name: str = "") -> AzureError:
     return bad_parameter(f"Property {name} has invalid value\r\n")
 
 
+def not_exportable(*, exportable: bool, policy: bool) -> AzureError:
+    """Of a request that names one of the two, or both: secure key release is for premium vaults. Recorded answers."""
+    if exportable and policy:
+        return bad_parameter(
+            "AKV.SKR.1001: The exportable attribute is only supported with premium vaults and API version >= "
+            "'7.3-preview'."
+        )
+    if exportable:
+        return bad_parameter("AKV.SKR.1004: Exportable keys must have release policy.")
+    return bad_parameter("AKV.SKR.1005: Non-exportable keys must not have release policy.")
+
+
 def required(name: str) -> AzureError:
     return bad_parameter(f"Property '{name}' is required.\r\n")
 

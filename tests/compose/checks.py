@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import secrets
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -38,6 +39,15 @@ async def main():
                 continue
             raise SystemExit(f"{user} got in")
     print("refused")
+asyncio.run(main())
+"""
+
+_RUNNING_VOLUMES: Final = """
+import asyncio, json, pathlib
+from keylake.compose import client
+async def main():
+    async with client(pathlib.Path("/etc/keylake")) as keylake:
+        print(json.dumps([each.volume for each in await keylake.endpoints() if each.state.value == "RUNNING"]))
 asyncio.run(main())
 """
 
@@ -252,15 +262,18 @@ def lazy_volumes(stack: Stack, directory: Path, canary: str) -> str:
     """docker-compose.fuse.yml on top: the project of `postgres`, its pages on demand, and nobody with more power."""
     made, ca = json.loads((directory / "shop.json").read_text()), directory / "ca.crt"
     files = [argument for name in ("docker-compose.yml", "docker-compose.fuse.yml") for argument in ("-f", name)]
+    node = directory / "fuse"
+    os.mknod(node, stat.S_IFCHR, os.stat("/dev/fuse").st_rdev)
+    node.chmod(0o666)  # as udev makes it, where there is one
+    stack.fuse_device = str(node)
     stack.compose(*files, "up", "--detach", "--no-deps", "compute")
     stack.wait_until_healthy()
     written = psql(made, ca, "INSERT INTO t SELECT word || '+' FROM t; CREATE INDEX ON t (word)")
     assert written.returncode == 0, written.stderr
     read = psql(made, ca, "SELECT count(*), min(word) FROM t")
     assert read.stdout.strip() == f"2000|{canary}-1", read.stdout + read.stderr
-    endpoints = json.loads(stack.operator("keylake", "endpoint", "list", "--json").stdout)
-    volumes = {each["volume"] for each in endpoints if each["state"] == "RUNNING"}
-    assert any(volume.startswith("FUSE, pages on demand") for volume in volumes), volumes
+    volumes = json.loads(stack.operator("python", "-c", _RUNNING_VOLUMES).stdout)
+    assert [volume for volume in volumes if volume.startswith("FUSE, pages on demand")], volumes
     [compute] = [each for each in stack.containers() if each.name == "compute"]
     of_ours = os.stat("/proc/self/ns/user").st_ino
     outside = 0

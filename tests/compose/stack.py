@@ -47,6 +47,7 @@ class Stack:
     project: str = field(default_factory=lambda: f"keylake-test-{secrets.token_hex(4)}")
     proxy_port: int = field(default_factory=free_port)
     console_port: int = field(default_factory=free_port)
+    fuse_device: str = "/dev/fuse"
 
     @property
     def base(self) -> str:
@@ -67,6 +68,7 @@ class Stack:
             "COMPOSE_PROJECT_NAME": self.project,
             "KEYLAKE_PROXY_PORT": str(self.proxy_port),
             "KEYLAKE_CONSOLE_PORT": str(self.console_port),
+            "KEYLAKE_FUSE_DEVICE": self.fuse_device,
             "KEYLAKE_IMAGE": self.image,
             "BASE_IMAGE": self.base,
             "KEYLAKE_BUILD_NETWORK": "host",
