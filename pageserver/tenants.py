@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import shutil
 import ssl
 import tempfile
@@ -64,6 +63,7 @@ from shared.errors import (
     UnavailableError,
 )
 from shared.failpoints import failpoint
+from shared.garbage import GarbageCollection
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import KeyUpkeep, UpkeepTuning
 from shared.lease import KeyLoss, KeySource, Lease, key_access_error
@@ -236,11 +236,16 @@ class _Project:
     """One project: its lease, its redo worker, its timelines."""
 
     def __init__(
-        self, project_id: ProjectId, redo: ProjectRedo, branches_elsewhere: Callable[[], Sequence[_Branched]]
+        self,
+        project_id: ProjectId,
+        redo: ProjectRedo,
+        branches_elsewhere: Callable[[], Sequence[_Branched]],
+        garbage: GarbageCollection,
     ) -> None:
         """`branches_elsewhere`: timelines of other projects that read this one's."""
         self.project_id = project_id
         self._branches_elsewhere = branches_elsewhere
+        self._garbage = garbage
         self.redo = redo
         self.lease: Lease | None = None
         self.timelines: dict[TimelineId, AttachedTimeline] = {}
@@ -296,7 +301,7 @@ class _Project:
         for redo in redos:
             redo.allow()  # a new worker starts only for a read, and a read needs the lease
         # Cancelled tasks and their tracebacks refer to each other, and to the batch of WAL that they had at hand.
-        gc.collect()
+        await self._garbage.collected()
         steps_s["all plaintext gone"] = perf_counter() - started
         _log.info("keys lost", project_id=str(self.project_id), state=loss.state.value, reason=loss.reason)
         return steps_s
@@ -319,6 +324,7 @@ class Tenants:
         self._tasks: set[asyncio.Task[None]] = set()
         self._shredded: set[ProjectId] = set()
         self._stopping = False
+        self._garbage = GarbageCollection()
         self._news = asyncio.Event()
         """Set, and replaced, when a timeline was loaded or could not be."""
         self.upkeep = KeyUpkeep(environment.keys, environment.upkeep, self.projects)
@@ -440,7 +446,10 @@ class Tenants:
         project = self._projects.get(project_id)
         if project is None:
             project = _Project(
-                project_id, ProjectRedo(self._environment.redo_binaries), lambda: self._branches_elsewhere(project_id)
+                project_id,
+                ProjectRedo(self._environment.redo_binaries),
+                lambda: self._branches_elsewhere(project_id),
+                self._garbage,
             )
             self._projects[project_id] = project
         return project
