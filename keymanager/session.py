@@ -673,13 +673,15 @@ async def _open(
             generation = await transaction.register_instance(
                 hello.node_id, hello.instance_id, hello.role, principal.kid
             )
-            details = {
-                "kid": principal.kid,
-                "role": hello.role.value,
-                "instance_id": str(hello.instance_id),
-                "generation": str(generation),
-            }
-            await transaction.audit([AuditEntry(f"node/{hello.node_id}", "session.open", "ok", None, details)])
+        # Not in that transaction, which would then be alone with the chain until it is durable: after an outage
+        # everybody comes at once, and these are recorded together. Nobody is welcome before that.
+        details = {
+            "kid": principal.kid,
+            "role": hello.role.value,
+            "instance_id": str(hello.instance_id),
+            "generation": str(generation),
+        }
+        await deps.audit_log.record(AuditEntry(f"node/{hello.node_id}", "session.open", "ok", None, details))
     except ReplacedError as error:
         raise _EndSessionError(CLOSE_REPLACED, str(error)) from None
     except (PermissionDeniedError, ConflictError) as error:

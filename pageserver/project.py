@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -12,10 +11,8 @@ from time import perf_counter
 from pageserver.attached import AttachedTimeline
 from pageserver.key_upkeep import TimelineKeys
 from pageserver.project_redo import ProjectRedo
-from shared.errors import (
-    KeylakeError,
-    UnavailableError,
-)
+from shared.errors import KeylakeError, UnavailableError
+from shared.garbage import GarbageCollection
 from shared.ids import ProjectId, TimelineId
 from shared.lease import KeyLoss, Lease, key_access_error
 from shared.telemetry import get_logger
@@ -27,11 +24,16 @@ class Project:
     """One project: its lease, its redo worker, its timelines."""
 
     def __init__(
-        self, project_id: ProjectId, redo: ProjectRedo, branches_elsewhere: Callable[[], Sequence[Branched]]
+        self,
+        project_id: ProjectId,
+        redo: ProjectRedo,
+        branches_elsewhere: Callable[[], Sequence[Branched]],
+        garbage: GarbageCollection,
     ) -> None:
         """`branches_elsewhere`: timelines of other projects that read this one's."""
         self.project_id = project_id
         self._branches_elsewhere = branches_elsewhere
+        self._garbage = garbage
         self.redo = redo
         self.lease: Lease | None = None
         self.timelines: dict[TimelineId, AttachedTimeline] = {}
@@ -87,7 +89,7 @@ class Project:
         for redo in redos:
             redo.allow()  # a new worker starts only for a read, and a read needs the lease
         # Cancelled tasks and their tracebacks refer to each other, and to the batch of WAL that they had at hand.
-        gc.collect()
+        await self._garbage.collected()
         steps_s["all plaintext gone"] = perf_counter() - started
         _log.info("keys lost", project_id=str(self.project_id), state=loss.state.value, reason=loss.reason)
         return steps_s

@@ -47,6 +47,7 @@ from shared.errors import (
     UnavailableError,
 )
 from shared.failpoints import failpoint
+from shared.garbage import GarbageCollection
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import KeyUpkeep
 from shared.lease import Lease
@@ -76,6 +77,7 @@ class Tenants:
         self._tasks: set[asyncio.Task[None]] = set()
         self._shredded: set[ProjectId] = set()
         self._stopping = False
+        self._garbage = GarbageCollection()
         self._news = asyncio.Event()
         """Set, and replaced, when a timeline was loaded or could not be."""
         self.upkeep = KeyUpkeep(environment.keys, environment.upkeep, self.projects)
@@ -197,7 +199,10 @@ class Tenants:
         project = self._projects.get(project_id)
         if project is None:
             project = Project(
-                project_id, ProjectRedo(self._environment.redo_binaries), lambda: self._branches_elsewhere(project_id)
+                project_id,
+                ProjectRedo(self._environment.redo_binaries),
+                lambda: self._branches_elsewhere(project_id),
+                self._garbage,
             )
             self._projects[project_id] = project
         return project

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import gc
 import os
 import random
 import shutil
@@ -38,6 +37,7 @@ from shared.errors import (
     NotFoundError,
     UnavailableError,
 )
+from shared.garbage import GarbageCollection
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import KeyUpkeep
 from shared.lease import KeyLoss, KeySource
@@ -71,6 +71,7 @@ class SafekeeperNode:
         self._environment = environment
         self._key_source = key_source
         self._is_fenced = is_fenced
+        self._garbage = GarbageCollection()
         self._projects: dict[ProjectId, ProjectKeys] = {}
         self._timelines: dict[_Key, Timeline] = {}
         self._damaged: dict[_Key, str] = {}
@@ -344,7 +345,7 @@ class SafekeeperNode:
         affected = [t for key, t in self._timelines.items() if key.project_id == loss.project_id]
         done = await asyncio.gather(*(timeline.drop_plaintext(loss) for timeline in affected))
         # Ended tasks and their tracebacks refer to each other, and to the WAL that they were sending.
-        gc.collect()
+        await self._garbage.collected()
         steps_s: dict[str, float] = {}
         for one in done:
             for step, seconds in one.items():

@@ -23,6 +23,7 @@ from shared.api.keymanager import KeyState
 from shared.auth import Principal
 from shared.errors import KeyAccessError, LeaseExpiredError, RevokedError
 from shared.framed_tcp import FramedConnection
+from shared.garbage import GarbageCollection
 from shared.ids import ProjectId, TimelineId
 from shared.lease import KeyLoss, Lease
 from shared.postgres_installation import PostgresInstallation
@@ -46,7 +47,7 @@ def project_of(*timelines: Timeline) -> Project:
     """As `Tenants` has it, of timelines that nobody ingests into."""
     nowhere = Path("/nonexistent")  # nobody redoes anything here
     redo = ProjectRedo(RedoBinaries(PostgresInstallation(nowhere, "17"), nowhere, nowhere))
-    project = Project(timelines[0].project_id, redo, list)
+    project = Project(timelines[0].project_id, redo, list, GarbageCollection())
     for timeline in timelines:
         project.timelines[timeline.timeline_id] = AttachedTimeline(timeline, cast("Environment", None))
     return project
