@@ -75,7 +75,7 @@ _HEADER: Final = struct.Struct("<4xI8xH")
 """Of a record: its xid, and its operation: xl_info, and above it the resource manager's id."""
 _SINGLE: Final = struct.Struct("<4xI8xH6xBBH16xBB")
 """Of a record of SINGLE_END bytes or more: the same; then block id, fork and flags, data length, id of the main data's
-header, its length, if it names one block without an image. What stands between is the place of the block:"""
+header, its length, if it names one block without an image (record.py). What is left out is the block's place:"""
 _PLACE: Final = struct.Struct("<IIII")
 """Tablespace, database, relfilenumber, block number; from _PLACE_START."""
 _PLACE_START: Final = RECORD_HEADER_SIZE_BYTES + 4

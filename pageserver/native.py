@@ -155,15 +155,16 @@ def apply_native(key: bytes, base: bytes | None, payloads: Sequence[bytes]) -> b
         raise CorruptedError("a change needs a page and the base is not one")
     page = bytearray(base)
     allowed = _allowed_ops(key)
-    for payload in payloads:
-        if len(payload) < _HEADER.size:
+    for header in {payload[: _HEADER.size] for payload in payloads}:  # one mostly, of hundreds of changes
+        if len(header) < _HEADER.size:
             raise CorruptedError("native change is shorter than its header")
-        if payload[0] != FORMAT_VERSION:
-            raise CorruptedError(f"native change of format version {payload[0]} is not supported")
-        operation = payload[1]
+        version, operation = header
+        if version != FORMAT_VERSION:
+            raise CorruptedError(f"native change of format version {version} is not supported")
         if operation not in allowed:
             raise CorruptedError(f"native change {operation} does not belong on this page")
-        _APPLY[operation](page, payload)
+    for payload in payloads:
+        _APPLY[payload[1]](page, payload)
     return bytes(page)
 
 

@@ -81,11 +81,13 @@ def apply_request(
         raise InvalidInputError("the base is not a page")
     if not 0 <= fork <= MAX_FORK or not 0 <= block <= MAX_BLOCK or not records:
         raise InvalidInputError("no such fork or block, or no records")
-    ends, bodies = zip(*records, strict=True)
-    parts = [b"", base or b""] + 2 * len(records) * [b""]
-    parts[3::2] = bodies
+    pack = _RECORD.pack
+    parts = [b"", base or b""]
+    append = parts.append
     try:
-        parts[2::2] = map(_RECORD.pack, ends, map(len, bodies))
+        for end_lsn, record in records:
+            append(pack(end_lsn, len(record)))
+            append(record)
         flags = (0 if base is None else _HAS_BASE) | (_VERIFY_CRC if verify_crc else 0)
         size = sum(map(len, parts)) + _APPLY.size - FRAME_HEADER_SIZE_BYTES
         if size > MAX_REQUEST_BYTES:

@@ -127,12 +127,12 @@ _HOLE_LENGTH = struct.Struct("<H")
 _REL = struct.Struct("<III")
 _U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
-# One block without image and the short main data header: nine records of ten.
+# One block without image and the short main data header: nine records of ten. At 24: block id, fork and flags, data
+# length, tablespace, database, relfilenumber, block number, id of the main data's header, its length.
 _SINGLE = struct.Struct("<BBHIIIIBB")
+_unpack_single = _SINGLE.unpack_from
 SINGLE_END: Final = RECORD_HEADER_SIZE_BYTES + _SINGLE.size
-unpack_single: Final = _SINGLE.unpack_from
-"""(block id, fork and flags, data length, tablespace, database, relfilenumber, block number, id of the main data's
-header, its length) at 24: ingest does for these records what `parse_blocks` does."""
+"""Where the data of such a block begins. Ingest does for these records what `parse_blocks` does."""
 # No block at all: commits.
 _NO_BLOCKS_MAIN = RECORD_HEADER_SIZE_BYTES + 2
 
@@ -154,7 +154,7 @@ def parse_blocks(record: bytes) -> Blocks:
     """
     size = len(record)
     if size >= SINGLE_END:
-        block_id, fork_flags, data_length, spc, db, rel, block_number, main_id, main_length = unpack_single(record, 24)
+        block_id, fork_flags, data_length, spc, db, rel, block_number, main_id, main_length = _unpack_single(record, 24)
         fork = fork_flags & 0x0F
         if (
             main_id == 255
