@@ -112,7 +112,14 @@ class Elections:
 
     async def _plan(self, candidacy: Candidacy, tally: Tally, reserved: Reservation) -> Plan:
         donor = choose_donor(tally.votes)
-        end = await self._safekeepers[donor].end_of_wal(candidacy.project_id, candidacy.timeline_id)
+        safekeeper = self._safekeepers[donor]
+        end = await safekeeper.end_of_wal(candidacy.project_id, candidacy.timeline_id)
+        # Invariant: the log that is looked into is the one that voted. Another disk that turned up under the donor's
+        # name since then may lack what was committed.
+        status = await safekeeper.status(candidacy.project_id, candidacy.timeline_id)
+        voted = reserved.term, reserved.membership.seat(donor)
+        if status is None or (status.term, status.seat) != voted:
+            raise UnavailableError(f"{donor} has voted again, or has another disk, since it voted: elect once more")
         return make_plan(
             tally,
             donor=donor,

@@ -4,6 +4,7 @@
     store.fail(Operation.PUT, times=2)                        # not done, StoreUnavailableError
     store.fail(Operation.PUT, times=1, moment=Moment.AFTER)   # done, but the reply is lost
     store.delay(Operation.GET, 0.05)
+    store.reorder(random.Random(1), 0.01)                     # slow, and in no order, listings too
     hold = store.hold(Operation.DELETE)                       # the next delete waits ...
     await hold.reached.wait(); hold.release.set()             # ... until the test says so
 
@@ -13,6 +14,7 @@ Faults apply in the order in which they were ordered; each applies to the first 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -95,6 +97,7 @@ class FaultyObjectStore:
         self._faults: list[_Fault] = []
         self._change: tuple[int, Moment] | None = None
         self._stale: list[ObjectInfo] | None = None
+        self._order: tuple[random.Random, float] | None = None
         self.calls: list[Call] = []
 
     def fail(
@@ -112,6 +115,11 @@ class FaultyObjectStore:
     def delay(self, operation: Operation, delay_s: float, *, times: int = ALWAYS, key_prefix: str = "") -> None:
         """The next `times` matching calls start `delay_s` later."""
         self._faults.append(_Fault(operation, key_prefix, times, Moment.BEFORE, delay_s=delay_s))
+
+    def reorder(self, rng: random.Random, at_most_s: float) -> None:
+        """From now on, until `heal`, each call starts after a time of its own, and so each of those that are under way
+        at once is done before or after any other; and listings are in no order."""
+        self._order = rng, at_most_s
 
     def hold(self, operation: Operation, *, key_prefix: str = "", moment: Moment = Moment.BEFORE) -> Hold:
         """The next matching call waits for `release`, before or after the store does its work."""
@@ -137,6 +145,7 @@ class FaultyObjectStore:
         self._faults.clear()
         self._change = None
         self._stale = None
+        self._order = None
 
     async def put(self, key: str, data: Data) -> None:
         await self._through(Call(Operation.PUT, key), lambda: self._inner.put(key, data))
@@ -162,8 +171,14 @@ class FaultyObjectStore:
                 if info.key.startswith(prefix):
                     yield info
             return
-        async for info in self._inner.list(prefix):
-            yield info
+        if self._order is not None:
+            found = [info async for info in self._inner.list(prefix)]
+            self._order[0].shuffle(found)
+            for info in found:
+                yield info
+        else:
+            async for info in self._inner.list(prefix):
+                yield info
         await self._misbehave(call, Moment.AFTER)
 
     async def delete(self, key: str) -> None:
@@ -185,6 +200,9 @@ class FaultyObjectStore:
         return result
 
     async def _misbehave(self, call: Call, moment: Moment) -> None:
+        if self._order is not None and moment is Moment.BEFORE:
+            rng, at_most_s = self._order
+            await asyncio.sleep(rng.uniform(0, at_most_s))
         if self._change is not None and call.operation in _CHANGES:
             left, when = self._change
             if left == 0 and moment is when:

@@ -187,6 +187,9 @@ async def test_a_branch_of_a_branch_and_a_restart_of_everything_by_sigkill(place
     await session.execute("insert into own select g from generate_series(101, 150) g")
     await session.close()
     expected = [(project, await content(project)) for project in (place.main, one, two)]
+    for project in (one, two):  # what comes back is read from images of what each of them has changed, and through them
+        await caught_up(cluster, project)
+        await call_pageserver(cluster, project, "compact", TimelineInfo, Compact(force=True))
     sandboxes = Path(json.loads((cluster.layout.config / "pageserver.json").read_text())["cache_dir"]) / "sandboxes"
     left = sandboxes.readlink()
     assert list(left.iterdir()), "of its redo workers"

@@ -270,6 +270,7 @@ async def test_an_object_store_that_fails_is_slow_or_shows_old_lists(tmp_path: P
             for operation in (Operation.LIST, Operation.PUT_IF_ABSENT, Operation.HEAD):
                 store.fail(operation, times=2, moment=moment)
         store.delay(Operation.PUT_IF_ABSENT, 0.01)
+        store.reorder(random.Random(1), 0.002)
         failures = 0
         while places(first) == [Place.LOCAL, Place.LOCAL]:
             try:

@@ -276,7 +276,8 @@ class Manager:
         world.note(self.name, f"won term {plan.term}: donor {plan.donor}, from {plan.start_lsn.value}")
         # The log begins where the timeline begins, and the plan may name that as its start.
         prefix = prefix[: plan.start_lsn.value - world.start_lsn]
-        world.oracle.begins(self.name, prefix)
+        if world.may_begin(plan.term):
+            world.oracle.begins(self.name, prefix)
         info = RunInfo(
             project_id=PROJECT,
             timeline_id=TIMELINE,
@@ -564,6 +565,16 @@ class World:
         if compute is None:
             raise UnavailableError("there is no such compute")
         return await self.network.connect(node, name, compute.serve)
+
+    def may_begin(self, term: int) -> bool:
+        """Could a majority still follow the leader of this term? One whose answers came late may lack what was
+        committed since: those who committed it promised a higher term before."""
+        promised = [0 if data is None else ControlState.parse(data).acceptor.term for data in self._control_files]
+        return sum(each <= term for each in promised) >= majority(len(NODES))
+
+    @property
+    def _control_files(self) -> list[bytes | None]:
+        return [node.disk.files.get(FILE_NAME) for node in self.nodes.values()]
 
     def start_compute(self, plan: Plan, prefix: bytes) -> Compute:
         name = f"compute-{len(self.computes) + 1}"

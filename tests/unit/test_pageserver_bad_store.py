@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -61,8 +62,7 @@ async def check_on_an_empty_disk(one: Engine, directory: Path, told: int, want: 
 @pytest.mark.parametrize("moment", list(Moment))
 async def test_whatever_fails_at_first_is_done_in_the_end(tmp_path: Path, moment: Moment) -> None:
     store = FaultyObjectStore(MemoryObjectStore())
-    for operation in Operation:
-        store.delay(operation, 0.0005)
+    store.reorder(random.Random(moment.value), 0.001)
     async with engine(tmp_path / "a", store=store, config=EAGER) as one:
         timeline, _ = await filled(one, layers=2)
         for number, operation in enumerate(sorted(USED, key=lambda each: each.value)):
