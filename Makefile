@@ -120,8 +120,8 @@ docs-errors: $(VENV)/.dev ## docs/errors.md, from the errors and the proxy's far
 docs-reference: $(VENV)/.dev ## docs/reference/, from the command line, the settings and the HTTP APIs themselves
 	@$(BIN)/python -m keylake.reference docs/reference
 
-docs-metrics: $(VENV)/.runtime ## docs/reference/metrics.md, from the cluster that runs in KEYLAKE_HOME
-	@$(BIN)/python -m keylake.reference.metrics $(or $(KEYLAKE_HOME),.keylake) > docs/reference/metrics.md
+docs-metrics: $(VENV)/.runtime ## docs/reference/metrics.md, from a cluster of its own
+	@$(BIN)/python -m keylake.reference.metrics docs/reference/metrics.md
 
 fault-matrix: $(VENV)/.dev ## parts in trouble while keys are revoked: all pairs; FAULTS=full, the whole product (most of an hour)
 	@KEYLAKE_FAULT_MATRIX=$(or $(FAULTS),covering) $(BIN)/python -m pytest -p no:randomly -q -s tests/cluster_faults

@@ -27,10 +27,13 @@ class Report:
     failed: list[str] = field(default_factory=list)
     passed: int = 0
     started: float = field(default_factory=monotonic)
+    at: str = ""
+    """The chapter that runs, or was the last one."""
 
     @contextlib.contextmanager
     def chapter(self, title: str) -> Iterator[None]:
         self.console.print(f"\n[bold]{title}[/bold]")
+        self.at = title
         begun = monotonic()
         yield
         self.console.print(f"  [dim]{monotonic() - begun:.1f} s[/dim]")

@@ -1,6 +1,6 @@
-"""docs/reference/metrics.md, out of what the services of a running local cluster answer.
+"""docs/reference/metrics.md, out of what the services of a local cluster answer, which is started for it.
 
-    python -m keylake.reference.metrics HOME > docs/reference/metrics.md
+    python -m keylake.reference.metrics docs/reference/metrics.md
 
 What a metric is called, and its help, is only known when it is scraped: most are computed then.
 """
@@ -8,27 +8,31 @@ What a metric is called, and its help, is only known when it is scraped: most ar
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import asyncpg
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from keylake.attached import Attached
+from keylake.cluster import Cluster
 from keylake.reference.text import table
 from shared.auth import Scope, Service, TokenIssuer
 from shared.config import Address
 from shared.http import ServiceClient
+from shared.ids import EndpointId
 from shared.tls import client_context
 
 CUSTOMERCLOUD: Final = "customercloud"
 _HEAD: Final = """\
 # Metrics
 
-Scraped from a running cluster by `make docs-metrics`; a test scrapes another one and compares.
+Scraped from a cluster by `make docs-metrics`; a test scrapes another one and compares.
 
 Each service answers `GET /metrics` in Prometheus's text format to a token with `status:read` (an auditor's for one:
 labels have ids of projects and timelines in them, and nothing that people made). How to scrape, a dashboard, and
@@ -89,5 +93,20 @@ def page(scraped: Mapping[str, str]) -> str:
     return "\n".join(parts)
 
 
+async def _of_a_new_cluster() -> dict[str, str]:
+    """With a session, and one that was refused: some labels are only there with a sample."""
+    async with Cluster() as cluster:
+        project = await cluster.create_project()
+        arguments = project.connection.asyncpg_arguments()
+        with contextlib.suppress(asyncpg.PostgresError):
+            await asyncpg.connect(**arguments | {"server_settings": {"options": f"endpoint={EndpointId.new()}"}})
+        connection = await asyncpg.connect(**arguments, timeout=60)
+        try:
+            return await scrape(Attached(cluster.layout, cluster.ports, None))
+        finally:
+            await connection.close()
+
+
 if __name__ == "__main__":
-    sys.stdout.write(page(asyncio.run(scrape(Attached.to(Path(sys.argv[1]).absolute())))))
+    written = page(asyncio.run(_of_a_new_cluster()))
+    Path(sys.argv[1]).write_text(written, encoding="utf-8")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from keylake.attached import NotRunningError
 from keylake.cli.app import app
 from keylake.cli.common import ExitCode, KeylakeGroup, error_line, exit_code, home_dir, printable
 from keylake.cli.session import cloud_error
+from keylake.demo.report import Report
 from keylake.reference.cli import examples_of
 from shared.errors import ERRORS_BY_CODE, KeylakeError
 from tests.unit.test_cli_help import TREE, commands, leaf
@@ -190,3 +192,26 @@ def test_home_is_absolute_and_relative_to_here(tmp_path: Path, monkeypatch: pyte
     assert home_dir(None) == tmp_path / ".keylake"
     assert home_dir(Path("x/../y")) == tmp_path / "y"
     assert home_dir(Path("/srv/k")) == Path("/srv/k")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (TimeoutError(), "no answer in time"),
+        (asyncpg.ConnectionDoesNotExistError("closed in the middle"), "closed in the middle"),
+        (ConnectionRefusedError(111, "refused"), "ConnectionRefusedError"),
+    ],
+)
+def test_a_demo_that_breaks_off_says_where_and_what_to_do(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(report: Report, **_: bool) -> None:
+        with report.chapter("3. Something that takes too long"):
+            raise error
+
+    monkeypatch.setattr("keylake.demo._local", broken)
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == ExitCode.UNAVAILABLE
+    [line] = result.stderr.splitlines()
+    for word in (told, "3. Something that takes too long", "keylake demo --keep", "keylake doctor", "uptime"):
+        assert word in line
