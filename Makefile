@@ -14,7 +14,7 @@ COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs docs-reference docs-metrics demo test test-again test-unit test-integration example lint fmt types check bench bench-keys fuzz-keys docs-roles lock up down logs clean docs-lifecycle docs-errors fault-matrix regression isolation console-test bench-revocation bench-simulation sim-consensus model-consensus crash-anywhere compose-test
+.PHONY: help setup docs docs-reference docs-metrics demo test test-again test-unit test-integration example lint fmt types check bench bench-keys fuzz-keys docs-roles lock up renew down logs clean docs-lifecycle docs-errors fault-matrix regression isolation console-test bench-revocation bench-simulation sim-consensus model-consensus crash-anywhere compose-test
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -169,6 +169,11 @@ up: ## the same services as containers
 	@$(COMPOSE) exec -T console timeout 120 \
 	  sh -c 'until test -s /run/keylake/console; do sleep 0.2; done; cat /run/keylake/console' || \
 	  { echo "not there after two minutes; see what the others say: make logs"; exit 1; }
+
+renew: ## new certificates for the containers: theirs last a year, and `provision` says when; data and keys stay
+	$(COMPOSE) stop
+	$(COMPOSE) run --rm --no-deps provision python -m keylake.provision certificates
+	$(COMPOSE) up --detach
 
 down: ## end them and remove their data
 	$(COMPOSE) down --volumes --remove-orphans

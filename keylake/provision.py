@@ -3,6 +3,7 @@
     python -m keylake.provision secrets    first of all: everything that can be made without another service
     python -m keylake.provision account    once the customer's cloud is up: its accounts, and Keylake's access key there
     python -m keylake.provision objects    once the object store is up: the bucket, and who may do what in it
+    python -m keylake.provision certificates    new ones, while nothing runs: `make renew`
 
 Each service has a *bundle*: a volume of its own, at /provision/<name> here and at /etc/keylake there, with its own
 keys and nobody else's. A bundle is laid out like the home of a local cluster (`keylake.layout`), as far as it goes.
@@ -38,7 +39,7 @@ from shared.audit_anchor import ANCHOR_PREFIX
 from shared.auth import Service, TokenIssuer, TrustBundle
 from shared.errors import KeylakeError, UnavailableError
 from shared.roles import SERVICE_SCOPES
-from shared.tls import CertificateAuthority, service_host_name
+from shared.tls import CertificateAuthority, renewal_is_due, service_host_name, valid_until
 
 PROVISION_DIR: Final = Path("/provision")
 BUNDLE: Final = Layout(Path("/etc/keylake"))
@@ -210,6 +211,8 @@ def make_secrets(root: Path) -> bool:
     bundles = {name: Layout(root / name) for name in BUNDLES}
     operator = bundles[OPERATOR]
     if not operator.is_new:
+        if not operator.ca_certificate.exists():
+            renew_certificates(root)  # that was interrupted, and nothing could start since
         return False
     for bundle in bundles.values():
         _empty(bundle.home)
@@ -240,6 +243,21 @@ def make_secrets(root: Path) -> bool:
     return True
 
 
+def renew_certificates(root: Path) -> None:
+    """New CAs, whose keys are not kept either, and all that they issue. Everything else stays as it is.
+
+    Nothing may run meanwhile: whoever has read the old ones trusts nobody who has the new ones. What is interrupted is
+    done at the next start (`make_secrets`). Raises UnavailableError before the first one.
+    """
+    bundles = {name: Layout(root / name) for name in BUNDLES}
+    if bundles[OPERATOR].is_new:
+        raise UnavailableError("there are no certificates yet: `make up` first")
+    bundles[OPERATOR].ca_certificate.unlink(missing_ok=True)
+    for bundle in bundles.values():
+        _empty(bundle.pki)
+    _certificates(bundles)
+
+
 def _empty(directory: Path) -> None:
     """Remove what is in it; the directory itself is a mount point."""
     for entry in directory.iterdir() if directory.exists() else ():
@@ -250,8 +268,9 @@ def _empty(directory: Path) -> None:
 
 
 def _certificates(bundles: Mapping[str, Layout]) -> None:
+    """The operator's copy of the CA's comes last: it says that all are there."""
     authority, cloud = CertificateAuthority(), CertificateAuthority()
-    for name in (*SERVICES, CONSOLE, OPERATOR):
+    for name in (*SERVICES, CONSOLE):
         bundles[name].ca_certificate.write_bytes(authority.certificate_pem)
     for name, service in SERVICES.items():
         # Peers check the service's name, not the host's; each safekeeper has a key of its own.
@@ -263,6 +282,7 @@ def _certificates(bundles: Mapping[str, Layout]) -> None:
     bundles["customercloud"].ca_certificate.write_bytes(cloud.certificate_pem)
     for name in (*KEYMANAGER_NAMES, CONSOLE, OPERATOR):
         cloud_ca(bundles[name]).write_bytes(cloud.certificate_pem)
+    bundles[OPERATOR].ca_certificate.write_bytes(authority.certificate_pem)
 
 
 def cloud_ca(bundle: Layout) -> Path:
@@ -413,7 +433,7 @@ def main() -> int:
         description="Make what the containers of docker-compose.yml need. They run this themselves.",
         epilog="example: python -m keylake.provision secrets --directory /provision",
     )
-    parser.add_argument("step", choices=("secrets", "account", "objects"))
+    parser.add_argument("step", choices=("secrets", "account", "objects", "certificates"))
     parser.add_argument("--directory", type=Path, default=PROVISION_DIR, help="where the bundles are mounted")
     arguments = parser.parse_args()
     try:
@@ -421,12 +441,18 @@ def main() -> int:
             case "secrets":
                 done = make_secrets(arguments.directory)
                 print("made" if done else "kept what is there")  # noqa: T201 - it is a command
+                certificate = Layout(arguments.directory / OPERATOR).ca_certificate
+                if renewal_is_due(certificate):
+                    print(f"certificates end on {valid_until(certificate):%Y-%m-%d}: make renew")  # noqa: T201
             case "account":
                 open_account(arguments.directory)
                 print("the keymanagers have their access key")  # noqa: T201
             case "objects":
                 made = open_objects(arguments.directory)
                 print("storage and the keymanager have users of their own" if made else _NO_ADMIN_API)  # noqa: T201
+            case "certificates":
+                renew_certificates(arguments.directory)
+                print("all certificates are new")  # noqa: T201
     except (KeylakeError, OSError) as error:
         print(f"provision: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -136,9 +136,11 @@ async def carry_out(attempts: Iterable[Attempt]) -> None:
 def tokens(target: Target) -> Iterator[Attempt]:
     """Nobody gets in without a good token, and nobody learns first what a body should have been."""
     bodies = [None] if target.route.body is None else [b"{}", b"no JSON " + CANARY.encode()]
-    for name, (token, status) in wrong_tokens(target.place, target.api.service, target.accepted).items():
-        for body in bodies if status == 401 else bodies[:1]:
-            yield target.attempt(name, {status}, target.path, token, body)
+    wrong = wrong_tokens(target.place, target.api.service, target.accepted)
+    for number, (name, (token, status)) in enumerate(wrong.items()):
+        # In turn: each route gets both bodies, and so does each kind of token, on one route or another.
+        body = bodies[number % len(bodies)] if status == 401 else bodies[0]
+        yield target.attempt(name, {status}, target.path, token, body)
     for scope in target.accepted:
         token = for_another_project(target.place, target.api.service, scope)
         # A list has nothing in it for them: see `check`.

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn
@@ -97,10 +98,12 @@ def run(stack: Stack, outcome: Outcome, directory: Path, *, alone: bool) -> None
     """`alone`: nobody else uses the engine."""
     with step("a base image of Debian packages"):
         make_base(stack.base)
-    with step("an S3 server in MinIO's place"):
-        make_s3(stack.s3, stack.base)
-    with step("the image"):
-        stack.compose("build", timeout_s=1800)
+    with step("the image, and an S3 server in MinIO's place"), ThreadPoolExecutor(2) as pool:
+        for build in (
+            pool.submit(make_s3, stack.s3, stack.base),
+            pool.submit(stack.compose, "build", timeout_s=1800),
+        ):
+            build.result()
     before = everything() if alone else None
     try:
         with step("up"):

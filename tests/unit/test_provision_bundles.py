@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import stat
+import sys
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -28,11 +30,14 @@ from keylake.provision import (
     SERVICES,
     STORAGE_POLICY,
     Secrets,
+    main,
     make_secrets,
+    renew_certificates,
 )
 from keymanager.config import KeymanagerSettings
 from pageserver.config import PageserverSettings
 from safekeeper.config import SafekeeperSettings
+from shared import tls
 from shared.audit_anchor import ANCHOR_PREFIX
 from shared.auth import Service, TokenIssuer, TokenVerifier, TrustBundle
 from shared.config import Address, ServiceSettings
@@ -244,6 +249,53 @@ def test_an_interrupted_run_is_started_over(tmp_path: Path) -> None:
     assert after.keys() == before.keys()
     assert after["proxy/keys/proxy.json"] != before["proxy/keys/proxy.json"]
     assert after["keymanager/pki/ca.crt"] == after["proxy/pki/ca.crt"]
+
+
+def test_certificates_are_renewed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def provision(step: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["provision", step, "--directory", str(tmp_path)])
+        return main()
+
+    assert provision("certificates") == 1
+    assert "make up" in capsys.readouterr().err
+    monkeypatch.setattr(tls, "_VALIDITY", tls.RENEWED_BEFORE_END - timedelta(days=1))
+    assert provision("secrets") == 0
+    assert "make renew" in capsys.readouterr().out
+    monkeypatch.undo()
+    before = files(tmp_path)
+    assert provision("certificates") == 0
+    after = files(tmp_path)
+    assert after.keys() == before.keys()
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {name for name in before if "/pki/" in name}
+    test_the_customers_cloud_cannot_pass_for_a_service(tmp_path)
+    test_the_key_of_no_ca_is_kept(tmp_path)
+    test_secrets_are_for_their_owner_only(tmp_path)
+    capsys.readouterr()
+    assert provision("secrets") == 0
+    assert "make renew" not in capsys.readouterr().out
+    assert files(tmp_path) == after
+
+
+def test_a_renewal_that_was_interrupted_is_done_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_secrets(tmp_path)
+    before = files(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shared.tls.CertificateAuthority.issue_files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            renew_certificates(tmp_path)
+    assert files(tmp_path).keys() != before.keys()
+    assert not make_secrets(tmp_path)
+    assert files(tmp_path).keys() == before.keys()
+    test_the_customers_cloud_cannot_pass_for_a_service(tmp_path)
 
 
 def test_mount_points_stay(tmp_path: Path) -> None:
