@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Final
 
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +18,21 @@ class ApiModel(BaseModel):
     """Unknown fields are refused; instances do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KeyState(enum.StrEnum):
+    """State of a project's key access. Only what was checked is said."""
+
+    ACTIVE = "ACTIVE"
+    SUSPENDED = "SUSPENDED"  # KMS unreachable for longer than the outage grace
+    REVOKED = "REVOKED"  # the KMS, or an operator, said no; comes back
+    SHREDDED = "SHREDDED"  # our KEKs are destroyed; never comes back
+    ERASED = "ERASED"  # ... and it was checked that no copy of them can be opened: the CMK is destroyed
+
+    @property
+    def final(self) -> bool:
+        """Nothing comes back from here."""
+        return self in (KeyState.SHREDDED, KeyState.ERASED)
 
 
 class ErrorBody(ApiModel):

@@ -20,6 +20,7 @@ from typing import Annotated, Final, Literal
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from shared.api.common import PRINTABLE, ApiModel
+from shared.api.common import KeyState as KeyState
 from shared.cmk import CmkKey, CustomerKey
 from shared.deletion import ObjectKind
 from shared.ids import (
@@ -48,21 +49,6 @@ CLOSE_PERMISSION_DENIED: Final = 4403
 """A good token that may not do this: another node's name, or a role that its scopes do not allow."""
 CLOSE_SLOW: Final = 4408
 """The client did not read, or did not finish the handshake, in time."""
-
-
-class KeyState(enum.StrEnum):
-    """State of a project's key access. Only what was checked is said."""
-
-    ACTIVE = "ACTIVE"
-    SUSPENDED = "SUSPENDED"  # KMS unreachable for longer than the outage grace
-    REVOKED = "REVOKED"  # the KMS, or an operator, said no; comes back
-    SHREDDED = "SHREDDED"  # our KEKs are destroyed; never comes back
-    ERASED = "ERASED"  # ... and it was checked that no copy of them can be opened: the CMK is destroyed
-
-    @property
-    def final(self) -> bool:
-        """Nothing comes back from here."""
-        return self in (KeyState.SHREDDED, KeyState.ERASED)
 
 
 class Role(enum.StrEnum):

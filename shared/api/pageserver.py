@@ -7,8 +7,7 @@ from typing import Any
 
 from pydantic import AwareDatetime, Field
 
-from shared.api.common import ApiModel
-from shared.api.keymanager import KeyState
+from shared.api.common import ApiModel, KeyState
 from shared.ids import ProjectId, TimelineId
 from shared.lsn import Lsn
 

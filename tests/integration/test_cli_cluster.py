@@ -45,6 +45,7 @@ def keylake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeylakeCommand
         yield command
     finally:
         command.run("down", "--purge", "--yes")
+        assert not command.home.exists(), "while it runs, too"
 
 
 def eventually(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
@@ -748,17 +749,25 @@ def read_or_empty(path: Path) -> bytes:
 
 
 def test_a_life_with_ends_of_all_kinds(tmp_path: Path) -> None:
-    """down and up, kill -9 of the supervisor, and purge, on a cluster of its own."""
+    """Ctrl-C in the foreground, kill -9 of the supervisor, down, and purge, on a cluster of its own."""
     keylake = KeylakeCommand(tmp_path / "home", tmp_path)
     try:
-        first = keylake.json("up")
-        for arguments in (("cloud", "key", "create"), ("key-config", "create", "m"), ("workspace", "create", "m")):
-            keylake(*arguments)
-        dsn = keylake.json("project", "create", "kept")["dsn"]
-        select(keylake, "kept", "create table t as select 'still here' as x")
-
-        stopped = keylake.json("down")
-        assert (stopped["stopped"], stopped["graceful"], stopped["purged"]) == (True, True, False)
+        with subprocess.Popen(
+            [KEYLAKE, "up", "--foreground"], env=keylake.environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        ) as process:
+            try:
+                eventually(lambda: keylake.run("status").returncode == 0)
+                first = keylake.json("up")  # it runs already
+                for arguments in ("cloud key create", "key-config create m", "workspace create m"):
+                    keylake(*arguments.split())
+                dsn = keylake.json("project", "create", "kept")["dsn"]
+                select(keylake, "kept", "create table t as select 'still here' as x")
+            finally:
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "Ctrl-C ends it" in errors
+        assert "has stopped" in errors
         assert processes_of(keylake.home) == []
         assert keylake.run("status").returncode == 3
 
@@ -776,10 +785,13 @@ def test_a_life_with_ends_of_all_kinds(tmp_path: Path) -> None:
 
         asked = keylake.run("down", "--purge")
         assert asked.returncode == 2, "nobody is there to ask"
+        assert keylake.run("status").returncode == 0
+        stopped = keylake.json("down")
+        assert (stopped["stopped"], stopped["graceful"], stopped["purged"]) == (True, True, False)
+        assert processes_of(keylake.home) == []
         assert keylake.home.exists()
         assert keylake.json("down", "--purge", "--yes")["purged"]
         assert not keylake.home.exists()
-        assert processes_of(keylake.home) == []
     finally:
         keylake.run("down", "--purge", "--yes")
 
@@ -793,22 +805,6 @@ def test_a_home_that_is_deleted_under_it(tmp_path: Path) -> None:
         shutil.rmtree(keylake.home)
     finally:
         eventually(lambda: processes_of(keylake.home) == [])
-
-
-def test_in_the_foreground(tmp_path: Path) -> None:
-    keylake = KeylakeCommand(tmp_path / "home", tmp_path)
-    with subprocess.Popen(
-        [KEYLAKE, "up", "--foreground"], env=keylake.environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    ) as process:
-        try:
-            eventually(lambda: keylake.run("status").returncode == 0)
-        finally:
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "Ctrl-C ends it" in errors
-    assert "has stopped" in errors
-    assert processes_of(keylake.home) == []
 
 
 def test_a_port_that_is_taken(keylake: KeylakeCommand, tmp_path: Path) -> None:
