@@ -130,6 +130,36 @@ class Requests:
         return reply.text
 
 
+def copy_objects(operator: Layout, directory: Path) -> None:
+    """Every object as the store has it, by another client than the one that wrote it: MinIO's own.
+
+    Objects are written once, so what was copied before is still good; an index has another name in each version.
+    What was deleted since it was listed is left out. Raises UnavailableError.
+    """
+    from minio import Minio
+    from minio.error import S3Error
+
+    store = Minio(
+        OBJECTS_URL.removeprefix("http://"),
+        access_key=operator.secret("objects-user"),
+        secret_key=operator.secret("objects-password"),
+        region="us-east-1",
+        secure=False,
+    )
+    for entry in store.list_objects(BUCKET, recursive=True):
+        name = entry.object_name or ""
+        path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise InvalidInputError("an object's key is not a relative path")
+        if path.exists():
+            continue
+        try:
+            store.fget_object(BUCKET, name, str(path))
+        except S3Error as error:
+            if error.code != "NoSuchKey":
+                raise UnavailableError(f"the object store refuses an object: {error.code}") from None
+
+
 class StackTarget:
     """Implements `keylake.demo.target.Target`. Use as an async context manager, in the operator's container."""
 
@@ -157,7 +187,7 @@ class StackTarget:
     def persistent(self) -> dict[str, list[Path]]:
         """Volumes where they are mounted; copies of objects and of the containers' logs as they are now. Blocks."""
         objects, logs = self._copies / "objects", self._copies / "logs"
-        self._copy_objects(objects)
+        copy_objects(self._bundle, objects)
         logs.mkdir(exist_ok=True)
         (logs / "containers.log").write_text(self._requests.ask(Request(do="logs")))
         return {
@@ -169,28 +199,6 @@ class StackTarget:
             "customer's cloud": [OBSERVED_DIR / "customercloud"],
             "service logs": [logs],
         }
-
-    def _copy_objects(self, directory: Path) -> None:
-        """Every object as the store has it, by another client than the one that wrote it: MinIO's own.
-
-        Objects are written once, so what was copied before is still good; an index has another name in each version.
-        """
-        from minio import Minio
-
-        store = Minio(
-            OBJECTS_URL.removeprefix("http://"),
-            access_key=self._bundle.secret("objects-user"),
-            secret_key=self._bundle.secret("objects-password"),
-            region="us-east-1",
-            secure=False,
-        )
-        for entry in store.list_objects(BUCKET, recursive=True):
-            name = entry.object_name or ""
-            path = directory / name
-            if not path.resolve().is_relative_to(directory.resolve()):
-                raise InvalidInputError("an object's key is not a relative path")
-            if not path.exists():
-                store.fget_object(BUCKET, name, str(path))
 
     async def kill(self, service: str) -> None:
         await asyncio.to_thread(self._requests.ask, Request(do="kill", service=service))

@@ -16,14 +16,17 @@ from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import asyncpg
 import pytest
+from minio import Minio
 
 from compute.guard.build import prepare_guard
 from customercloud.app import create_app
 from customercloud.config import load_settings
 from keylake import ready
+from keylake.compose import copy_objects
 from keylake.layout import Layout
 from keylake.metadata import METADATA_DATABASE, MetadataSettings
 from keylake.provision import BUCKET, OPERATOR, make_secrets, open_account, open_objects
@@ -299,3 +302,32 @@ async def test_an_s3_server_without_an_admin_api_gets_the_bucket_and_no_user(
     await store.close()
     with pytest.raises(UnavailableError):
         await asyncio.to_thread(open_objects, tmp_path, "http://127.0.0.1:1")
+
+
+async def test_objects_that_go_while_the_demo_copies_them_are_left_out(
+    tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index's older versions are deleted at any time."""
+    make_secrets(tmp_path)
+    keys = Layout(tmp_path / OPERATOR).keys
+    (keys / "objects-user").write_text(s3_server.access_key)
+    (keys / "objects-password").write_text(s3_server.secret_key)
+    bucket = s3_server.new_bucket()
+    monkeypatch.setattr("keylake.compose.BUCKET", bucket)
+    monkeypatch.setattr("keylake.compose.OBJECTS_URL", s3_server.endpoint)
+    listed = Minio.list_objects
+
+    def deleted_once_they_are_listed(client: Minio, *arguments: Any, **more: Any) -> Iterator[Any]:
+        for entry in list(listed(client, *arguments, **more)):
+            if entry.object_name == "b/goes":
+                client.remove_object(bucket, entry.object_name)
+            yield entry
+
+    monkeypatch.setattr(Minio, "list_objects", deleted_once_they_are_listed)
+    store = await open_store(s3_server.settings(bucket))
+    for name in ("a/stays", "b/goes", "c/stays"):
+        await store.put(name, b"sealed")
+    await store.close()
+    copies = tmp_path / "copies"
+    await asyncio.to_thread(copy_objects, Layout(tmp_path / OPERATOR), copies)
+    assert {str(path.relative_to(copies)) for path in copies.rglob("*") if path.is_file()} == {"a/stays", "c/stays"}
