@@ -97,7 +97,7 @@ types: $(VENV)/.dev ## mypy, strict
 	@$(BIN)/mypy
 	@MYPYPATH=examples/orders $(BIN)/mypy --strict examples/orders/app.py examples/orders/tests
 
-check: lint types docs demo test ## what CI runs
+check: lint types docs demo test ## what CI runs, but for the containers
 
 bench: $(VENV)/.dev ## the figures of docs/benchmarks.md, as ratios against a peer in the same run (fleets and simulations: bench-*)
 	@$(BIN)/python -m benchmarks
