@@ -139,7 +139,7 @@ async def test_a_cluster_compiles_before_its_services_are_timed(
     seen: list[set[str]] = []
 
     class Stops(ServiceProcess):
-        async def start(self) -> None:
+        async def start(self, timeout_s: float = 0.0) -> None:
             seen.append({path.name.partition("-")[0] for path in (cache / "keylake").iterdir()})
             raise UnavailableError("that is enough")
 
