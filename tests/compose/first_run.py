@@ -31,8 +31,12 @@ ROWS: Final = 32
 _USER: Final = "you"
 _SH: Final = re.compile(r"^```sh\n(.*?)^```$", re.M | re.S)
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\].*?(?:\x07|\x1b\\)")
-_SECRETS: Final = (re.compile(r"(?<=key=)[\w-]{16,}"), re.compile(r"(?<=app:)[^@\s]{16,}(?=@)"))
-"""The console's key, and passwords in connection strings. What they opened is gone when the recording ends."""
+_SECRETS: Final = (
+    re.compile(r"(?<=key=)[\w-]{16,}"),
+    re.compile(r"(?<=app:)[^@\s]{16,}(?=@)"),
+    re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]+"),
+)
+"""The console's key, passwords in connection strings, tokens. What they opened is gone when the recording ends."""
 
 OMITTED: Final = {
     "make test": "it takes half an hour",
@@ -162,7 +166,7 @@ def page() -> str:
         "By `make first-run`: the commands of the README, as they are typed on a bare machine; the first that fails",
         "ends it. Once in a container of Debian with `python3`, `python3-venv` and `make`, as a user who is not root;",
         f"once with a Docker engine. Left out: {left_out}.",
-        "The casts are asciinema's. Keys and passwords are masked, and what they opened is gone.\n",
+        "The casts are asciinema's. Keys, passwords and tokens are masked, and what they opened is gone.\n",
     ]
     for path in sorted(CASTS.glob("*.cast"), reverse=True):
         each = Recording.of(path)

@@ -12,11 +12,11 @@ from tests.compose.first_run import OMITTED, TYPED, Recording, commands_of_the_r
 
 
 def test_a_recording_shows_commands_and_answers_and_no_secret(tmp_path: Path) -> None:
-    key, password = "k" * 32, "p" * 32
+    key, password, token = "k" * 32, "p" * 32, f"eyJ{'h' * 20}.{'p' * 20}.{'s' * 20}"
     commands = [
         "test -t 1 && echo 'a terminal'",
         "printf 'half\\rwhole\\n\\033[1mbold\\033[0m\\n'",
-        f"echo 'http://127.0.0.1:1/#key={key}'; echo 'postgresql://app:{password}@localhost/app'",
+        f"echo 'http://127.0.0.1:1/#key={key}'; echo 'postgresql://app:{password}@localhost/app'; echo {token}",
     ]
     recording = record("one", "One run", commands[:2], ["bash"], os.environ)
     assert recording.transcript().splitlines() == [
@@ -31,6 +31,7 @@ def test_a_recording_shows_commands_and_answers_and_no_secret(tmp_path: Path) ->
     cast.write_text(secretive.asciicast())
     assert key not in cast.read_text()
     assert password not in cast.read_text()
+    assert token not in cast.read_text()
     assert "key=…" in Recording.of(cast).transcript()
     assert Recording.of(cast).transcript() == secretive.transcript()
 
