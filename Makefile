@@ -14,7 +14,7 @@ COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs docs-reference docs-metrics demo test test-again test-unit test-integration example lint fmt types check bench bench-keys fuzz-keys docs-roles lock up renew down logs clean docs-lifecycle docs-errors fault-matrix regression isolation console-test bench-revocation bench-simulation sim-consensus model-consensus crash-anywhere compose-test
+.PHONY: help setup docs docs-reference docs-metrics demo test test-again test-unit test-integration example lint fmt types check bench bench-keys fuzz-keys docs-roles lock up renew down logs clean docs-lifecycle docs-errors fault-matrix regression isolation console-test bench-revocation bench-simulation sim-consensus model-consensus crash-anywhere compose-test first-run
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -138,6 +138,9 @@ bench-simulation: $(VENV)/.dev ## keymanagers and key clients in a simulated wor
 
 compose-test: $(VENV)/.dev ## docker-compose.yml on a Docker engine (its own when none runs; root), start to end; see docs/compose.md
 	@$(BIN)/python -m tests.compose
+
+first-run: $(VENV)/.dev ## docs/first-run.md: the README's commands on bare machines, recorded; root, see docs/compose.md
+	@$(BIN)/python -m tests.compose.first_run $(RUNS)
 
 fuzz-keys: $(VENV)/.dev ## keys beside an oracle, through EXAMPLES lives (default 200) that CI has not seen
 	@KEYLAKE_KEY_EXAMPLES=$(or $(EXAMPLES),200) $(BIN)/python -m pytest -q tests/integration/test_keys_state_machine.py

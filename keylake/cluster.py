@@ -24,6 +24,7 @@ from typing import Any, Self
 import httpx
 from pydantic import SecretStr
 
+from compute.guard.build import prepare_guard
 from customercloud.aws.admin import BootstrapAnswer
 from customercloud.client import AccessKey, AwsCustomer, CloudAdmin
 from customercloud.client import Endpoint as CloudEndpoint
@@ -34,6 +35,7 @@ from keylake.layout import METADATA_ROLES, METADATA_SUPERUSER, PROXY_DOMAIN, SAF
 from keylake.links import Cut, Links
 from keylake.metadata import METADATA_DATABASE, prepare_database
 from keylake.process import ServiceProcess
+from pageserver.redo.build import prepare
 from shared.api.compute import CreatedEndpoint, Timeline
 from shared.api.keymanager import AwsKey, CreateKeyConfiguration, KeyConfiguration, Project, Workspace
 from shared.auth import Service, TokenIssuer
@@ -165,6 +167,9 @@ class Cluster:
         if self._links is not None:
             self._links.start()
             self._exit.push_async_callback(self._links.stop)
+        # A first compilation takes longer than a service may take to get ready.
+        self._progress("what Postgres loads: compiled the first time")
+        await asyncio.gather(prepare(), prepare_guard())
         self._progress("customer's cloud and metadata database")
         metadata, bootstrap = await asyncio.gather(self._start_metadata(), self._start_customercloud())
         self._progress("keymanager, safekeepers, pageserver, compute manager, proxy")

@@ -9,14 +9,20 @@ import asyncio
 from time import monotonic
 from typing import TYPE_CHECKING
 
+import asyncpg
 from rich.console import Console
+
+from shared.errors import UnavailableError
 
 if TYPE_CHECKING:
     from keylake.compose import Requests
 
 
 def main(*, compose: bool = False, keep: bool = False) -> int:
-    """Run the demo against a temporary local cluster, or against the containers. Returns the exit code."""
+    """Run the demo against a temporary local cluster, or against the containers. Returns the exit code.
+
+    Raises UnavailableError when it comes to no end: something did not answer, or not in time.
+    """
     from keylake.demo.report import Report
 
     requests = None
@@ -36,6 +42,13 @@ def main(*, compose: bool = False, keep: bool = False) -> int:
     except KeyboardInterrupt:
         console.print("\ninterrupted; everything that was started is ended")
         return 130
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # TimeoutError is an OSError
+        what = "no answer in time" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
+        look = "`make logs`" if compose else "`keylake demo --keep`, which keeps the services' logs"
+        raise UnavailableError(
+            f"the demo broke off in {report.at!r}: {what}. A machine with too much else to do (`uptime`) is the usual "
+            f"cause: try once more. If it happens again, look at {look}, and let `keylake doctor` look at the machine"
+        ) from error
     report.close()
     return 1 if report.failed else 0
 

@@ -18,11 +18,11 @@ CERTIFICATES: Final = Path("/etc/ssl/certs/ca-certificates.crt")
 PIP_SETTINGS: Final = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_CERT", "PIP_DEFAULT_TIMEOUT")
 
 
-def make_base(tag: str) -> None:
-    """Debian with Python, its venv module, and the authorities that this machine trusts. Needs root."""
+def make_base(tag: str, *more: str) -> None:
+    """Debian with Python, its venv module, `more`, and the authorities that this machine trusts. Needs root."""
     with tempfile.TemporaryDirectory(prefix="keylake-base-") as directory:
         root = Path(directory) / "root"
-        include = "--include=python3,python3-venv,ca-certificates"
+        include = f"--include={','.join(('python3', 'python3-venv', 'ca-certificates', *more))}"
         done = subprocess.run(
             ["debootstrap", "--variant=minbase", include, SUITE, str(root)],
             stdin=subprocess.DEVNULL,

@@ -8,9 +8,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from keylake.cluster import Cluster
+from keylake.process import ServiceProcess
 from pageserver.redo import build
 from pageserver.redo.build import RedoBinaries, build_library, prepare
 from pageserver.redo.worker import RedoWorker
@@ -126,3 +129,28 @@ def test_the_cache_is_where_xdg_says(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for value in ("", "relative/path"):  # the specification: relative paths are to be ignored
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         assert default_cache_dir() == Path.home() / ".cache" / "keylake"
+
+
+async def test_a_cluster_compiles_before_its_services_are_timed(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a bare machine that takes longer than a service may take to get ready."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    seen: list[set[str]] = []
+
+    class Stops(ServiceProcess):
+        async def start(self, timeout_s: float = 0.0) -> None:
+            seen.append({path.name.partition("-")[0] for path in (cache / "keylake").iterdir()})
+            raise UnavailableError("that is enough")
+
+    class NoService(Cluster):
+        service_process = Stops
+
+        async def _start_metadata(self) -> NoReturn:
+            raise UnavailableError("that is enough")
+
+    with pytest.raises(UnavailableError, match="that is enough"):
+        async with NoService(tmp_path / "home"):
+            pass
+    await asyncio.sleep(0)
+    assert seen == [{"guard", "scratch", "walredo"}]
