@@ -126,6 +126,7 @@ class Connection:
         self._changed = asyncio.Event()
         self._ended = False
         self._broken = False
+        self._is_aborted = False
         self._error: KeylakeError | None = None
         self._last_s = 0.0
 
@@ -152,28 +153,38 @@ class Connection:
         return frames[0]
 
     async def send(self, data: bytes) -> None:
-        if self._broken or not self._process.alive:
+        if not self._is_open:
             raise UnavailableError("connection lost")
         self._post("data", data)
 
+    @property
+    def _is_open(self) -> bool:
+        return self._process.alive and not (self._broken or self._is_aborted)
+
     def write(self, data: bytes) -> None:
-        if not self._broken and self._process.alive:
+        if self._is_open:
             self._post("data", data)
 
     def failed(self, error: KeylakeError) -> None:
         """Tell the peer, and close."""
-        if not self._broken:
+        if not (self._broken or self._is_aborted):
             self._post("error", error)
 
     async def close(self) -> None:
-        if not self._broken:
+        if not (self._broken or self._is_aborted):
             self._post("end", b"")
 
     def abort(self) -> None:
-        for end in (self, self.other):
-            if end is not None and not end._broken:
-                end._broken = True
-                end._changed.set()
+        """Whoever does it reads the end of the stream, as from a socket that is closed here; the peer gets an error."""
+        self._ended = self._is_aborted = True
+        self._changed.set()
+        if self.other is not None:
+            self.other._break()
+
+    def _break(self) -> None:
+        if not self._is_aborted:
+            self._broken = True
+            self._changed.set()
 
     def _post(self, what: str, content: bytes | KeylakeError) -> None:
         loop = asyncio.get_running_loop()
@@ -183,11 +194,12 @@ class Connection:
 
     def _arrive(self, what: str, content: bytes | KeylakeError) -> None:
         other = self.other
-        if other is None or other._broken:
+        if other is None or other._broken or other._is_aborted:
             return
         # What a dead process has sent before may still arrive; that it is dead shows afterwards.
         if not self._network._gets_through(self._name, self._peer):
-            self.abort()
+            self._break()
+            other._break()
             return
         if isinstance(content, KeylakeError):
             other._error = content

@@ -101,6 +101,52 @@ async def test_whoever_is_not_of_the_committed_term_hears_what_is_in_layers_and_
             await asyncio.wait([work])
 
 
+async def test_whoever_is_asked_instead_of_a_source_that_is_behind_comes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old disk may be back, whose log ends before what is ingested. If those who have the rest waited as after a
+    failure, the one that was given up could be back first, each time."""
+    monkeypatch.setattr(walreceiver, "_SOURCE_CHECK_S", 0.1)
+    realm = Realm.create(tmp_path)
+    wal = WalBuilder(START)
+    for size in (100, 200, 300):
+        wal.append_noop(size)
+    old, *others = [Safekeeper("a", 1, b""), *(Safekeeper(name, 2, bytes(wal.data)) for name in "bc")]
+    arrived = asyncio.Event()
+
+    async def ingest(records: Sequence[RawRecord]) -> None:
+        if records[-1] == wal.records[-1]:
+            arrived.set()
+
+    async with AsyncExitStack() as stack:
+        servers = {each.node_id: await stack.enter_async_context(each.server(realm)) for each in (old, *others)}
+        receiver = WalReceiver(
+            ProjectId.new(),
+            TimelineId.new(),
+            [Peer(node, Address(host="127.0.0.1", port=each.port)) for node, each in servers.items()],
+            realm.issuers[Service.PAGESERVER],
+            client_context(realm.ca_certificate),
+            WalStreamDecoder(START, system_identifier=wal.system_identifier),
+            ingest,
+            lambda: START,
+        )
+        connect = receiver._connect
+
+        async def connect_in_turn(peer: Peer) -> FramedConnection:
+            if peer.node_id != old.node_id:
+                await old.sent.wait()
+            return await connect(peer)
+
+        monkeypatch.setattr(receiver, "_connect", connect_in_turn)
+        work = asyncio.create_task(receiver.run())
+        try:
+            async with asyncio.timeout(20):
+                await arrived.wait()
+        finally:
+            work.cancel()
+            await asyncio.wait([work])
+
+
 async def _ingest_nothing(records: Sequence[RawRecord]) -> None:
     raise AssertionError("nothing is committed")
 
