@@ -121,11 +121,13 @@ async def crash(place: Place, bank: Bank, victim: str) -> None:
     if victim == MANAGER:
         await compute.gone()  # nobody would ever stop it
     if victim not in (MANAGER, "proxy"):
-        await bank.commits(COMMITS_PER_ROUND)
-        if not compute.postmaster.exists:
-            said = (cluster.layout.logs / "compute.log").read_text().splitlines()
-            ends = "\n".join(line for line in said if "run is over" in line or "crashed" in line)
-            pytest.fail(f"a crash of {victim} is no reason to lose the compute. The ends of computes:\n{ends[-2000:]}")
+        try:
+            await bank.commits(COMMITS_PER_ROUND)
+        finally:
+            if not compute.postmaster.exists:
+                said = (cluster.layout.logs / "compute.log").read_text().splitlines()
+                ends = "\n".join(line for line in said if "run is over" in line or "crashed" in line)
+                pytest.fail(f"the compute is lost to a crash of {victim}. The ends of computes:\n{ends[-2000:]}")
     flushed = max(t.flush_lsn for t in (await safekeeper_timelines(cluster, place.project)).values())
     await cluster.service(victim).start()
     if victim in SAFEKEEPERS:
