@@ -50,6 +50,11 @@ def compute_stopped() -> bytes:
     )
 
 
+def compute_stopped_at_login() -> bytes:
+    """The same, of a client that had begun with SCRAM: another Postgres would have to begin anew."""
+    return _fatal("57P03", "the compute has stopped during log-in", hint="Reconnect: the compute is started again.")
+
+
 def proxy_stops() -> bytes:
     return _fatal(
         "57P01",

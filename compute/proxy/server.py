@@ -324,7 +324,7 @@ class ProxyServer:
         client.begin(server, first_words, target.compute, lease, self._directory.first_row(target))
         try:
             async with asyncio.timeout(self._settings.auth_timeout_s):
-                await asyncio.shield(client.logged_in)
+                await client.wait_logged_in()
         except TimeoutError:
             client.end(goodbye.took_too_long("logging in"))
         else:
@@ -337,7 +337,8 @@ class ProxyServer:
         self._directory.forget(target)
         if await self._projects.lost_within(lease, self._settings.stop_grace_s) and not lease.live:
             client.cut(lease.error())
-        client.end(goodbye.compute_stopped())
+        stopped = goodbye.compute_stopped if client.logged_in.done() else goodbye.compute_stopped_at_login
+        client.end(stopped())
 
     # --- cancel ---
 

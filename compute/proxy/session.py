@@ -260,6 +260,10 @@ class ClientSide(Receiver):
         else:
             self._finish(self._server_gone)
 
+    async def wait_logged_in(self) -> None:
+        """Returns when it is, or when there is no Postgres any more that could log it in."""
+        await asyncio.wait((self.logged_in, self._server_gone), return_when=asyncio.FIRST_COMPLETED)
+
     async def wait_server_gone(self) -> None:
         """Returns when the compute went away without a word, or never."""
         await asyncio.shield(self._server_gone)

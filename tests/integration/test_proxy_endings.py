@@ -48,10 +48,8 @@ class Raw:
         self.reader, self.writer = reader, writer
 
     @classmethod
-    async def log_in(cls, bench: ProxyBench) -> Raw:
-        from shared.wire.pgauth import SASLInitialResponse, SASLResponse
-        from shared.wire.scram import ScramClient
-
+    async def begin(cls, bench: ProxyBench) -> Raw:
+        """Up to AuthenticationSASL."""
         reader, writer = await asyncio.open_connection("127.0.0.1", bench.port)
         writer.write(SSL_REQUEST)
         assert await reader.readexactly(1) == b"S"
@@ -60,8 +58,16 @@ class Raw:
         parameters = {"user": "postgres", "database": "postgres", "options": f"endpoint={bench.endpoint_id}"}
         body = b"\0\3\0\0" + b"".join(f"{k}\0{v}\0".encode() for k, v in parameters.items()) + b"\0"
         writer.write(struct.pack(">I", len(body) + 4) + body)
-        scram = ScramClient("pw", secrets.token_urlsafe(18))
         assert (await raw.receive())[0] == b"R"
+        return raw
+
+    @classmethod
+    async def log_in(cls, bench: ProxyBench) -> Raw:
+        from shared.wire.pgauth import SASLInitialResponse, SASLResponse
+        from shared.wire.scram import ScramClient
+
+        raw, scram = await cls.begin(bench), ScramClient("pw", secrets.token_urlsafe(18))
+        writer = raw.writer
         writer.write(SASLInitialResponse("SCRAM-SHA-256", scram.first()).serialize())
         writer.write(SASLResponse(scram.final((await raw.receive())[1][4:])).serialize())
         while (await raw.receive())[0] != b"Z":
@@ -197,7 +203,7 @@ async def test_a_compute_that_vanishes_is_said_so_and_its_successor_is_found() -
     with contextlib.ExitStack() as stack:
         backend = await asyncio.to_thread(stack.enter_context, running_backend())
         async with proxy_bench(backend) as bench:
-            idle, busy = await Raw.log_in(bench), await Raw.log_in(bench)
+            idle, busy, halfway = await Raw.log_in(bench), await Raw.log_in(bench), await Raw.begin(bench)
             busy.query("SELECT pg_sleep(60)")
             await asyncio.sleep(0.2)
             for pid in [backend.process.pid, *_children(backend.process.pid)]:
@@ -206,6 +212,8 @@ async def test_a_compute_that_vanishes_is_said_so_and_its_successor_is_found() -
             for session in (idle, busy):
                 messages = await session.rest()
                 assert fields(messages[-1][1])["C"] == "57P01"
+            told = fields((await halfway.rest())[-1][1])
+            assert (told["C"], told["M"]) == ("57P03", "the compute has stopped during log-in")
             # Nobody there: clear words, soon.
             with pytest.raises(asyncpg.CannotConnectNowError, match="cannot be reached"):
                 await bench.connect()
