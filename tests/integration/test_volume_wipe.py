@@ -120,6 +120,7 @@ async def mounted(scratch: Path, boot_key: SecretKey) -> AsyncIterator[FuseVolum
                 os.kill(volume.server_pid, signal.SIGKILL)
             await volume.failed
             volume.wipe()
+            await volume._server.wait()  # reaped, before the loop ends
 
 
 def _use(volume: FuseVolume) -> None:
