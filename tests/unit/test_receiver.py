@@ -78,8 +78,10 @@ def test_streams_over_tls_are_read_through_the_shared_buffer(
             assert await reader.read() == much
             assert not any(both[0].get_buffer(-1))
         finally:
-            writer.transport.abort()
+            writer.close()
+            await writer.wait_closed()
             server.close()
+            await server.wait_closed()  # uvloop waits for ever at the loop's end for an end that is still closing
 
     run(scenario())
 
