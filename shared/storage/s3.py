@@ -24,7 +24,7 @@ in key order. S3 directory buckets and s3rver do not qualify.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Final, Self, TypeVar
@@ -165,6 +165,20 @@ class S3ObjectStore:
         return await self._attempts(head)
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        async for page in self._pages(
+            self._client.list_objects_v2, prefix, {"NextContinuationToken": "ContinuationToken"}
+        ):
+            for entry in page.get("Contents", ()):
+                try:
+                    key = check_key(entry["Key"].removeprefix(self._prefix))
+                except InvalidKeyError:
+                    continue  # somebody else's, for example a "folder" made by a console
+                yield ObjectInfo(key, int(entry["Size"]))
+
+    async def _pages(
+        self, call: Callable[..., dict[str, Any]], prefix: str, goes_on: Mapping[str, str]
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Of a listing. `goes_on`: fields of a page that say where the next one begins, and how to ask for it."""
         check_prefix(prefix)
         arguments: dict[str, object] = {
             "Bucket": self._bucket,
@@ -173,21 +187,16 @@ class S3ObjectStore:
         }
 
         def list_page(_: int) -> dict[str, Any]:
-            page = self._client.list_objects_v2(**arguments)
+            page = call(**arguments)
             field_of(page, "IsTruncated")  # else an empty reply would pass for an empty listing
             return page
 
         while True:
             page = await self._attempts(list_page)
-            for entry in page.get("Contents", ()):
-                try:
-                    key = check_key(entry["Key"].removeprefix(self._prefix))
-                except InvalidKeyError:
-                    continue  # somebody else's, for example a "folder" made by a console
-                yield ObjectInfo(key, int(entry["Size"]))
+            yield page
             if not page["IsTruncated"]:
                 return
-            arguments["ContinuationToken"] = page["NextContinuationToken"]
+            arguments |= {asked: page[told] for told, asked in goes_on.items()}
 
     async def delete(self, key: str) -> None:
         where = self._where(key)
@@ -251,25 +260,9 @@ class S3ObjectStore:
 
     async def _version_pages(self, prefix: str) -> AsyncIterator[dict[str, Any]]:
         """Of ListObjectVersions."""
-        check_prefix(prefix)
-        arguments: dict[str, object] = {
-            "Bucket": self._bucket,
-            "Prefix": self._prefix + prefix,
-            "MaxKeys": self._page_objects,
-        }
-
-        def list_page(_: int) -> dict[str, Any]:
-            page = self._client.list_object_versions(**arguments)
-            field_of(page, "IsTruncated")  # else an empty reply would pass for an empty listing
-            return page
-
-        while True:
-            page = await self._attempts(list_page)
+        goes_on = {"NextKeyMarker": "KeyMarker", "NextVersionIdMarker": "VersionIdMarker"}
+        async for page in self._pages(self._client.list_object_versions, prefix, goes_on):
             yield page
-            if not page["IsTruncated"]:
-                return
-            arguments["KeyMarker"] = page["NextKeyMarker"]
-            arguments["VersionIdMarker"] = page["NextVersionIdMarker"]
 
     async def _delete_by_version(
         self, versions: Iterable[tuple[str, str]]
