@@ -206,7 +206,9 @@ async def test_a_compute_that_vanishes_is_said_so_and_its_successor_is_found() -
             idle, busy, halfway = await Raw.log_in(bench), await Raw.log_in(bench), await Raw.begin(bench)
             busy.query("SELECT pg_sleep(60)")
             await asyncio.sleep(0.2)
-            for pid in [backend.process.pid, *_children(backend.process.pid)]:
+            # Without a word: backends that see that the postmaster is gone say so, and it tells them of each other.
+            os.kill(backend.process.pid, signal.SIGSTOP)
+            for pid in [*_children(backend.process.pid), backend.process.pid]:
                 os.kill(pid, signal.SIGKILL)
             backend.process.wait()
             for session in (idle, busy):
