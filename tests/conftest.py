@@ -7,6 +7,7 @@ import gc
 import pytest
 
 pytest_plugins = [
+    "tests.fixtures.crashes",
     "tests.fixtures.s3",
     "tests.fixtures.customercloud",
     "tests.fixtures.azure",
