@@ -22,6 +22,7 @@ from compute.agent.protocol import (
     MAX_LINE_SIZE_BYTES,
     Alive,
     Boot,
+    Cleared,
     Ended,
     Idle,
     InUse,
@@ -78,6 +79,8 @@ class AgentProcess:
         """Always gets a result: the agent's last word, or that it died without one. `close` waits for its processes."""
         self.on_idle: Callable[[float], None] = lambda idle_s: None
         """Called every few seconds with how long nobody has used Postgres, in seconds."""
+        self.on_cleared: Callable[[], None] = lambda: None
+        """Called when the agent says that nothing of the project is left, before `ended`."""
         self.replayed: Replayed | None = None
         """What a replica said last."""
         self._messages = 0
@@ -265,9 +268,11 @@ class AgentProcess:
                     case LogContent():
                         if self._log_asked is not None:
                             _resolve(self._log_asked, message)
+                    case Cleared():
+                        self.on_cleared()
                     case Ended():
                         ended = message
-                        _resolve(self.ended, ended)  # nothing of the project is left; its process may take its time
+                        _resolve(self.ended, ended)  # its process may take its time
         except (InvalidInputError, ValueError, OSError) as error:
             _log.error("an agent does not speak the protocol", error=str(error))
             self.kill()

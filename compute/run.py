@@ -130,7 +130,8 @@ class Run:
         self.ready: asyncio.Future[ConnectTarget] = asyncio.get_running_loop().create_future()
         """Where to connect, or why there is nowhere."""
         self.gone = asyncio.Event()
-        """No process of its compute is left, nor a file; what is over after that is the manager's own."""
+        """Nothing of the project is left of its compute, no key, no file, no Postgres: its agent says so, or is dead, too.
+        What is over after that is the agent's own process, and what the manager has to do."""
         self._stop: asyncio.Future[tuple[str, bool]] = asyncio.get_running_loop().create_future()
         self._elected = asyncio.Event()
         self._followers: list[Follower] = []
@@ -280,7 +281,7 @@ class Run:
         followers = asyncio.create_task(self._follow(), name="followers")
         try:
             self._agent = await self._services.launcher.take(self._resources.volume_mb << 20)
-            self._agent.on_idle = self._idle
+            self._agent.on_idle, self._agent.on_cleared = self._idle, self.gone.set
             try:
                 return await self._supervise(self._agent, socket_dir, followers)
             finally:

@@ -47,6 +47,7 @@ from compute.agent.protocol import (
     MAX_LOG_CONTENT_SIZE_BYTES,
     Alive,
     Boot,
+    Cleared,
     Ended,
     Idle,
     InUse,
@@ -167,6 +168,8 @@ class Agent:
                 kill_descendants()  # a process that was being started while we cleaned up
                 if self._postgres is not None:
                     await self._postgres.close()
+            # Before the key sessions close, each with a handshake: whoever waits for us waits for what is done by now.
+            await self._pipe.send(Cleared())
         loss = self._lost.result() if self._lost.done() and not self._lost.cancelled() else None
         return Ended(
             reason=reason,

@@ -10,6 +10,7 @@
       │ ◄─────────────── LogContent ────  │
       │ ── Stop, or end of file ───────►  │  Postgres down, key and volume gone
       │ ◄──────────────────── InUse ────  │  or not: it was to stop only if nobody uses it
+      │ ◄────────────────── Cleared ────  │  key sessions end
       │ ◄──────────────────── Ended ────  │  exits
 
 Secrets (tokens, the safekeepers' password) pass through this pipe only: nothing secret is in the agent's argv,
@@ -207,8 +208,14 @@ class LogContent(ApiModel):
     """Why there is none: what lies on the disk is not what was written."""
 
 
+class Cleared(ApiModel):
+    """Nothing of the project is left in this process tree, and no other process. The keymanager is being told."""
+
+    op: Literal["cleared"] = "cleared"
+
+
 class Ended(ApiModel):
-    """The last message. Nothing of the project is left in this process tree."""
+    """The last message, after `Cleared`: the keymanager has been told, and the process may be killed."""
 
     op: Literal["ended"] = "ended"
     reason: str
@@ -223,7 +230,7 @@ class Ended(ApiModel):
 
 ToAgent = Annotated[Boot | Tokens | Start | Stop | ReadLog, Field(discriminator="op")]
 FromAgent = Annotated[
-    Prepared | Running | Alive | Idle | Replayed | InUse | LogContent | Ended, Field(discriminator="op")
+    Prepared | Running | Alive | Idle | Replayed | InUse | LogContent | Cleared | Ended, Field(discriminator="op")
 ]
 _TO_AGENT: TypeAdapter[ToAgent] = TypeAdapter(ToAgent)
 _FROM_AGENT: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)
