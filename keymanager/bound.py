@@ -4,8 +4,8 @@ Theory of operation. Counted from the moment from which the customer's KMS says 
 propagation comes before that, and is not ours to bound) to the moment from which no instance answers with data and no
 commit is acknowledged. Two parts, each a sum of what may follow each other:
 
-    detection     the last yes, decided before that moment, may be answered a whole deadline later; a pause (with its
-                  jitter); then as many probes as a verdict takes, each of which may use up its deadline
+    detection     the last yes, decided before that moment, may be answered a whole deadline later; a pause; then as
+                  many probes as a verdict takes, each of which may use up its deadline
     the rest      reachable: the push. Cut off, stopped or killed: a lease that was renewed at the very last moment.
                   When the keymanager itself is stalled: what it may still be stalled for before its term is over
 
@@ -29,9 +29,7 @@ from keymanager.watch import (
     CONFIRM_AFTER_S,
     DENIALS_TO_REVOKE,
     INCONCLUSIVE_TO_SUSPEND,
-    PROBE_JITTER,
     RECONFIRM_AFTER_S,
-    longest_pause_s,
 )
 from shared.api.keymanager import KeyState, NoCause, WorstCase
 
@@ -60,21 +58,18 @@ class BoundSettings:
 def detection_s(cause: NoCause, settings: BoundSettings) -> float | None:
     """From the last possible yes to the end of issuing. None: not known."""
     interval_s, deadline_s = settings.interval_s, settings.deadline_s
-    pause_s = interval_s * (1 + PROBE_JITTER)
     confirm_s, reconfirm_s = min(CONFIRM_AFTER_S, interval_s), min(RECONFIRM_AFTER_S, interval_s)
-    first_probe_s = deadline_s + pause_s
-    # The last pause before the grace's end is timed to it, and jitters, too.
-    graced_s = settings.grace_s + min(settings.grace_s, longest_pause_s(interval_s)) * PROBE_JITTER
+    first_probe_s = deadline_s + interval_s
     row_s = INCONCLUSIVE_TO_SUSPEND * deadline_s + (INCONCLUSIVE_TO_SUSPEND - 1) * reconfirm_s
     denied_s = first_probe_s + DENIALS_TO_REVOKE * deadline_s + (DENIALS_TO_REVOKE - 1) * confirm_s
     match cause:
         case NoCause.DENIED:
             return denied_s
         case NoCause.NO_ANSWER:
-            return max(graced_s + deadline_s, first_probe_s + row_s)
+            return max(settings.grace_s + deadline_s, first_probe_s + row_s)
         case NoCause.FLAPPING:
             denial_s = (DENIALS_TO_REVOKE - 1) * (deadline_s + confirm_s)
-            return max(graced_s + deadline_s, first_probe_s + row_s) + denial_s
+            return max(settings.grace_s + deadline_s, first_probe_s + row_s) + denial_s
         case NoCause.TRUST_WITHDRAWN:
             return None if settings.session_s is None else settings.session_s + denied_s
         case NoCause.OPERATOR:

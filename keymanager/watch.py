@@ -36,13 +36,22 @@ CONFIRM_AFTER_S: Final = 0.05
 RECONFIRM_AFTER_S: Final = 0.25
 BACKOFF_MAX_S: Final = 4.0
 """Or the interval, if that is longer."""
-PROBE_JITTER: Final = 0.1
-"""A pause is up to so much shorter or longer: probes of many key configurations spread out."""
+PROBE_JITTER: Final = 0.2
+"""A pause is up to so much shorter: probes of many key configurations spread out. Not longer: an interval is what was
+promised."""
 
 
 def longest_pause_s(interval_s: float) -> float:
-    """Between two probes, before the jitter."""
+    """Between two probes."""
     return max(interval_s, BACKOFF_MAX_S)
+
+
+def jittered_s(pause_s: float, draw: float) -> float:
+    """A pause between two probes that may take `pause_s` at most, for a `draw` from [0, 1).
+
+    A short one stays as it is: an end, of a grace or of a hold-down, is not approached in ever smaller steps.
+    """
+    return max(pause_s * (1 - PROBE_JITTER * draw), min(pause_s, RECONFIRM_AFTER_S))
 
 
 class ProbeOutcome(enum.StrEnum):
@@ -57,7 +66,7 @@ class ProbeOutcome(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What follows from a probe: perhaps an event, and when to look again (seconds from now)."""
+    """What follows from a probe: perhaps an event, and when to look again (seconds from now, at most)."""
 
     event: KeyEvent | None
     probe_again_after_s: float

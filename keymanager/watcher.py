@@ -21,7 +21,7 @@ from keymanager.kms.base import KmsError
 from keymanager.records import StoredKeyConfiguration
 from keymanager.repository import Repository
 from keymanager.state import KeyEvent, KmsAccess
-from keymanager.watch import PROBE_JITTER, Hold, HoldDown, Judgement, ProbeOutcome, Watch
+from keymanager.watch import Hold, HoldDown, Judgement, ProbeOutcome, Watch, jittered_s
 from shared.audit_chain import AuditEntry
 from shared.clock import Clock
 from shared.errors import NotLeaderError, UnavailableError
@@ -190,7 +190,7 @@ class Watcher:
                 await self._no_probe_under_way(watched)
                 watched.wake.clear()
             judgement = await self.check(key_configuration_id)
-            pause_s = judgement.probe_again_after_s * self._rng.uniform(1 - PROBE_JITTER, 1 + PROBE_JITTER)
+            pause_s = jittered_s(judgement.probe_again_after_s, self._rng.random())
             try:
                 async with asyncio.timeout(pause_s):
                     await watched.wake.wait()

@@ -71,7 +71,7 @@ MUTANTS: Final[dict[str, tuple[int, Callable[[], AbstractContextManager[Any]]]]]
     "no denial revokes": (6, lambda: patch("keymanager.watch.DENIALS_TO_REVOKE", 10**9)),
     "no answer is a denial": (1, lambda: patch.dict(PROBE_OUTCOMES, {Verdict.UNREACHABLE: ProbeOutcome.DENIED})),
     "a leader's last messages leave after its term": (
-        17,
+        100,
         lambda: patch.object(Session, "_write", _write_without_a_look_at_the_term),
     ),
     "the seat is taken too early": (36, lambda: patch.object(Election, "_free_at_s", _free_too_early)),

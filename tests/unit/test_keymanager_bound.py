@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from keymanager.bound import BoundSettings, detection_s, worst_case, worst_cases
 from keymanager.lease_table import CLOCK_DRIFT
 from keymanager.state import KmsAccess
-from keymanager.watch import PROBE_JITTER, ProbeOutcome, Watch
+from keymanager.watch import ProbeOutcome, Watch, jittered_s
 from shared.api.keymanager import KeyState, NoCause
 
 SETTINGS = BoundSettings(
@@ -38,27 +38,30 @@ class Probe:
     outcome: ProbeOutcome
     takes: float = 1.0
     """Of the deadline."""
-    jitter: float = PROBE_JITTER
+    draw: float = 0.0
+    """Of the jitter; 0 is the longest pause."""
 
 
-def found_after_s(settings: BoundSettings, last_yes_takes: float, jitter: float, probes: Sequence[Probe]) -> float:
+def found_after_s(settings: BoundSettings, last_yes_takes: float, draw: float, probes: Sequence[Probe]) -> float:
     """Plays `Watcher._watch` and `_check` on a virtual clock. The last yes is decided at 0, and asked for just then;
     returns when issuing stops. What comes after `probes` is like the last of them."""
     watch = Watch(KmsAccess.ALLOWED, settings.grace_s, settings.interval_s, 0.0)
     now_s = last_yes_takes * settings.deadline_s
-    pause_s = watch.judge(ProbeOutcome.ALLOWED, 0.0, now_s).probe_again_after_s * (1 + jitter)
+    pause_s = jittered_s(watch.judge(ProbeOutcome.ALLOWED, 0.0, now_s).probe_again_after_s, draw)
     for probe in chain(probes, repeat(probes[-1])):
         asked_at_s = now_s + pause_s
         now_s = asked_at_s + probe.takes * settings.deadline_s
         judgement = watch.judge(probe.outcome, asked_at_s, now_s)
         if judgement.event is not None:
             return now_s
-        pause_s = judgement.probe_again_after_s * (1.0 if judgement.confirming else 1 + probe.jitter)
+        pause_s = judgement.probe_again_after_s
+        if not judgement.confirming:
+            pause_s = jittered_s(pause_s, probe.draw)
     raise AssertionError("unreachable")
 
 
 shares = st.floats(0, 1)
-jitters = st.floats(-PROBE_JITTER, PROBE_JITTER)
+draws = st.floats(0, 1)
 
 
 @st.composite
@@ -70,18 +73,18 @@ def attacks(draw: st.DrawFn) -> tuple[NoCause, BoundSettings, float, float, list
         grace_s=draw(st.one_of(st.just(0.0), st.floats(0, 300))),
         deadline_s=draw(st.floats(0.05, 60)),
     )
-    probe = st.builds(Probe, st.sampled_from(ANSWERS[cause]), shares, jitters)
-    return cause, settings, draw(shares), draw(jitters), draw(st.lists(probe, min_size=1, max_size=40))
+    probe = st.builds(Probe, st.sampled_from(ANSWERS[cause]), shares, draws)
+    return cause, settings, draw(shares), draw(draws), draw(st.lists(probe, min_size=1, max_size=40))
 
 
 @given(attacks())
 def test_no_row_of_answers_is_found_out_later_than_computed(
     attack: tuple[NoCause, BoundSettings, float, float, list[Probe]],
 ) -> None:
-    cause, settings, last_yes_takes, jitter, probes = attack
+    cause, settings, last_yes_takes, pause_draw, probes = attack
     bound_s = detection_s(cause, settings)
     assert bound_s is not None
-    assert found_after_s(settings, last_yes_takes, jitter, probes) <= bound_s * (1 + 1e-9)
+    assert found_after_s(settings, last_yes_takes, pause_draw, probes) <= bound_s * (1 + 1e-9)
 
 
 UNREACHABLE = ProbeOutcome.UNREACHABLE
@@ -97,14 +100,14 @@ WORST: list[tuple[NoCause, float, Callable[[], list[Probe]]]] = [
 def test_the_bound_is_reached(cause: NoCause, grace_s: float, probes: Callable[[], list[Probe]]) -> None:
     """It promises no more than it must."""
     settings = replace(SETTINGS, grace_s=grace_s)
-    assert found_after_s(settings, 1.0, PROBE_JITTER, probes()) == pytest.approx(detection_s(cause, settings))
+    assert found_after_s(settings, 1.0, 0.0, probes()) == pytest.approx(detection_s(cause, settings))
 
 
 @pytest.mark.parametrize(("cause", "denials"), [(NoCause.NO_ANSWER, 0), (NoCause.FLAPPING, 1)])
 def test_the_bound_of_a_long_grace_is_reached(cause: NoCause, denials: int) -> None:
     """Quick answers until a whole interval before the grace is over, and then the slowest that there are."""
     settings = replace(SETTINGS, grace_s=100.0)
-    early = [Probe(UNREACHABLE, takes=0.0, jitter=0.0)] * 200
+    early = [Probe(UNREACHABLE, takes=0.0)] * 200
     best = 0.0
     for at in range(len(early)):
         late = [Probe(DENIED)] * denials + [Probe(UNREACHABLE)]
