@@ -40,6 +40,7 @@ RESULTS: Final = Path(__file__).parent / "results"
 _POLL_S: Final = 0.02
 _PROBE_S: Final = 0.1
 """Between two queries of the client that each compute has."""
+_LOOK_S: Final = 0.5
 _WAIT_S: Final = 120.0
 _STEADY_S: Final = 20.0
 
@@ -165,7 +166,7 @@ class _Stage:
                 found = await self.cluster.client.revocations(project.project.project_id)
                 if len(found) > known and found[0].sealed_after_s is not None:
                     return found[0]
-                await asyncio.sleep(_PROBE_S)  # when it was is written there; to ask takes the keymanager's CPU
+                await asyncio.sleep(_LOOK_S)  # when it was is written there; to ask takes the keymanager's CPU
 
 
 class _Cut:
