@@ -37,6 +37,7 @@ from shared.receipt import ErasureReceipt, ShredReceipt, SignedReceipt
 from tests.cluster.pages import page_client
 from tests.cluster.people import person, shred_by_two
 from tests.cluster.processes import below
+from tests.cluster.tenants import said_over_http
 from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
@@ -232,6 +233,7 @@ async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path
         with pytest.raises(asyncpg.PostgresError) as refused:
             await rows(cluster, running.connection)
         assert refused.value.sqlstate == ShreddedError.sqlstate
+        await said_over_http(cluster, running, ShreddedError)
         with pytest.raises(KeyAccessError):
             await cluster.client.create_timeline(project.project_id, "another")
         assert await rows(cluster, kept.connection) == [SECRET]

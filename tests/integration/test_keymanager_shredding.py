@@ -309,8 +309,9 @@ async def test_everything_goes_everywhere_and_never_comes_back(manager: Keymanag
             await again.acquire(project_id, Losses())
         with pytest.raises(ConflictError, match="nothing restores it"):
             await people.owner.request("POST", f"/v1/projects/{project_id}:restore", timeout_s=30)
-        with pytest.raises(ShreddedError):
+        with pytest.raises(ShreddedError) as refused:
             await people.owner.request("POST", f"/v1/projects/{project_id}/keks:rotate")
+        assert refused.value.workspace_id == project.workspace_id
         own, _ = await manager.bind(cmk)
         body = MoveProject(key_configuration_id=own.key_configuration_id)
         with pytest.raises(ShreddedError):
