@@ -105,23 +105,18 @@ def _sealing(receipt: RevocationReceipt | ShredReceipt) -> str:
 
 
 def _looks(receipt: ErasureReceipt) -> str:
-    """When each node looked, and when everything was judged: from the first look on."""
+    """When each node looked last, and when everything was judged: from the first of these on."""
     looked = [(each, each.looked_at) for each in receipt.nodes if each.looked_at is not None]
     first = min([at for _, at in looked] + [receipt.detected_at])
-    bars = [
-        _Bar(
-            each.node_id,
-            (at - first).total_seconds(),
-            "fenced" if each.left_objects else "acknowledged",
-            f"{each.left_objects} objects left" if each.left_objects else "nothing left",
-            at.isoformat(),
-        )
-        for each, at in looked
-    ]
+    bars = []
+    for each, at in looked:
+        found = f"{each.left_objects} objects left" if each.left_objects else "nothing left"
+        what = found if at <= receipt.detected_at else f"{found}, looked again"
+        look = "fenced" if each.left_objects else "acknowledged"
+        bars.append(_Bar(each.node_id, (at - first).total_seconds(), look, what, at.isoformat()))
     judged_s = (receipt.detected_at - first).total_seconds()
     bars.append(_Bar("keymanager", judged_s, "acknowledged", "everything checked", receipt.detected_at.isoformat()))
-    label = f"{len(looked)} nodes looked, and everything was checked {judged_s:.3f} seconds after the first"
-    return _timeline(bars, judged_s, label)
+    return _timeline(bars, judged_s, f"when {len(looked)} nodes looked, and when everything was checked")
 
 
 def _timeline(bars: Sequence[_Bar], over_s: float, label: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import xml.etree.ElementTree as ET
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ SEALING: dict[str, Any] = {
         )
     ],
 }
-LOOKED = datetime(2026, 1, 2, 3, 4, 4, 250000, tzinfo=UTC)
+LOOKED, AGAIN = AT - timedelta(seconds=0.75), AT + timedelta(seconds=2)
 NODE = ReceiptNode(
     node_id="safekeeper-1",
     looked_at=None,
@@ -125,7 +125,11 @@ RECEIPTS: list[Receipt] = [
             )
         ],
         preconditions=[ReceiptPrecondition(name="p", outcome="attested", evidence=["said"])],
-        nodes=[NODE, NODE.model_copy(update={"node_id": "pageserver", "looked_at": LOOKED, "left_objects": 0})],
+        nodes=[
+            NODE,
+            NODE.model_copy(update={"node_id": "pageserver", "looked_at": LOOKED, "left_objects": 0}),
+            NODE.model_copy(update={"node_id": "safekeeper-2", "looked_at": AGAIN}),
+        ],
     ),
 ]
 
@@ -200,8 +204,11 @@ def test_the_page_has_a_picture_of_what_happened_when(receipt: Receipt) -> None:
             assert drawn == [("acknowledged", "lease granted again")]
             assert {"pageserver", "0.300 s, lease granted again"} <= set(texts)
         case ErasureReceipt():  # who has not looked yet is not in it
-            assert drawn == [("acknowledged", LOOKED.isoformat()), ("acknowledged", AT.isoformat())]
-            assert {"pageserver", "0.000 s, nothing left", "0.750 s, everything checked"} <= set(texts)
+            looks = ("acknowledged", "acknowledged", "fenced")
+            assert drawn == list(zip(looks, (each.isoformat() for each in (LOOKED, AT, AGAIN)), strict=True))
+            told = {"0.000 s, nothing left", "0.750 s, everything checked", "2.750 s, 1 objects left, looked again"}
+            assert {"pageserver", "keymanager", "safekeeper-2", *told} <= set(texts)
+            assert "safekeeper-1" not in texts
 
 
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
