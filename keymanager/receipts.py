@@ -45,6 +45,7 @@ from shared.receipt import (
 ReceiptKind = Literal["revocation", "restore", "shred", "erasure"]
 _BEFORE_DETECTION: Final = timedelta(seconds=60)
 """How far back the denials that a revocation goes back to may lie: a confirmation is asked for at once."""
+_BEFORE_RESTORE: Final = timedelta(seconds=5)
 _MAX_REVOCATIONS: Final = 10_000
 _GIVING: Final = frozenset({"lease.grant", "kek.unwrap", "dek.generate", "dek.unwrap", "dek.rewrap"})
 _WORD: Final = "that the instances did what they say they did: an acknowledgement is an instance's own word"
@@ -135,6 +136,14 @@ class Receipts:
                 entry.project_id, entry.key_configuration_id, records[0].sequence
             )
         audited = await self._verify_audit()
+        begin = max(
+            [revocation.detected_at - _BEFORE_DETECTION]
+            + [
+                restored.detected_at  # what was refused before led to another one
+                for restored in await self._repository.restorations(entry.project_id)
+                if restored.detected_at < revocation.detected_at
+            ]
+        )
         end = revocation.detected_at + timedelta(seconds=sealed_after_s)
         suspended = revocation.state is KeyState.SUSPENDED
         return _signed(
@@ -144,9 +153,7 @@ class Receipts:
                 state=revocation.state.value,
                 reason=revocation.reason,
                 detected_at=revocation.detected_at,
-                kms_calls=await self._kms_calls(
-                    key, revocation.detected_at, end, _is_no_yes if suspended else _is_denial
-                ),
+                kms_calls=await self._kms_calls(key, begin, end, _is_no_yes if suspended else _is_denial),
                 verified=_verified(revocation, records, audited),
                 not_verified=_not_verified(
                     records,
@@ -179,7 +186,7 @@ class Receipts:
         audited = await self._verify_audit()
         key = _key_of(restored.key_configuration_id, restored.key)
         end = restored.detected_at + timedelta(seconds=restored.restored_after_s)
-        calls = await self._kms_calls(key, restored.detected_at, end, _is_yes, before=timedelta(seconds=5))
+        calls = await self._kms_calls(key, restored.detected_at - _BEFORE_RESTORE, end, _is_yes)
         verified = _about_audit(audited)
         if between and not _uses(between):
             verified.insert(0, _nothing_given(between))
@@ -333,13 +340,11 @@ class Receipts:
     async def _kms_calls(
         self,
         key: ReceiptKey,
-        detected_at: datetime,
+        begin: datetime,
         end: datetime,
         wanted: Callable[[RecordedCall], bool],
-        before: timedelta = _BEFORE_DETECTION,
     ) -> list[ReceiptKmsCall]:
-        """The wanted calls to that key, from shortly before the detection until the end."""
-        begin = detected_at - before
+        """The wanted calls to that key in this time."""
         links = await self._repository.audit_since(begin)
         calls = {_identity(call): call for call in _calls(links) if call.key == key.identifier}
         return [

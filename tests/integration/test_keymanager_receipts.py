@@ -126,17 +126,17 @@ async def test_each_suspension_revocation_and_restore_has_its_own(manager: Keyma
     customer = manager.tenant.customer
     cmk = await asyncio.to_thread(customer.create_key, role_arn=manager.tenant.role_arn)
     project = await manager.new_project(cmk)
-    with manager.tenant.admin.during(Faults(throttle_rate=1.0)):
-        await manager.wait_state(project.project_id, KeyState.SUSPENDED)
-    await manager.wait_state(project.project_id, KeyState.ACTIVE)
     await asyncio.to_thread(customer.disable, cmk)
     await manager.wait_state(project.project_id, KeyState.REVOKED)
     assert (await manager.revocations(project.project_id))[0].restoration_id is None
     await asyncio.to_thread(customer.enable, cmk)
     await manager.wait_state(project.project_id, KeyState.ACTIVE)
+    with manager.tenant.admin.during(Faults(throttle_rate=1.0)):
+        await manager.wait_state(project.project_id, KeyState.SUSPENDED)
+    await manager.wait_state(project.project_id, KeyState.ACTIVE)
     log = {event["requestID"]: event for event in await asyncio.to_thread(manager.tenant.admin.audit_log)}
     ended = await manager.revocations(project.project_id)
-    assert [each.state for each in ended] == [KeyState.REVOKED, KeyState.SUSPENDED]
+    assert [each.state for each in ended] == [KeyState.SUSPENDED, KeyState.REVOKED]
     found = {}
     for each in ended:
         signed = SignedReceipt.parse(await receipt_of(manager, project, each.revocation_id))
@@ -144,7 +144,7 @@ async def test_each_suspension_revocation_and_restore_has_its_own(manager: Keyma
         assert isinstance(signed.receipt, RevocationReceipt)
         assert signed.receipt.revocation_id == each.revocation_id
         found[signed.receipt.state] = signed
-    # No denial led to the suspension, and the customer's own log has what did.
+    # No denial led to the suspension (one a moment before was another matter), and the customer's own log has what did.
     suspended = found["SUSPENDED"].receipt
     assert len(suspended.kms_calls) >= INCONCLUSIVE_TO_SUSPEND
     assert {call.verdict for call in suspended.kms_calls} == {"throttled"}
@@ -153,7 +153,6 @@ async def test_each_suspension_revocation_and_restore_has_its_own(manager: Keyma
     assert any("may not have got that far" in text for text in suspended.not_verified)
     assert "did not allow" in page(found["SUSPENDED"])
     assert "throttled" in page(found["SUSPENDED"])
-    # The answers without a yes a moment before are not a revocation's.
     assert {call.verdict for call in found["REVOKED"].receipt.kms_calls} == {"denied"}
     assert "refused" in page(found["REVOKED"])
     # Each restore, the older one too, and what it ended.
@@ -169,7 +168,7 @@ async def test_each_suspension_revocation_and_restore_has_its_own(manager: Keyma
         restores.append(signed.receipt)
     newer, older = restores
     assert older.restoration_id != newer.restoration_id
-    assert suspended.detected_at < older.detected_at < found["REVOKED"].receipt.detected_at < newer.detected_at
+    assert found["REVOKED"].receipt.detected_at < older.detected_at < suspended.detected_at < newer.detected_at
     unnamed = SignedReceipt.parse(await receipt_of(manager, project, kind="restore")).receipt
     assert isinstance(unnamed, RestoreReceipt)
     assert unnamed.restoration_id == newer.restoration_id
