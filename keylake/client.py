@@ -330,11 +330,17 @@ class KeylakeClient:
         return await self._list(self._keymanager, key_api.Revocation, "/v1/revocations", params)
 
     async def receipt(
-        self, project_id: ProjectId, revocation_id: str | None = None, *, kind: str = "revocation"
+        self,
+        project_id: ProjectId,
+        revocation_id: str | None = None,
+        *,
+        restoration_id: str | None = None,
+        kind: str = "revocation",
     ) -> bytes:
-        """Of a revocation that is over, the newest unless one is named; or of another `kind`: the newest "restore", the
-        "shred", the "erasure". See `shared.receipt`."""
-        params = {"kind": kind} | ({} if revocation_id is None else {"revocation_id": revocation_id})
+        """Of a revocation that is over, or of another `kind`: a "restore", the "shred", the "erasure". Of revocations
+        and restores the newest, unless one is named. See `shared.receipt`."""
+        ids = {"revocation_id": revocation_id, "restoration_id": restoration_id}
+        params = {"kind": kind} | {name: value for name, value in ids.items() if value is not None}
         path = f"/v1/projects/{project_id}/receipt"
         return (await self._keymanager.request("GET", path, params=params, timeout_s=60)).content
 

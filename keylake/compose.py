@@ -42,7 +42,7 @@ from keylake.provision import (
     cloud_ca,
 )
 from shared.api.keymanager import AwsKey, CreateKeyConfiguration
-from shared.auth import TokenIssuer
+from shared.auth import BearerToken, TokenIssuer
 from shared.config import Address
 from shared.errors import InvalidInputError, KeylakeError, UnavailableError
 from shared.tls import client_context, service_host_name
@@ -76,10 +76,14 @@ def attach(directory: Path) -> tuple[KeylakeClient, Customer]:
     return client(directory), customer(directory)
 
 
-def client(directory: Path) -> KeylakeClient:
-    """Keylake's own APIs, as the administrator. Makes no connection. Raises UnavailableError, InvalidInputError."""
+def client(directory: Path, token: str | None = None) -> KeylakeClient:
+    """Keylake's own APIs, as the administrator, or as the person with this token. Makes no connection.
+
+    Raises UnavailableError, InvalidInputError.
+    """
     bundle = _bundle(directory)
-    return KeylakeClient(addresses(), bundle.ca_certificate, TokenIssuer.load(bundle.admin_key))
+    credentials = TokenIssuer.load(bundle.admin_key) if token is None else BearerToken(token)
+    return KeylakeClient(addresses(), bundle.ca_certificate, credentials)
 
 
 def customer(directory: Path) -> Customer:

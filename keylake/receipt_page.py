@@ -80,7 +80,7 @@ def _of_kind(receipt: Receipt) -> list[str]:
         case ShredReceipt():
             return [_sealing(receipt), _nodes(receipt.nodes), _list("What is left", receipt.left)]
         case ErasureReceipt():
-            return [_preconditions(receipt), _destroyed(receipt), _nodes(receipt.nodes)]
+            return [_looks(receipt), _preconditions(receipt), _destroyed(receipt), _nodes(receipt.nodes)]
         case _:
             assert_never(receipt)
 
@@ -104,8 +104,23 @@ def _sealing(receipt: RevocationReceipt | ShredReceipt) -> str:
     return _timeline(bars, receipt.sealed_after_s, label)
 
 
+def _looks(receipt: ErasureReceipt) -> str:
+    """When each node looked last, and when everything was judged: from the first of these on."""
+    looked = [(each, each.looked_at) for each in receipt.nodes if each.looked_at is not None]
+    first = min([at for _, at in looked] + [receipt.detected_at])
+    bars = []
+    for each, at in looked:
+        found = f"{each.left_objects} objects left" if each.left_objects else "nothing left"
+        what = found if at <= receipt.detected_at else f"{found}, looked again"
+        look = "fenced" if each.left_objects else "acknowledged"
+        bars.append(_Bar(each.node_id, (at - first).total_seconds(), look, what, at.isoformat()))
+    judged_s = (receipt.detected_at - first).total_seconds()
+    bars.append(_Bar("keymanager", judged_s, "acknowledged", "everything checked", receipt.detected_at.isoformat()))
+    return _timeline(bars, judged_s, f"when {len(looked)} nodes looked, and when everything was checked")
+
+
 def _timeline(bars: Sequence[_Bar], over_s: float, label: str) -> str:
-    """One bar per instance, from the detection to its end; seconds below."""
+    """One bar each, from the beginning to its end; seconds below."""
     end_s = max([over_s, *(each.after_s for each in bars), 0.001])
     scale = (_WIDTH - _LEFT - 70) / end_s
     rows = sorted(bars, key=lambda each: each.after_s)
@@ -232,15 +247,17 @@ def _destroyed(receipt: ErasureReceipt) -> str:
 def _calls(receipt: Receipt) -> str:
     if not receipt.kms_calls:
         return ""
-    heading = "What the customer's cloud " + ("allowed" if isinstance(receipt, RestoreReceipt) else "refused")
+    did = "allowed" if isinstance(receipt, RestoreReceipt) else "refused"
+    if any(call.verdict not in ("ok", "denied") for call in receipt.kms_calls):
+        did = "did not allow"
     rows = "".join(
-        f"<tr><td>{call.at.isoformat()}</td><td>{escape(call.operation)}</td><td><code>"
+        f"<tr><td>{call.at.isoformat()}</td><td>{escape(call.operation)}</td><td>{escape(call.verdict)}</td><td><code>"
         f"{escape(call.request_id or 'no answer')}</code></td></tr>"
         for call in receipt.kms_calls
     )
     return (
-        f"<h2>{heading}</h2><p>The ids are those of the customer's own log.</p>"
-        f"<table><tr><th>when</th><th>operation</th><th>request id</th></tr>{rows}</table>"
+        f"<h2>What the customer's cloud {did}</h2><p>The ids are those of the customer's own log.</p>"
+        f"<table><tr><th>when</th><th>operation</th><th>verdict</th><th>request id</th></tr>{rows}</table>"
     )
 
 

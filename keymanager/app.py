@@ -357,11 +357,12 @@ def create_app(
     async def get_receipt(
         project_id: _Project,
         revocation_id: Annotated[str | None, Query(pattern=r"^rev-[0-9a-f]{16}$")] = None,
+        restoration_id: Annotated[str | None, Query(pattern=r"^res-[0-9a-f]{16}$")] = None,
         kind: Annotated[ReceiptKind, Query()] = "revocation",
     ) -> Response:
-        """What a revocation that is over did (the newest, unless one is named), or the newest restore, the shred or the
-        erasure, signed: for whoever was not there."""
-        content = await manager.receipts.issue(project_id, kind, revocation_id)
+        """What a revocation that is over did, or a restore (the newest, unless one is named), the shred or the erasure,
+        signed: for whoever was not there."""
+        content = await manager.receipts.issue(project_id, kind, revocation_id, restoration_id)
         return Response(content, media_type="application/json")
 
     @app.get("/v1/audit")

@@ -19,7 +19,7 @@ from shared.api.shredding import Attestation, DestroyedKey, Precondition, Shred,
 
 Outcome = Literal["met", "not met", "not checked", "attested"]
 CanaryOutcome = Literal["refused", "opened", "unclear", "none"]
-Subject = Literal["backups", "key-copies", "instances"]
+Subject = Literal["backups", "key-copies", "instances", "stopped-projects"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def judge(facts: Facts, attestations: Sequence[Attestation], by: str) -> list[Pr
         _no_wraps(facts),
         _keys_destroyed(facts),
         _canary(facts.keys),
-        _scan(facts.canaries),
+        _scan(facts.canaries, said),
         _branches(facts.branches),
         _no_plaintext(facts, said),
         _nothing_stored(facts.nodes),
@@ -118,12 +118,15 @@ def _canary(keys: Sequence[AskedKey]) -> Precondition:
     return _of("a canary under the key does not open", not_met, unknown, met)
 
 
-def _scan(scan: CanaryScan) -> Precondition:
+def _scan(scan: CanaryScan, said: Mapping[Subject, str]) -> Precondition:
+    name = "no live KEK opens what its KEKs sealed"
     unknown = [f"version {version} of the KEK has no canary to try keys on" for version in scan.missing]
+    unknown += scan.not_tried
+    stopped = [f"nobody can try {each} and may come back" for each in scan.not_live]
     met = f"{scan.tried} live KEKs were tried on {scan.canaries} canaries, and none opens one"
-    if scan.not_live:
-        met += f"; {scan.not_live} KEKs are of projects that are stopped: nobody has them now"
-    return _of("no live KEK opens what its KEKs sealed", scan.opened, [*unknown, *scan.not_tried], [met])
+    if stopped and not scan.opened and not unknown and "stopped-projects" in said:
+        return Precondition(name=name, outcome="attested", evidence=[met, *stopped, said["stopped-projects"]])
+    return _of(name, scan.opened, [*unknown, *stopped], [met])
 
 
 def _branches(alive: Sequence[str]) -> Precondition:

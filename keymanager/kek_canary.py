@@ -62,5 +62,5 @@ class CanaryScan:
     """In words: which KEK opened which."""
     not_tried: tuple[str, ...]
     """In words: which live KEKs nobody could get at, and why."""
-    not_live: int
-    """KEKs of projects that are stopped: nobody has them now."""
+    not_live: tuple[str, ...]
+    """In words: which KEKs of projects that are stopped. Nobody has them now, and they may come back."""

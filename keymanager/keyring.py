@@ -337,7 +337,7 @@ class Keyring:
         tried: set[_Kek] = set()
         opened: list[str] = []
         not_tried: list[str] = []
-        not_live = 0
+        not_live: list[str] = []
         at_once = asyncio.Semaphore(_UNWRAPS_AT_ONCE)
 
         async def try_one(of: _Kek, cipher: AeadKey) -> None:
@@ -350,14 +350,13 @@ class Keyring:
                 )
 
         async def try_stored(other: ProjectEntry, kek: StoredKek) -> None:
-            nonlocal not_live
             of = other.project_id, kek.kek_version
             try:
                 async with at_once:
                     other.check()
                     await try_one(of, await self._cipher(other, kek))
             except (KeyAccessError, KeyWipedError):
-                not_live += 1
+                not_live.append(f"version {of[1]} of {of[0]}, which is {other.state}")
             except (UnavailableError, IntegrityError) as error:
                 not_tried.append(f"version {of[1]} of {of[0]}: {error}")
 
@@ -368,7 +367,7 @@ class Keyring:
                 with suppress(KeyWipedError):
                     await try_one((project_id, version), cipher)
         missing = tuple(sorted(shredded.keks.keys() - canaries.keys()))
-        return CanaryScan(len(canaries), missing, len(tried), tuple(opened), tuple(not_tried), not_live)
+        return CanaryScan(len(canaries), missing, len(tried), tuple(opened), tuple(not_tried), tuple(not_live))
 
     @staticmethod
     def _kek_entry(entry: ProjectEntry, kek: StoredKek, outcome: str, details: dict[str, str]) -> AuditEntry:

@@ -436,7 +436,7 @@ class KeyManager:
         generation = self.key_configurations.get(key_configuration_id).key_generation
         access = self.watcher.access(key_configuration_id)
         if access is not KmsAccess.ALLOWED:
-            raise key_access_error(KMS_STATE[access], "its key cannot be used now")
+            raise key_access_error(KMS_STATE[access], "its key cannot be used now", workspace_id)
         scope = KeyScope(workspace.account_id, workspace_id, ProjectId.new())
         kek_id, now = KekId.new(), self._clock.now()
         with calls_made() as calls:
@@ -451,7 +451,7 @@ class KeyManager:
                 )
                 if error.verdict is Verdict.DENIED:
                     why = self._cmks.explain(key_configuration_id, error)
-                    raise key_access_error(KeyState.REVOKED, why) from None
+                    raise key_access_error(KeyState.REVOKED, why, workspace_id) from None
                 why = self._cmks.explain(key_configuration_id, error)
                 raise UnavailableError(f"the project's key could not be made: {why}") from None
         kek = new_kek(scope, kek_id, _FIRST_KEK_VERSION, generated, now)

@@ -165,7 +165,7 @@ class Mover:
                     held.wipe()  # what follows waits for the database
                     raise await self._failed(entry, target, kek, actor, error) from None
                 except KeyWipedError:
-                    raise key_access_error(entry.state, entry.reason or "its keys were stopped meanwhile") from None
+                    raise entry.refusal() from None
         of_old = {f"old_{name}": value for name, value in call_details(unwraps).items()}
         details = {"kek_version": str(kek.kek_version), **of_old, **call_details(wraps)}
         await self._audit_log.record(AuditEntry(actor, "kek.move", "ok", entry.project_id, details))
@@ -184,5 +184,5 @@ class Mover:
         await self._audit_log.record(AuditEntry(actor, "kek.move", error.verdict.value, entry.project_id, details))
         why = self._cmks.explain(configuration, error)
         if error.verdict is Verdict.DENIED:
-            return key_access_error(KeyState.REVOKED, why)
+            return key_access_error(KeyState.REVOKED, why, entry.scope.workspace_id)
         return UnavailableError(f"a KMS could not be used: {why}")

@@ -17,7 +17,7 @@ from keymanager.state import KeyAccess
 from shared.api.keymanager import KekInfo, KeyState, Project, Workspace
 from shared.auth import Principal
 from shared.crypto.context import KeyScope
-from shared.errors import NotFoundError, UnavailableError
+from shared.errors import KeyAccessError, NotFoundError, UnavailableError
 from shared.ids import KeyConfigurationId, ProjectId, WorkspaceId
 from shared.lease import key_access_error
 
@@ -87,7 +87,11 @@ class ProjectEntry:
         if self.unconfirmed:
             raise UnavailableError(_UNCONFIRMED)
         if not self.issuing or (epoch is not None and epoch != self.epoch):
-            raise key_access_error(self.state, self.reason or "its keys were stopped meanwhile")
+            raise self.refusal()
+
+    def refusal(self) -> KeyAccessError:
+        """Why nobody is given a key of it."""
+        return key_access_error(self.state, self.reason or "its keys were stopped meanwhile", self.scope.workspace_id)
 
     @property
     def current_kek(self) -> StoredKek:

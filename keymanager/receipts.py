@@ -21,7 +21,7 @@ from shared.api.shredding import ShredNode
 from shared.audit_chain import Link
 from shared.audit_kms_calls import RecordedCall, recorded_calls
 from shared.clock import Clock
-from shared.errors import ConflictError, CorruptedError, NotFoundError
+from shared.errors import ConflictError, CorruptedError, InvalidInputError, NotFoundError
 from shared.ids import KeyConfigurationId, ProjectId
 from shared.receipt import (
     ErasureReceipt,
@@ -45,11 +45,17 @@ from shared.receipt import (
 ReceiptKind = Literal["revocation", "restore", "shred", "erasure"]
 _BEFORE_DETECTION: Final = timedelta(seconds=60)
 """How far back the denials that a revocation goes back to may lie: a confirmation is asked for at once."""
+_BEFORE_RESTORE: Final = timedelta(seconds=5)
 _MAX_REVOCATIONS: Final = 10_000
 _GIVING: Final = frozenset({"lease.grant", "kek.unwrap", "dek.generate", "dek.unwrap", "dek.rewrap"})
 _WORD: Final = "that the instances did what they say they did: an acknowledgement is an instance's own word"
 _COPIES: Final = "that nobody kept plaintext outside of Keylake: query results, dumps, screenshots"
 _DENIAL: Final = "that the customer's cloud keeps to its own denial: the next probe that it answers gives the data back"
+_SILENCE: Final = "that the customer's cloud stays silent: the next probe that it allows gives the data back"
+_NOT_LOGGED: Final = (
+    "that the customer's own log has the calls that were throttled, failed or not answered: they may not have got that "
+    "far"
+)
 _NODES: Final = "that the nodes deleted what they say they deleted, and that their disks and stores keep no copy of it"
 _COUNTS: Final = "that nothing is stored beyond the counts of objects: they are what the nodes reported last"
 _BACKUPS: Final = (
@@ -83,18 +89,26 @@ class Receipts:
         self._record_calls = record_calls
 
     async def issue(
-        self, project_id: ProjectId, kind: ReceiptKind = "revocation", revocation_id: str | None = None
+        self,
+        project_id: ProjectId,
+        kind: ReceiptKind = "revocation",
+        revocation_id: str | None = None,
+        restoration_id: str | None = None,
     ) -> bytes:
         """A signed receipt, as `SignedReceipt.serialize` writes it. Without an id: of the newest.
 
-        Raises NotFoundError; ConflictError while it is not over; UnavailableError.
+        Raises InvalidInputError for an id that is of another kind; NotFoundError; ConflictError while it is not over;
+        UnavailableError.
         """
+        for given, own in ((revocation_id, "revocation"), (restoration_id, "restore")):
+            if given is not None and kind != own:
+                raise InvalidInputError(f"{given} is a {own}'s id, and the receipt asked for is of kind {kind}")
         entry = self._projects.get(project_id)
         match kind:
             case "revocation":
                 return await self._of_revocation(entry, revocation_id)
             case "restore":
-                return await self._of_restore(entry)
+                return await self._of_restore(entry, restoration_id)
             case "shred":
                 return await self._of_shred(entry)
             case "erasure":
@@ -122,7 +136,16 @@ class Receipts:
                 entry.project_id, entry.key_configuration_id, records[0].sequence
             )
         audited = await self._verify_audit()
+        begin = max(
+            [revocation.detected_at - _BEFORE_DETECTION]
+            + [
+                restored.detected_at  # what was refused before led to another one
+                for restored in await self._repository.restorations(entry.project_id)
+                if restored.detected_at < revocation.detected_at
+            ]
+        )
         end = revocation.detected_at + timedelta(seconds=sealed_after_s)
+        suspended = revocation.state is KeyState.SUSPENDED
         return _signed(
             RevocationReceipt(
                 **self._common(entry, key, audited, records[0], signer),
@@ -130,30 +153,40 @@ class Receipts:
                 state=revocation.state.value,
                 reason=revocation.reason,
                 detected_at=revocation.detected_at,
-                kms_calls=await self._kms_calls(key, revocation.detected_at, end, "denied"),
+                kms_calls=await self._kms_calls(key, begin, end, _is_no_yes if suspended else _is_denial),
                 verified=_verified(revocation, records, audited),
-                not_verified=_not_verified(records, audited, changed, [_WORD, _COUNTS, _COPIES, _DENIAL]),
+                not_verified=_not_verified(
+                    records,
+                    audited,
+                    changed,
+                    [_WORD, _COUNTS, _COPIES, *((_SILENCE, _NOT_LOGGED) if suspended else (_DENIAL,))],
+                ),
             ),
             signer,
         )
 
-    async def _of_restore(self, entry: ProjectEntry) -> bytes:
+    async def _of_restore(self, entry: ProjectEntry, restoration_id: str | None) -> bytes:
         project_id = entry.project_id
-        restored = await self._repository.restorations(project_id)
-        if not restored:
+        known_restores = await self._repository.restorations(project_id)
+        if not known_restores:
             raise NotFoundError("the project never came back, or from before that was written down")
-        newest, signer = restored[0], self._signer()
+        wanted = [each for each in known_restores if restoration_id in (None, each.restoration_id)]
+        if not wanted:
+            raise NotFoundError("the project has no such restore: its revocations name those that ended them")
+        restored, signer = wanted[0], self._signer()
         await self._record_calls()
-        marks = await self._repository.audit_of(project_id, "project.restored", "restoration_id", newest.restoration_id)
+        marks = await self._repository.audit_of(
+            project_id, "project.restored", "restoration_id", restored.restoration_id
+        )
         if not marks:
             raise CorruptedError("the audit records of this restore are missing: see `keylake audit verify`")
         known = await self._repository.revocations({project_id}, _MAX_REVOCATIONS)
-        ended = next((each for each in known if each.detected_at <= newest.detected_at), None)
+        ended = next((each for each in known if each.detected_at <= restored.detected_at), None)
         between = [] if ended is None else await self._between(project_id, ended, marks[-1])
         audited = await self._verify_audit()
-        key = _key_of(newest.key_configuration_id, newest.key)
-        end = newest.detected_at + timedelta(seconds=newest.restored_after_s)
-        calls = await self._kms_calls(key, newest.detected_at, end, "ok", before=timedelta(seconds=5))
+        key = _key_of(restored.key_configuration_id, restored.key)
+        end = restored.detected_at + timedelta(seconds=restored.restored_after_s)
+        calls = await self._kms_calls(key, restored.detected_at - _BEFORE_RESTORE, end, _is_yes)
         verified = _about_audit(audited)
         if between and not _uses(between):
             verified.insert(0, _nothing_given(between))
@@ -163,12 +196,12 @@ class Receipts:
             RestoreReceipt(
                 **self._common(entry, key, audited, marks[-1], signer),
                 state=KeyState.ACTIVE.value,
-                reason=newest.reason,
-                detected_at=newest.detected_at,
-                restoration_id=newest.restoration_id,
+                reason=restored.reason,
+                detected_at=restored.detected_at,
+                restoration_id=restored.restoration_id,
                 revocation_id=None if ended is None else ended.revocation_id,
-                restored_after_s=newest.restored_after_s,
-                instances=await self._grants(project_id, marks[-1], newest.detected_at),
+                restored_after_s=restored.restored_after_s,
+                instances=await self._grants(project_id, marks[-1], restored.detected_at),
                 kms_calls=calls,
                 verified=verified,
                 not_verified=_not_verified(between, audited, None, [_COUNTS, _COPIES]),
@@ -307,19 +340,17 @@ class Receipts:
     async def _kms_calls(
         self,
         key: ReceiptKey,
-        detected_at: datetime,
+        begin: datetime,
         end: datetime,
-        verdict: str,
-        before: timedelta = _BEFORE_DETECTION,
+        wanted: Callable[[RecordedCall], bool],
     ) -> list[ReceiptKmsCall]:
-        """Calls to that key with that verdict, from shortly before the detection until the end."""
-        begin = detected_at - before
+        """The wanted calls to that key in this time."""
         links = await self._repository.audit_since(begin)
         calls = {_identity(call): call for call in _calls(links) if call.key == key.identifier}
         return [
             ReceiptKmsCall(at=call.at, operation=call.operation, request_id=call.request_id, verdict=call.verdict)
             for call in sorted(calls.values(), key=lambda call: call.at)
-            if begin <= call.at <= end and call.verdict == verdict
+            if begin <= call.at <= end and wanted(call)
         ]
 
     async def _between(self, project_id: ProjectId, ended: Revocation, restored: Link) -> list[Link]:
@@ -417,6 +448,19 @@ def _kept(users: Iterable[StoredKeyUser]) -> list[ReceiptKept]:
 
 def _calls(links: Sequence[Link]) -> list[RecordedCall]:
     return [call for link in links for call in recorded_calls(link)]
+
+
+def _is_yes(call: RecordedCall) -> bool:
+    return call.verdict == "ok"
+
+
+def _is_denial(call: RecordedCall) -> bool:
+    return call.verdict == "denied"
+
+
+def _is_no_yes(call: RecordedCall) -> bool:
+    """What a suspension goes back to: no answer, a throttled one, an error, a lone denial among them."""
+    return not _is_yes(call)
 
 
 def _identity(call: RecordedCall) -> tuple[str, str]:

@@ -275,7 +275,7 @@ class Replacer:
                 except KmsError as error:
                     raise _refusal(error, explain(error, stored.key)) from None
                 except KeyWipedError:
-                    raise key_access_error(entry.state, entry.reason or "its keys were stopped meanwhile") from None
+                    raise entry.refusal() from None
         failpoint("stage-wrapped")
         made = StagedKek(entry.project_id, kek.kek_version, wrapped.wrapped, wrapped.key_version)
         of_old = {f"old_{name}": value for name, value in call_details(unwraps).items()}

@@ -304,7 +304,9 @@ class Repository:
     async def revocations(self, project_ids: Collection[ProjectId] | None, limit: int) -> list[Revocation]:
         """Newest first; of these projects only, unless None."""
         rows = await self._fetch(
-            "SELECT * FROM revocation WHERE $1::text[] IS NULL OR project_id = ANY ($1) ORDER BY number DESC LIMIT $2",
+            "SELECT *, (SELECT restoration_id FROM restoration r WHERE r.project_id = revocation.project_id "
+            "AND r.detected_at >= revocation.detected_at ORDER BY r.number LIMIT 1) AS restoration_id "
+            "FROM revocation WHERE $1::text[] IS NULL OR project_id = ANY ($1) ORDER BY number DESC LIMIT $2",
             None if project_ids is None else [str(each) for each in project_ids],
             limit,
         )
@@ -332,6 +334,7 @@ class Repository:
                 detected_at=row["detected_at"],
                 keks_dropped_after_s=row["keks_dropped_after_s"],
                 sealed_after_s=row["sealed_after_s"],
+                restoration_id=row["restoration_id"],
                 instances=by_revocation.get(row["revocation_id"], []),
             )
             for row in rows

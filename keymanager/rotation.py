@@ -268,7 +268,7 @@ class Rotator:
             except KmsError as error:
                 await self._failed(entry, "kek.rewrap", actor, error, call_details(calls))
             except KeyWipedError:
-                raise key_access_error(entry.state, entry.reason or "its keys were stopped meanwhile") from None
+                raise entry.refusal() from None
         failpoint("kek-rewrapped")
         details = {"kek_version": str(kek.kek_version), **call_details(calls), "cmk_key_version": wrapped.key_version}
         async with self._repository.transaction() as transaction:

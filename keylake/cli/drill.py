@@ -171,15 +171,20 @@ def shred(
         str | None,
         typer.Option("--attest-key-copies", help="As of `keylake project verify-erasure`.", show_default=False),
     ] = None,
+    stopped_projects: Annotated[
+        str | None,
+        typer.Option("--attest-stopped-projects", help="As of `keylake project verify-erasure`.", show_default=False),
+    ] = None,
     out: Out = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """A project and a key are made, filled, and destroyed by two people; then its erasure is verified.
 
-    It takes two people's tokens, as the variables KEYLAKE_TOKEN_ASKS and KEYLAKE_TOKEN_APPROVES. Without both
+    It takes two people's tokens, as the variables KEYLAKE_TOKEN_ASKS and KEYLAKE_TOKEN_APPROVES. Without the first two
     attestations, which are the word of the one who approves, the drill ends in SHREDDED, and checks that nobody says
-    ERASED. No project but its own is touched.
+    ERASED; the third is needed while other projects of the account are suspended or revoked. No project but its own is
+    touched.
     """
     import contextlib
     import os
@@ -192,7 +197,7 @@ def shred(
     from shared.errors import InvalidInputError
     from shared.roles import APPROVES_VARIABLE, ASKS_VARIABLE
 
-    words = {"backups": backups, "key-copies": key_copies}
+    words = {"backups": backups, "key-copies": key_copies, "stopped-projects": stopped_projects}
     said = [session.build(Attestation, subject=subject, text=text) for subject, text in words.items() if text]
     tokens = [os.environ.get(name) for name in (ASKS_VARIABLE, APPROVES_VARIABLE)]
     if not all(tokens):

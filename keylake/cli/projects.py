@@ -269,7 +269,11 @@ def revocations(project: ProjectName, home: Home = None, as_json: AsJson = False
         sealed = "not sealed yet"
         if revocation.sealed_after_s is not None:
             sealed = f"sealed after {revocation.sealed_after_s:.3f} s"
-        return f"{revocation.detected_at:%Y-%m-%d %H:%M:%SZ}  {revocation.state.value}: {revocation.reason}, {sealed}"
+        ids = revocation.revocation_id
+        if revocation.restoration_id is not None:
+            ids += f", ended by {revocation.restoration_id}"
+        what = f"{revocation.state.value}: {revocation.reason}, {sealed}"
+        return f"{revocation.detected_at:%Y-%m-%d %H:%M:%SZ}  {what}\n{ids}"
 
     def columns(revocation: Revocation) -> list[tuple[object, ...]]:
         return [

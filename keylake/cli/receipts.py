@@ -31,6 +31,7 @@ _File = Annotated[Path, typer.Argument(help="A receipt.", show_default=False, ex
     epilog=examples(
         "keylake receipt get shop --out receipt.json",
         "keylake receipt get shop --revocation rev-0123456789abcdef | jq .sealed_after_s",
+        "keylake receipt get shop --restoration res-0123456789abcdef --out restore.json",
         "keylake receipt get shop --kind shred --out shred.json",
     ),
 )
@@ -40,19 +41,29 @@ def get(
         str | None,
         typer.Option(help="Id, of `keylake project revocations`; the newest unless given.", show_default=False),
     ] = None,
-    kind: Annotated[Kind, typer.Option(help="Of what: the newest of its kind.")] = Kind.REVOCATION,
+    restoration: Annotated[
+        str | None,
+        typer.Option(help="Id of a restore, as `keylake project revocations` tells it.", show_default=False),
+    ] = None,
+    kind: Annotated[
+        Kind | None,
+        typer.Option(help="Of what: the newest of its kind; of a revocation unless given.", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write here instead of to stdout.", show_default=False, dir_okay=False)
     ] = None,
     home: Home = None,
 ) -> None:
-    """The receipt of a revocation that is over; or of the newest restore, of the shred, of the erasure."""
+    """The receipt of a revocation that is over; or of a restore, of the shred, of the erasure."""
     from keylake.cli import lookup, session
     from keylake.cli.output import notes
     from keylake.client import KeylakeClient
 
+    of = (kind or (Kind.REVOCATION if restoration is None else Kind.RESTORE)).value
+
     async def ask(client: KeylakeClient) -> bytes:
-        return await client.receipt((await lookup.project(client, project)).project_id, revocation, kind=kind.value)
+        project_id = (await lookup.project(client, project)).project_id
+        return await client.receipt(project_id, revocation, restoration_id=restoration, kind=of)
 
     content = session.ask(home, ask)
     if out is None:

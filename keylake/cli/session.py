@@ -35,11 +35,22 @@ Model = TypeVar("Model", bound=BaseModel)
 def ask(home: Path | None, job: Callable[[KeylakeClient], Awaitable[T]]) -> T:
     """Run one job against the cluster in `home`. Raises NotRunningError, and what the services raise."""
     attached = Attached.to(home_dir(home))
+    return _run(lambda: client_of(attached), job)
 
+
+def ask_anywhere(home: Path | None, job: Callable[[KeylakeClient], Awaitable[T]]) -> T:
+    """As `ask`; in the operator's container, of the containers. For what keeps nothing in a home: there is none."""
+    from keylake.compose import client, inside
+
+    bundle = inside()
+    return ask(home, job) if bundle is None else _run(lambda: client(bundle, _token()), job)
+
+
+def _run(connect: Callable[[], KeylakeClient], job: Callable[[KeylakeClient], Awaitable[T]]) -> T:
     async def run() -> T:
         # One trace for all that the command asks for.
         with span("keylake", Kind.CLIENT, None):
-            async with client_of(attached) as client:
+            async with connect() as client:
                 return await job(client)
 
     return asyncio.run(run())
@@ -47,7 +58,11 @@ def ask(home: Path | None, job: Callable[[KeylakeClient], Awaitable[T]]) -> T:
 
 def client_of(attached: Attached) -> KeylakeClient:
     """As whoever the environment says: with a token in it as that person, else as the owner of the home."""
-    return attached.client(os.environ.get(TOKEN_VARIABLE) or None)
+    return attached.client(_token())
+
+
+def _token() -> str | None:
+    return os.environ.get(TOKEN_VARIABLE) or None
 
 
 @contextlib.contextmanager

@@ -174,6 +174,14 @@ def verify_erasure(
             show_default=False,
         ),
     ] = None,
+    stopped_projects: Annotated[
+        str | None,
+        typer.Option(
+            "--attest-stopped-projects",
+            help="Your word on KEKs of projects that are stopped now: that they never come back, or are others.",
+            show_default=False,
+        ),
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -185,7 +193,12 @@ def verify_erasure(
     from keylake.cli.output import emit
     from shared.api.shredding import Attestation
 
-    words = {"backups": backups, "key-copies": key_copies, "instances": instances}
+    words = {
+        "backups": backups,
+        "key-copies": key_copies,
+        "instances": instances,
+        "stopped-projects": stopped_projects,
+    }
     said = [session.build(Attestation, subject=subject, text=text) for subject, text in words.items() if text]
 
     async def check(client: KeylakeClient) -> ErasureReport:

@@ -721,6 +721,8 @@ class Revocation(ApiModel):
     detected_at: datetime
     keks_dropped_after_s: float | None
     sealed_after_s: float | None
+    restoration_id: str | None = None
+    """Of the restore that ended it; None as long as there was none."""
     instances: list[InstanceSealed]
 
 

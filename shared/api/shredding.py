@@ -109,12 +109,12 @@ class Shred(ApiModel):
 class Attestation(ApiModel):
     """What no program can look at, stated by a person under their name (NIST SP 800-88)."""
 
-    subject: Literal["backups", "key-copies", "instances"]
+    subject: Literal["backups", "key-copies", "instances", "stopped-projects"]
     text: _Text
 
 
 class VerifyErasure(ApiModel):
-    attestations: list[Attestation] = Field(default_factory=list, max_length=3)
+    attestations: list[Attestation] = Field(default_factory=list, max_length=4)
 
 
 class Precondition(ApiModel):

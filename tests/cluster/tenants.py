@@ -6,15 +6,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import httpx
 import pytest
 
 from keylake.cluster import Cluster, Customer, RunningProject
 from keylake.demo.ledger import CLIENT_ERRORS, Ledger, describe
 from shared.api.compute import EndpointState
 from shared.api.keymanager import KeyState, NoCause, Revocation, WorstCase
-from shared.errors import KeyAccessError
+from shared.auth import Service, TokenIssuer
+from shared.config import Address
+from shared.errors import KeyAccessError, RevokedError, ShreddedError, SuspendedError
 from shared.keyspace import Fork, RelTag
 from shared.lsn import Lsn
+from shared.tls import client_context, service_host_name
 from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.pages import PageClient, page_client
 from tests.cluster.primary import Session, caught_up, connect, safekeeper_timelines, tag_of
@@ -134,7 +138,39 @@ async def nothing_is_served(tenant: Tenant, client: PageClient, expected: type[K
         await tenant.cluster.client.start_endpoint(tenant.project.endpoint.endpoint_id)
     endpoint = await tenant.cluster.client.endpoint(tenant.project.endpoint.endpoint_id)
     assert endpoint.state is EndpointState.STOPPED
+    await said_over_http(tenant.cluster, tenant.project, expected)
     assert await sqlstate_of_connecting(tenant) == expected.sqlstate
+
+
+SAID_OVER_HTTP: dict[type[KeyAccessError], tuple[int, str, str]] = {
+    SuspendedError: (503, "key_suspended", "Reconnect when it answers"),
+    RevokedError: (403, "key_revoked", "Allow the key in the customer's KMS again"),
+    ShreddedError: (410, "key_shredded", "can never be read again"),
+}
+"""Status, code, and words of the hint (docs/errors.md)."""
+
+
+async def said_over_http(cluster: Cluster, running: RunningProject, expected: type[KeyAccessError]) -> None:
+    """What the manager and the keymanager answer whoever wants a compute or a KEK of it, as it comes."""
+    addresses, admin = cluster.ports.addresses(), TokenIssuer.load(cluster.layout.admin_key)
+    [keymanager] = [addresses.keymanager] if isinstance(addresses.keymanager, Address) else addresses.keymanager
+    wanted = {
+        Service.COMPUTE: (addresses.manager, f"/v1/endpoints/{running.endpoint.endpoint_id}:start"),
+        Service.KEYMANAGER: (keymanager, f"/v1/projects/{running.project.project_id}/keks:rotate"),
+    }
+    status, code, words = SAID_OVER_HTTP[expected]
+    async with httpx.AsyncClient(verify=client_context(cluster.layout.ca_certificate), trust_env=False) as http:
+        for service, (address, path) in wanted.items():
+            answer = await http.post(
+                f"https://{address}{path}",
+                headers={"Authorization": f"Bearer {admin.issue(service, admin.scopes)}"},
+                extensions={"sni_hostname": service_host_name(service.value)},
+                timeout=30,
+            )
+            body = answer.json()
+            assert (answer.status_code, body["code"]) == (status, code), (service, answer.text)
+            assert body["workspace_id"] == str(running.project.workspace_id), (service, answer.text)
+            assert words in body["hint"], (service, answer.text)
 
 
 async def refused(tenant: Tenant, expected: type[KeyAccessError]) -> None:

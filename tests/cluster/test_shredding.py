@@ -18,17 +18,26 @@ import pytest
 
 from keylake.client import Connection, KeylakeClient
 from keylake.cluster import Cluster, RunningProject
+from keylake.layout import Layout
 from keylake.receipt_page import page
 from shared.api.keymanager import KeyState, Project
 from shared.api.shredding import Attestation, Shred
 from shared.auth import SignatureVerifier, TrustBundle
 from shared.deletion import ObjectKind
-from shared.errors import ConflictError, KeyAccessError, KeylakeError, RevokedError, ShreddedError
+from shared.errors import (
+    ConflictError,
+    KeyAccessError,
+    KeylakeError,
+    RevokedError,
+    ShreddedError,
+    UnavailableError,
+)
 from shared.keyspace import Fork, RelTag
 from shared.receipt import ErasureReceipt, ShredReceipt, SignedReceipt
 from tests.cluster.pages import page_client
 from tests.cluster.people import person, shred_by_two
 from tests.cluster.processes import below
+from tests.cluster.tenants import said_over_http
 from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
@@ -149,6 +158,35 @@ async def orphaned(cluster: Cluster, branch: RunningProject) -> None:
             await pages.size(RelTag(1663, 1, 1259, Fork.MAIN), branch.timeline.start_lsn.value)
 
 
+async def metadata_alone(home: Path, backup: Path, running: RunningProject, cmk: str) -> None:
+    """A backup of the database without that of the objects and of the safekeepers: keys, and nothing that they open."""
+    project = running.project
+    shutil.rmtree(Layout(home).metadata)
+    shutil.copytree(Layout(backup).metadata, Layout(home).metadata)
+    async with ForkedCluster(home, settings=SETTINGS) as cluster:
+        assert (await cluster.client.project(project.project_id)).state is KeyState.ACTIVE
+        with pytest.raises(asyncpg.PostgresError) as refused:
+            await rows(cluster, running.connection)
+        assert refused.value.sqlstate == UnavailableError.sqlstate, "its key is there; no safekeeper has its WAL"
+        assert files_of(home, project) == []
+        await destroy(cluster, cmk)
+        await revoked(cluster, project)
+        with pytest.raises(asyncpg.PostgresError) as refused:
+            await rows(cluster, running.connection)
+        assert refused.value.sqlstate == RevokedError.sqlstate
+        assert files_of(home, project) == []
+
+
+async def revoked(cluster: Cluster, project: Project) -> None:
+    """Returns when it is, everywhere."""
+
+    async def look() -> bool:
+        newest = (await cluster.client.revocations(project.project_id))[:1]
+        return any(each.state is KeyState.REVOKED and each.sealed_after_s is not None for each in newest)
+
+    await wait_until(look, 20)
+
+
 async def destroy(cluster: Cluster, cmk: str) -> None:
     await cluster.customer.schedule_deletion(cmk)
     await asyncio.to_thread(cluster.customer.simulation.complete_deletion, cmk)
@@ -195,6 +233,7 @@ async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path
         with pytest.raises(asyncpg.PostgresError) as refused:
             await rows(cluster, running.connection)
         assert refused.value.sqlstate == ShreddedError.sqlstate
+        await said_over_http(cluster, running, ShreddedError)
         with pytest.raises(KeyAccessError):
             await cluster.client.create_timeline(project.project_id, "another")
         assert await rows(cluster, kept.connection) == [SECRET]
@@ -226,19 +265,16 @@ async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path
         }
         assert files_of(home, project) == []
 
-    # The backup, as long as the customer's key is alive: everything is back.
     copy_cloud(home, backup)
+    await metadata_alone(home, backup, running, cmk)  # which is done with its copy of the cloud then
+
+    # The whole backup, as long as the customer's key is alive: everything is back.
     async with ForkedCluster(backup, settings=SETTINGS) as cluster, AsyncExitStack() as stack:
         assert (await cluster.client.project(project.project_id)).state is KeyState.ACTIVE
         assert await rows(cluster, running.connection) == [SECRET]
         # Now the customer destroys it.
         await destroy(cluster, cmk)
-
-        async def revoked() -> bool:
-            newest = (await cluster.client.revocations(project.project_id))[:1]
-            return any(each.state is KeyState.REVOKED and each.sealed_after_s is not None for each in newest)
-
-        await wait_until(revoked, 20)
+        await revoked(cluster, project)
         with pytest.raises(asyncpg.PostgresError) as refused:
             await rows(cluster, running.connection)
         assert refused.value.sqlstate == RevokedError.sqlstate

@@ -18,10 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn
 
 from shared.errors import KeylakeError
+from shared.roles import APPROVES_VARIABLE, ASKS_VARIABLE
 from tests.compose import checks
 from tests.compose.engine import MissingError, docker, require, running_engine
 from tests.compose.images import make_base, make_s3
@@ -66,11 +68,31 @@ def exit_code(done: subprocess.CompletedProcess[str]) -> str:
     return "exit code 0"
 
 
-def drill(stack: Stack) -> str:
-    done = stack.operator("keylake", "drill", "revocation", "--json", "--out", "/tmp/drill", check=False)  # noqa: S108
+_DRILLS: Final[dict[str, tuple[str, ...]]] = {
+    "revocation": (),
+    "outage": ("--grace", "1", "--hold", "0.5"),
+    "rotation": ("--hold", "0.5"),
+    "shred": ("--hold", "0.5", "--attest-backups", "none were made of this stack", "--attest-key-copies", "none"),
+}
+AS_TWO_PEOPLE: Final = f"""
+asks=$(keylake token create --role security-admin --ttl 10m --for alice) &&
+approves=$(keylake token create --role security-admin --ttl 10m --for bob) &&
+export {ASKS_VARIABLE}="$asks" {APPROVES_VARIABLE}="$approves" &&
+exec "$@"
+"""
+"""Their tokens are never on a command line, nor in what the engine tells of a container."""
+
+
+def drill(stack: Stack, kind: str) -> str:
+    """As an operator does it. Its exit code says whether every promise was kept, its report which ones there were."""
+    command = ("keylake", "drill", kind, *_DRILLS[kind], "--json", "--out", "/tmp/drill")  # noqa: S108
+    shell = ("sh", "-c", AS_TWO_PEOPLE, "sh") if kind == "shred" else ()
+    done = stack.operator(*shell, *command, check=False)
     exit_code(done)
     report = json.loads(done.stdout)
-    return f"{len(report['promises'])} promises kept, revocation {report['revocation_id']}"
+    assert (report["kind"], report["passed"]) == (kind, True)
+    kept = f"{len(report['promises'])} promises kept"
+    return kept if report["revocation_id"] is None else f"{kept}, revocation {report['revocation_id']}"
 
 
 def down(stack: Stack, before: set[str] | None) -> str:
@@ -120,7 +142,8 @@ def run(stack: Stack, outcome: Outcome, directory: Path, *, alone: bool) -> None
             return seen
 
         outcome.try_("psql from the host", by_hand)
-        outcome.try_("keylake drill revocation", lambda: drill(stack))
+        for kind in _DRILLS:
+            outcome.try_(f"keylake drill {kind}", partial(drill, stack, kind))
         outcome.try_("the console", lambda: checks.console(stack))
         outcome.try_("nobody has power", lambda: checks.powerless(stack.wait_until_healthy()))
         outcome.try_("the S3 server's volume", lambda: checks.room_for_objects(stack))

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from customercloud.faults import Faults
 from keylake.receipt_page import page
+from keymanager.watch import INCONCLUSIVE_TO_SUSPEND
 from shared.api.keymanager import KeyState, MoveProject, Project, RevokeRequest
 from shared.auth import SignatureVerifier, TokenIssuer, TrustBundle
-from shared.errors import ConflictError, IntegrityError, NotFoundError
+from shared.errors import ConflictError, IntegrityError, InvalidInputError, NotFoundError
 from shared.lease import KeyLoss
 from shared.receipt import MalformedReceiptError, RestoreReceipt, RevocationReceipt, SignedReceipt
 from tests.fixtures.key_source_contract import Losses, named
@@ -37,11 +39,14 @@ async def manager(
 
 
 async def receipt_of(
-    manager: Keymanager, project: Project, revocation_id: str | None = None, kind: str = "revocation"
+    manager: Keymanager,
+    project: Project,
+    revocation_id: str | None = None,
+    kind: str = "revocation",
+    restoration_id: str | None = None,
 ) -> bytes:
-    async with manager.client() as http:
-        params = {"kind": kind} | ({} if revocation_id is None else {"revocation_id": revocation_id})
-        return (await http.request("GET", f"/v1/projects/{project.project_id}/receipt", params=params)).content
+    async with manager.keylake() as client:
+        return await client.receipt(project.project_id, revocation_id, restoration_id=restoration_id, kind=kind)
 
 
 def trusted(manager: Keymanager) -> SignatureVerifier:
@@ -115,6 +120,64 @@ async def test_a_revocation_by_the_customer_and_its_receipt(manager: Keymanager)
         assert word in html
     assert "<script" not in html
     assert "http" not in html.replace("http-equiv", "")
+
+
+async def test_each_suspension_revocation_and_restore_has_its_own(manager: Keymanager) -> None:
+    customer = manager.tenant.customer
+    cmk = await asyncio.to_thread(customer.create_key, role_arn=manager.tenant.role_arn)
+    project = await manager.new_project(cmk)
+    await asyncio.to_thread(customer.disable, cmk)
+    await manager.wait_state(project.project_id, KeyState.REVOKED)
+    assert (await manager.revocations(project.project_id))[0].restoration_id is None
+    await asyncio.to_thread(customer.enable, cmk)
+    await manager.wait_state(project.project_id, KeyState.ACTIVE)
+    with manager.tenant.admin.during(Faults(throttle_rate=1.0)):
+        await manager.wait_state(project.project_id, KeyState.SUSPENDED)
+    await manager.wait_state(project.project_id, KeyState.ACTIVE)
+    log = {event["requestID"]: event for event in await asyncio.to_thread(manager.tenant.admin.audit_log)}
+    ended = await manager.revocations(project.project_id)
+    assert [each.state for each in ended] == [KeyState.SUSPENDED, KeyState.REVOKED]
+    found = {}
+    for each in ended:
+        signed = SignedReceipt.parse(await receipt_of(manager, project, each.revocation_id))
+        signed.check(trusted(manager))
+        assert isinstance(signed.receipt, RevocationReceipt)
+        assert signed.receipt.revocation_id == each.revocation_id
+        found[signed.receipt.state] = signed
+    # No denial led to the suspension (one a moment before was another matter), and the customer's own log has what did.
+    suspended = found["SUSPENDED"].receipt
+    assert len(suspended.kms_calls) >= INCONCLUSIVE_TO_SUSPEND
+    assert {call.verdict for call in suspended.kms_calls} == {"throttled"}
+    for call in suspended.kms_calls:
+        assert log[call.request_id or ""]["errorCode"] == "ThrottlingException"
+    assert any("may not have got that far" in text for text in suspended.not_verified)
+    assert "did not allow" in page(found["SUSPENDED"])
+    assert "throttled" in page(found["SUSPENDED"])
+    assert {call.verdict for call in found["REVOKED"].receipt.kms_calls} == {"denied"}
+    assert "refused" in page(found["REVOKED"])
+    # Each restore, the older one too, and what it ended.
+    restores = []
+    for each in ended:
+        signed = SignedReceipt.parse(await receipt_of(manager, project, None, "restore", each.restoration_id))
+        signed.check(trusted(manager))
+        assert isinstance(signed.receipt, RestoreReceipt)
+        assert (signed.receipt.restoration_id, signed.receipt.revocation_id) == (
+            each.restoration_id,
+            each.revocation_id,
+        )
+        restores.append(signed.receipt)
+    newer, older = restores
+    assert older.restoration_id != newer.restoration_id
+    assert found["REVOKED"].receipt.detected_at < older.detected_at < suspended.detected_at < newer.detected_at
+    unnamed = SignedReceipt.parse(await receipt_of(manager, project, kind="restore")).receipt
+    assert isinstance(unnamed, RestoreReceipt)
+    assert unnamed.restoration_id == newer.restoration_id
+    with pytest.raises(NotFoundError, match="no such restore"):
+        await receipt_of(manager, project, None, "restore", "res-0123456789abcdef")
+    with pytest.raises(InvalidInputError, match="is a restore's id"):
+        await receipt_of(manager, project, restoration_id=newer.restoration_id)
+    with pytest.raises(InvalidInputError, match="is a revocation's id"):
+        await receipt_of(manager, project, ended[0].revocation_id, "restore")
 
 
 async def test_any_change_shows(manager: Keymanager) -> None:

@@ -19,6 +19,7 @@ from keylake.receipt_page import page
 from shared.api.keymanager import AwsKey, KeyState, MoveProject, Project, RegisterToken, ReplaceKey, Replacement, Role
 from shared.api.shredding import ApproveShred, AskShred, Attestation, ErasureReport, Shred, VerifyErasure
 from shared.auth import BearerToken, PersonRole, Service, SignatureVerifier, TrustBundle
+from shared.clock import SystemClock
 from shared.deletion import Deleted, Deletion, ObjectKind
 from shared.errors import (
     ConflictError,
@@ -29,12 +30,14 @@ from shared.errors import (
 )
 from shared.http import ServiceClient
 from shared.ids import ProjectId
+from shared.keyholding import HeldProject
 from shared.receipt import ErasureReceipt, ShredReceipt, SignedReceipt
 from tests.fixtures.key_source_contract import Losses, named
 from tests.fixtures.keymanager import Keymanager, special_keymanager
 from tests.fixtures.waiting import wait_until
 
 if TYPE_CHECKING:
+    from shared.keyclient import KeyClient
     from shared.lease import KeyLoss
     from tests.fixtures.customercloud import CloudProcess
     from tests.fixtures.keymanager import Trust
@@ -306,8 +309,9 @@ async def test_everything_goes_everywhere_and_never_comes_back(manager: Keymanag
             await again.acquire(project_id, Losses())
         with pytest.raises(ConflictError, match="nothing restores it"):
             await people.owner.request("POST", f"/v1/projects/{project_id}:restore", timeout_s=30)
-        with pytest.raises(ShreddedError):
+        with pytest.raises(ShreddedError) as refused:
             await people.owner.request("POST", f"/v1/projects/{project_id}/keks:rotate")
+        assert refused.value.workspace_id == project.workspace_id
         own, _ = await manager.bind(cmk)
         body = MoveProject(key_configuration_id=own.key_configuration_id)
         with pytest.raises(ShreddedError):
@@ -322,22 +326,32 @@ async def test_everything_goes_everywhere_and_never_comes_back(manager: Keymanag
         # A branch of a branch that a node told of when all were alive.
         with pytest.raises(ShreddedError):
             await again.note_branch(other.project_id, project_id)
-        await erase(manager, people, project, (cmk, new), [branch, below], store, before[0])
+        sought = Sought(manager, people, project, other, returned, store, before[0])
+        await erase(sought, (cmk, new), [branch, below])
     assert (await manager.verify_audit()).intact
 
 
-async def erase(
-    manager: Keymanager,
-    people: People,
-    project: Project,
-    cmks: tuple[str, str],
-    branches: list[Project],
-    store: Store,
-    wrap: bytes,
-) -> None:
-    """The word ERASED, and every step on the way to it, for a project that is shredded. `store` is of a node that
-    answers; `wrap` is an old copy of a wrapped KEK."""
-    customer, project_id = manager.tenant.customer, project.project_id
+@dataclass
+class Sought:
+    """Where the word ERASED is to be had for a project that is shredded, and what may keep it back."""
+
+    manager: Keymanager
+    people: People
+    project: Project
+    other: Project
+    """Under the same CMK, and not shredded."""
+    node: KeyClient
+    """One that answers, …"""
+    store: Store
+    """… and what it stores."""
+    wrap: bytes
+    """An old copy of a wrapped KEK."""
+
+
+async def erase(sought: Sought, cmks: tuple[str, str], branches: list[Project]) -> None:
+    """The word ERASED, and every step on the way to it."""
+    manager, people, project_id = sought.manager, sought.people, sought.project.project_id
+    customer = manager.tenant.customer
     words = [
         Attestation(subject="backups", text="none outside of the account"),
         Attestation(subject="key-copies", text="the material was made in the KMS"),
@@ -379,15 +393,24 @@ async def erase(
     for cmk in cmks:
         await asyncio.to_thread(customer.schedule_deletion, cmk)
     await asyncio.to_thread(manager.tenant.admin.complete_deletion, cmks[0])
+    # What is stopped by that, too, cannot be tried: it takes a word that it does not come back.
+    await manager.wait_state(sought.other.project_id, KeyState.REVOKED)
+    report, missing = await verify(people.alice, words)
+    assert missing == {
+        "every CMK that ever wrapped one is destroyed": "not met",
+        "no live KEK opens what its KEKs sealed": "not checked",
+    }
+    assert f"version 1 of {sought.other.project_id}, which is REVOKED" in str(report.preconditions)
+    words.append(Attestation(subject="stopped-projects", text="their key is destroyed"))
     report, missing = await verify(people.alice, words)
     assert missing == {"every CMK that ever wrapped one is destroyed": "not met"}
     assert "pending deletion" in str(report.preconditions)
     await asyncio.to_thread(manager.tenant.admin.complete_deletion, cmks[1])
     report, missing = await verify(people.owner, [])
     assert set(missing.values()) == {"not checked"}
-    assert len(missing) == 2
+    assert len(missing) == 3
     assert (await manager.project(project_id)).state is KeyState.SHREDDED
-    await each_keeps_the_word_back(manager, project, store, wrap, lambda: verify(people.alice, words))
+    await each_keeps_the_word_back(sought, lambda: verify(people.alice, words))
     report, missing = await verify(people.alice, words)
     assert (report.state, missing) == (KeyState.ERASED, {})
     assert (await manager.project(project_id)).state is KeyState.ERASED
@@ -408,8 +431,8 @@ async def erase(
     erasure = signed.receipt
     assert isinstance(erasure, ErasureReceipt)
     assert {key.identifier for key in erasure.keys} == set(cmks)
-    assert sum(each.outcome == "attested" for each in erasure.preconditions) == 2
-    assert sum(text.startswith("attested, and not checked") for text in erasure.not_verified) == 2
+    assert sum(each.outcome == "attested" for each in erasure.preconditions) == 3
+    assert sum(text.startswith("attested, and not checked") for text in erasure.not_verified) == 3
     assert "made in the KMS" in page(signed)
     # It is so after a restart, too.
     manager.kill()
@@ -419,21 +442,35 @@ async def erase(
 
 
 async def each_keeps_the_word_back(
-    manager: Keymanager,
-    project: Project,
-    store: Store,
-    wrap: bytes,
-    verify: Callable[[], Awaitable[tuple[ErasureReport, dict[str, str]]]],
+    sought: Sought, verify: Callable[[], Awaitable[tuple[ErasureReport, dict[str, str]]]]
 ) -> None:
     """What was found by looking is made untrue, one thing at a time: where it is looked for, and by nothing else."""
+    manager, project = sought.manager, sought.project
     connection = await asyncpg.connect(manager.dsn, server_settings={"search_path": "keymanager"})
     own = "project_id = $1 AND kek_version = 1"
     project_id = str(project.project_id)
     try:
         # Somebody brings a wrap back from a backup.
-        await connection.execute(f"UPDATE kek SET wrapped = $2 WHERE {own}", project_id, wrap)  # noqa: S608
+        await connection.execute(f"UPDATE kek SET wrapped = $2 WHERE {own}", project_id, sought.wrap)  # noqa: S608
         assert (await verify())[1] == {"no wrapped KEK is kept": "not met"}
         await connection.execute(f"UPDATE kek SET wrapped = NULL WHERE {own}", project_id)  # noqa: S608
+        # The tables' files cannot be written anew: somebody has the database end it while it waits for a reader.
+        await connection.execute("UPDATE shred SET vacuumed_at = NULL WHERE project_id = $1", project_id)
+        manager.expected_errors.add("the tables of wrapped KEKs could not be written anew")
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE kek IN ACCESS SHARE MODE")
+            looking = asyncio.ensure_future(verify())
+
+            async def ended() -> bool:
+                return bool(
+                    await connection.fetch(
+                        "SELECT pg_cancel_backend(pid) FROM pg_locks WHERE relation = 'kek'::regclass "
+                        "AND mode = 'AccessExclusiveLock' AND NOT granted"
+                    )
+                )
+
+            await wait_until(ended)
+            assert (await looking)[1] == {"no wrapped KEK is kept": "not met"}
         # Somebody still has a lease, as far as the database knows.
         await connection.execute(
             "INSERT INTO lease SELECT $1, instance_id, node_id, 'COMPUTE', 1, 5, now() FROM instance LIMIT 1",
@@ -441,10 +478,15 @@ async def each_keeps_the_word_back(
         )
         assert (await verify())[1] == {"no plaintext key in any instance": "not met"}
         await connection.execute("DELETE FROM lease WHERE project_id = $1", project_id)
+        # A node is not done with dropping what it held.
+        released = sought.node._released
+        released[project.project_id] = HeldProject(project.project_id, Losses(), SystemClock(), 1)
+        assert (await verify())[1] == {"no plaintext key in any instance": "not met"}
+        del released[project.project_id]
         # A node finds an object again.
-        store.left = 1
+        sought.store.left = 1
         assert (await verify())[1] == {"no object, old version or orphan is stored": "not met"}
-        store.left = 0
+        sought.store.left = 0
         # The record was written over.
         await connection.execute("UPDATE audit SET actor = actor || '!' WHERE sequence = 3")
         assert (await verify())[1] == {"the record is whole and can be signed": "not met"}

@@ -1,7 +1,8 @@
 """The network between processes: late, cut, and in order only within one connection.
 
-A connection is TCP's: what is sent while the link is cut arrives after it was mended, or the connection breaks. A
-process that dies breaks its connections, as its kernel would; one that is stopped keeps them.
+A connection is TCP's: what is sent while the link is cut arrives after it was mended, or the connection breaks and
+what was under way on it is lost. A process that dies breaks its connections, as its kernel would; one that is stopped
+keeps them.
 """
 
 from __future__ import annotations

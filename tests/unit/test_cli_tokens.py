@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from keylake import supervision
+from keylake.cli.app import app
+from keylake.cli.common import ExitCode
 from keylake.cli.tokens import ttl_s
+from keylake.compose import STACK_VARIABLE
 from keylake.process import ServiceProcess
 from shared.errors import InvalidInputError
 
@@ -33,6 +37,17 @@ async def test_no_service_is_started_with_it(monkeypatch: pytest.MonkeyPatch, tm
     await process.stop()
     assert "PYTHONPATH" in log.read_text()
     assert "KEYLAKE_" not in log.read_text()
+
+
+def test_in_the_operators_container_it_is_about_the_containers(tmp_path: Path) -> None:
+    """There is no home. The secrets of these containers are not made yet."""
+    environment = {"KEYLAKE_HOME": str(tmp_path / "absent")}
+    for arguments in (["list"], ["revoke", "tok-0123456789abcdef"], ["create", "--role", "auditor", "--ttl", "1m"]):
+        outside = CliRunner().invoke(app, ["token", *arguments], env=environment)
+        assert outside.exit_code == ExitCode.NOT_RUNNING, outside.output
+        inside = CliRunner().invoke(app, ["token", *arguments], env=environment | {STACK_VARIABLE: str(tmp_path)})
+        assert inside.exit_code == ExitCode.UNAVAILABLE, inside.output
+        assert "has not been provisioned" in inside.stderr
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("8h", 28800), ("7d", 604800)])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from shared.roles import APPROVES_VARIABLE, ASKS_VARIABLE
+from tests.compose.__main__ import AS_TWO_PEOPLE
 from tests.compose.engine import undo
 from tests.compose.locked import excerpt, needed
 
@@ -62,3 +65,22 @@ def test_an_engines_rules_are_undone_and_nobody_elses() -> None:
         ["-P", "FORWARD", "ACCEPT"],
     ]
     assert undo(BEFORE, BEFORE) == []
+
+
+@pytest.mark.parametrize("refused", ["", "alice", "bob"])
+def test_a_drill_has_the_tokens_of_two_people_or_does_not_run(refused: str, tmp_path: Path) -> None:
+    keylake = tmp_path / "keylake"
+    keylake.write_text(f'#!/bin/sh\ncase "$*" in *" --for {refused}") exit 7;; esac\necho "token of $8"\n')
+    keylake.chmod(0o755)
+    told = f'echo "${ASKS_VARIABLE}, ${APPROVES_VARIABLE}, $*"'
+    done = subprocess.run(
+        ["sh", "-c", AS_TWO_PEOPLE, "sh", "sh", "-c", told, "drill", "none were made", "of it"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if refused:
+        assert (done.returncode, done.stdout) == (7, "")
+    else:
+        assert done.stdout == "token of alice, token of bob, none were made of it\n"

@@ -63,7 +63,7 @@ KEY = DestroyedKey(
 )
 ASKED = AskedKey(KEY, told=True, canary="refused", canary_evidence="NotFoundException")
 AUDIT = AuditVerification(intact=True, records=9, head_hash="0" * 64, problem=None)
-SCAN = CanaryScan(canaries=2, missing=(), tried=3, opened=(), not_tried=(), not_live=0)
+SCAN = CanaryScan(canaries=2, missing=(), tried=3, opened=(), not_tried=(), not_live=())
 GOOD = Facts(
     shred=SHRED,
     vacuumed=True,
@@ -130,6 +130,7 @@ def test_all_hold() -> None:
         ({"canaries": replace(SCAN, opened=("version 1 is that of another",))}, "not met", "no live KEK"),
         ({"canaries": replace(SCAN, missing=(1,))}, "not checked", "no live KEK"),
         ({"canaries": replace(SCAN, not_tried=("version 1 of another",))}, "not checked", "no live KEK"),
+        ({"canaries": replace(SCAN, not_live=("version 1 of another",))}, "not checked", "no live KEK"),
         ({"branches": ["shop/dev is ACTIVE"]}, "not met", "no part of it"),
         ({"keys": [replace(ASKED, canary="opened")]}, "not met", "a canary"),
         ({"keys": [replace(ASKED, canary="unclear")]}, "not checked", "a canary"),
@@ -167,3 +168,16 @@ def test_a_word_on_instances_counts_for_those_that_never_answered_and_for_nothin
     assert all(each.holds for each in found)
     assert sum(isinstance(each, Precondition) and each.outcome == "attested" for each in found) == 3
     assert list(open_points(replace(fenced, keys_in_memory=1), words).values()) == ["not met"]
+
+
+def test_a_word_on_stopped_projects_counts_for_their_keks_and_for_nothing_else() -> None:
+    words = [*WORDS, Attestation(subject="stopped-projects", text="their keys are destroyed, too")]
+    stopped = replace(SCAN, not_live=("version 1 of another, which is REVOKED",))
+    found = judge(replace(GOOD, canaries=stopped), words, "alice")
+    assert all(each.holds for each in found)
+    [scan] = [each for each in found if each.name.startswith("no live KEK")]
+    assert scan.outcome == "attested"
+    assert "version 1 of another" in scan.evidence[1]
+    assert scan.evidence[-1] == "their keys are destroyed, too (alice)"
+    for more in ({"opened": ("that of another",)}, {"missing": (1,)}, {"not_tried": ("version 2",)}):
+        assert len(open_points(replace(GOOD, canaries=replace(stopped, **more)), words)) == 1

@@ -420,7 +420,8 @@ def test_a_live_kek_that_is_the_shredded_ones_is_found_by_its_canary() -> None:
         without = replace(place.entry, keks={2: replace(kek, canary=None)})
         assert (await place.keyring.scan(without, [])).missing == (2,)
         await place.revoke()
-        assert (await place.keyring.scan(shredded, [place.entry])).not_live == 1
+        stopped = await place.keyring.scan(shredded, [place.entry])
+        assert stopped.not_live == (f"version 1 of {PROJECT}, which is REVOKED",)
 
     play(story)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
-from datetime import UTC, datetime
+import xml.etree.ElementTree as ET
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
 
+from keylake.cli.app import app
+from keylake.cli.common import ExitCode
 from keylake.receipt_page import headline, page
 from shared.auth import SignatureVerifier, TokenIssuer, TrustBundle
 from shared.deletion import ObjectKind
@@ -68,6 +73,7 @@ SEALING: dict[str, Any] = {
         )
     ],
 }
+LOOKED, AGAIN = AT - timedelta(seconds=0.75), AT + timedelta(seconds=2)
 NODE = ReceiptNode(
     node_id="safekeeper-1",
     looked_at=None,
@@ -119,7 +125,11 @@ RECEIPTS: list[Receipt] = [
             )
         ],
         preconditions=[ReceiptPrecondition(name="p", outcome="attested", evidence=["said"])],
-        nodes=[NODE],
+        nodes=[
+            NODE,
+            NODE.model_copy(update={"node_id": "pageserver", "looked_at": LOOKED, "left_objects": 0}),
+            NODE.model_copy(update={"node_id": "safekeeper-2", "looked_at": AGAIN}),
+        ],
     ),
 ]
 
@@ -180,7 +190,56 @@ def test_the_page_says_everything_and_runs_nothing(receipt: Receipt) -> None:
     assert receipt.project_name in headline(receipt)
 
 
+@pytest.mark.parametrize("receipt", RECEIPTS, ids=lambda each: each.kind)
+def test_the_page_has_a_picture_of_what_happened_when(receipt: Receipt) -> None:
+    html = page(receipt.sign(SIGNER))
+    picture = html[html.index("<svg") : html.index("</svg>") + len("</svg>")]
+    drawn = [(rect.get("class"), rect[0].text) for rect in ET.fromstring(picture).iter("rect")]  # noqa: S314 - our own
+    texts = [text.text for text in ET.fromstring(picture).iter("text")]  # noqa: S314
+    match receipt:
+        case RevocationReceipt() | ShredReceipt():
+            assert drawn == [("fenced", "x 0.100 s")]
+            assert {"pageserver", "0.400 s, fenced", "0.50 s"} <= set(texts)
+        case RestoreReceipt():
+            assert drawn == [("acknowledged", "lease granted again")]
+            assert {"pageserver", "0.300 s, lease granted again"} <= set(texts)
+        case ErasureReceipt():  # who has not looked yet is not in it
+            looks = ("acknowledged", "acknowledged", "fenced")
+            assert drawn == list(zip(looks, (each.isoformat() for each in (LOOKED, AT, AGAIN)), strict=True))
+            told = {"0.000 s, nothing left", "0.750 s, everything checked", "2.750 s, 1 objects left, looked again"}
+            assert {"pageserver", "keymanager", "safekeeper-2", *told} <= set(texts)
+            assert "safekeeper-1" not in texts
+
+
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
 def test_whatever_is_no_receipt_is_refused(data: bytes) -> None:
     with pytest.raises(MalformedReceiptError):
         SignedReceipt.parse(data)
+
+
+@pytest.mark.parametrize("receipt", RECEIPTS, ids=lambda each: each.kind)
+def test_the_command_says_whether_it_is_genuine_with_nothing_but_the_trust_bundle(
+    receipt: Receipt, tmp_path: Path
+) -> None:
+    file, trust, others = (tmp_path / name for name in ("receipt.json", "trust.json", "others.json"))
+    trust.write_text(TrustBundle.of([SIGNER]).model_dump_json())
+    others.write_text(TrustBundle.of([TokenIssuer.create("keymanager", [])]).model_dump_json())
+
+    def verify(content: bytes, by: Path = trust) -> Result:
+        file.write_bytes(content)
+        # No cluster has ever been in this home.
+        environment = {"KEYLAKE_HOME": str(tmp_path / "absent")}
+        return CliRunner().invoke(app, ["receipt", "verify", str(file), "--trust", str(by)], env=environment)
+
+    content = receipt.sign(SIGNER).serialize()
+    good = verify(content)
+    assert good.exit_code == ExitCode.OK, good.output
+    assert f"signed by {SIGNER.kid}" in good.stdout
+    for word in (b"because", SIGNER.kid.encode(), b'"signature":"', b"2026"):
+        position = content.index(word) + len(word) // 2
+        bad = verify(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        assert (bad.exit_code, bad.stdout) == (ExitCode.FAILED, ""), word
+        assert bad.stderr.startswith("keylake: ")
+    assert verify(content[:-1]).exit_code == ExitCode.FAILED
+    assert verify(content, by=others).exit_code == ExitCode.FAILED
+    assert not (tmp_path / "absent").exists()
