@@ -75,7 +75,7 @@ def test_every_command_but_the_interactive_ones_prints_json(path: tuple[str, ...
         ("receipt", "show"),
         ("completion",),
     }  # for programs as they are
-    assert ("--json" in options) == (path not in {("psql",), ("demo",), ("console",), *documents})
+    assert ("--json" in options) == (path not in {("psql",), ("console",), *documents})
 
 
 def test_help_imports_nothing_heavy() -> None:
