@@ -130,8 +130,8 @@ class Run:
         self.ready: asyncio.Future[ConnectTarget] = asyncio.get_running_loop().create_future()
         """Where to connect, or why there is nowhere."""
         self.gone = asyncio.Event()
-        """Nothing of the project is left of its compute, no key, no file, no Postgres: its agent says so, or is dead, too.
-        What is over after that is the agent's own process, and what the manager has to do."""
+        """No key, no file and no Postgres of its compute is left: its agent says so, or is dead, too. What is over after
+        that is the agent's own process, and what the manager has to do."""
         self._stop: asyncio.Future[tuple[str, bool]] = asyncio.get_running_loop().create_future()
         self._elected = asyncio.Event()
         self._followers: list[Follower] = []

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from keylake import supervision
 from keylake.client import KeylakeClient
 from keylake.layout import SAFEKEEPERS, Layout, Ports
+from keylake.link_control import SHOW, LinkRequest, ask
+from keylake.links import LinkState
 from shared.auth import BearerToken, Service, TokenIssuer
 from shared.errors import CorruptedError, UnavailableError
 from shared.tls import client_context, service_host_name
@@ -85,6 +87,16 @@ class Attached:
     @property
     def trust_bundle(self) -> Path:
         return self.layout.trust_bundle
+
+    @property
+    def has_links(self) -> bool:
+        """Was it started with `--links`?"""
+        return self.state is not None and self.state.links is not None
+
+    async def links(self, request: LinkRequest = SHOW) -> list[LinkState]:
+        """All of them, as they are when the request is done. Raises ConflictError when there are none,
+        InvalidInputError for two that do not speak with each other, UnavailableError."""
+        return await ask(None if self.state is None else self.state.links, request)
 
     def stored(self) -> dict[str, Path]:
         """Where sealed data lies: store → directory."""

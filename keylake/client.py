@@ -200,6 +200,12 @@ class KeylakeClient:
             key_api.Project, "POST", f"/v1/projects/{project_id}:revalidate", timeout_s=30
         )
 
+    async def revalidate_workspace(self, workspace_id: WorkspaceId) -> list[key_api.Project]:
+        """As `revalidate`, for all that a workspace has."""
+        path = f"/v1/workspaces/{workspace_id}:revalidate"
+        response = await self._keymanager.request("POST", path, timeout_s=30)
+        return TypeAdapter(list[key_api.Project]).validate_json(response.content)
+
     async def move_project(self, project_id: ProjectId, key_configuration_id: KeyConfigurationId) -> key_api.Project:
         """All of a project's KEKs under another CMK. Takes two KMS calls for each version."""
         body = key_api.MoveProject(key_configuration_id=key_configuration_id)

@@ -32,7 +32,7 @@ from customercloud.faults import Faults
 from customercloud.faults import Service as CloudService
 from keylake.client import Connection, KeylakeClient
 from keylake.layout import METADATA_ROLES, METADATA_SUPERUSER, PROXY_DOMAIN, SAFEKEEPERS, Layout, Ports, write_secret
-from keylake.links import Cut, Links
+from keylake.links import Cut, Links, LinkState
 from keylake.metadata import METADATA_DATABASE, prepare_database
 from keylake.process import ServiceProcess
 from pageserver.redo.build import prepare
@@ -375,6 +375,10 @@ class Cluster:
     async def heal(self) -> None:
         """Ends all partitions."""
         await self._require_links().heal()
+
+    async def links(self) -> list[LinkState]:
+        """Every two services that `partition` can cut off from each other, and whether they are."""
+        return await self._require_links().state()
 
     def _require_links(self) -> Links:
         if self._links is None:

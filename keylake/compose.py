@@ -4,9 +4,8 @@ Nothing but the proxy is reachable from the host, so whoever administers the sta
 on the inner networks, and its volume holds the administrator's key and the customer's. It cannot kill or start its
 neighbours; for the demo the process that started it on the host does that (`keylake.compose_host`).
 
-    docker compose run --rm operator python -m keylake.compose project shop      a project, and how to connect to it
-    docker compose run --rm operator python -m keylake.compose disable KEY_ARN   the customer disables its key
-    docker compose run --rm operator python -m keylake.compose enable KEY_ARN
+    docker compose run --rm operator python -m keylake.compose project shop    a project, and how the host connects
+    docker compose run --rm operator keylake cloud key disable "CMK of shop"   the customer disables its key
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ import tempfile
 import threading
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 from pydantic import ValidationError
 
 from keylake.client import Addresses, KeylakeClient
-from keylake.cluster import Customer
 from keylake.compose_host import MAX_LINE_SIZE_BYTES, Reply, Request
 from keylake.layout import Layout
+from keylake.place import inside
 from keylake.provision import (
     BUCKET,
     CLOUD_URL,
@@ -47,17 +46,12 @@ from shared.config import Address
 from shared.errors import InvalidInputError, KeylakeError, UnavailableError
 from shared.tls import client_context, service_host_name
 
-STACK_VARIABLE: Final = "KEYLAKE_STACK"
-"""In the operator's container: where its bundle is. Not set anywhere else."""
+if TYPE_CHECKING:
+    from keylake.cluster import Customer
+
 OBSERVED_DIR: Final = Path("/observed")
 _START_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.1
-
-
-def inside() -> Path | None:
-    """The bundle's directory when this is the operator's container."""
-    value = os.environ.get(STACK_VARIABLE)
-    return Path(value) if value else None
 
 
 def addresses() -> Addresses:
@@ -91,6 +85,7 @@ def customer(directory: Path) -> Customer:
     # Only here: boto3 takes as long to import as everything else together.
     from customercloud.client import CloudAdmin
     from customercloud.client import Endpoint as CloudEndpoint
+    from keylake.cluster import Customer
 
     bundle = _bundle(directory)
     admin = CloudAdmin(CLOUD_URL, bundle.customer_admin_token.read_text(), verify=cloud_ca(bundle))
@@ -267,20 +262,12 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("project", help="make one, and print how to connect to it").add_argument("name")
-    for name in ("disable", "enable"):
-        commands.add_parser(name, help=f"the customer's administrator: {name} a key").add_argument("key_arn")
     arguments = parser.parse_args()
     directory = inside()
     if directory is None:
         parser.error("this is for the operator's container: docker compose run --rm operator …")
     try:
-        if arguments.command == "project":
-            print(json.dumps(asyncio.run(make_project(directory, arguments.name)), indent=2))  # noqa: T201
-        else:
-            cloud = customer(directory)
-            act = cloud.aws.disable if arguments.command == "disable" else cloud.aws.enable
-            act(arguments.key_arn)
-            cloud.close()
+        print(json.dumps(asyncio.run(make_project(directory, arguments.name)), indent=2))  # noqa: T201
     except KeylakeError as error:
         print(f"keylake.compose: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from compute.volume.mount import why_not_on_this_machine
+from keylake.cli.console import DEFAULT_PORT
 from keylake.layout import Layout
 from keylake.ports import free_port
 from keylake.supervision import is_free
@@ -65,6 +66,7 @@ def examine(home: Path, proxy_port: int | None = None) -> list[Finding]:
         lambda: _disk(home),
         lambda: _certificates(home),
         lambda: _ports(proxy_port),
+        lambda: _console_port(DEFAULT_PORT),
         _fuse,
         _docker,
     ]
@@ -247,6 +249,16 @@ def _ports(proxy_port: int | None) -> Iterator[Finding]:
             yield Finding("proxy port", Verdict.OK, f"{proxy_port} is free")
         else:
             yield Finding("proxy port", Verdict.MISSING, f"{proxy_port} is taken", "choose another one, or none")
+
+
+def _console_port(port: int) -> Iterator[Finding]:
+    """Where `keylake console` listens unless it is told otherwise; the containers' is published there, too."""
+    if is_free(port):
+        yield Finding("console port", Verdict.OK, f"{port} is free")
+    else:
+        detail = f"{port} is taken, by a console that is open perhaps"
+        remedy = "keylake console --port 0 takes a free one; for containers: KEYLAKE_CONSOLE_PORT=… make up"
+        yield Finding("console port", Verdict.WARNING, detail, remedy)
 
 
 def _fuse() -> Iterator[Finding]:

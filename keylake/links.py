@@ -39,11 +39,20 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]
 
 
-class Cut(enum.Enum):
+class Cut(enum.StrEnum):
     """How a link is cut."""
 
     SILENT = "silent"
     REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """All links between two services together."""
+
+    between: tuple[str, str]
+    """In the order of their names: a cut works in both directions."""
+    cut: Cut | None
 
 
 @dataclass(slots=True, eq=False)
@@ -254,6 +263,20 @@ class Links:
                 await asyncio.gather(*(link.close() for link in found))
 
         await self._run(cut_all())
+
+    async def state(self) -> list[LinkState]:
+        """Of every two services that speak with each other."""
+
+        async def look() -> dict[tuple[str, str], Cut | None]:
+            found: dict[tuple[str, str], Cut | None] = {}
+            for link in self._links:
+                one, other = sorted(link.between)
+                how = None if not link.is_cut else Cut.SILENT if link.server is not None else Cut.REFUSED
+                found[one, other] = how or found.get((one, other))
+            return found
+
+        found = await self._run(look())
+        return [LinkState(between, found[between]) for between in sorted(found)]
 
     async def heal(self) -> None:
         """All of them."""

@@ -49,7 +49,9 @@ def apps() -> dict[Service, FastAPI]:
     return {
         Service.KEYMANAGER: app(Service.KEYMANAGER, lambda v, c, r: keymanager.app.create_app(NOTHING, v, c, r)),
         Service.COMPUTE: app(Service.COMPUTE, lambda v, c, r: compute.app.create_app(NOTHING, NOTHING, v, c, r)),
-        Service.PAGESERVER: app(Service.PAGESERVER, lambda v, c, r: pageserver.app.create_app("", NOTHING, v, r, c)),
+        Service.PAGESERVER: app(
+            Service.PAGESERVER, lambda v, c, r: pageserver.app.create_app("", NOTHING, NOTHING, v, r, c)
+        ),
         Service.SAFEKEEPER: app(Service.SAFEKEEPER, lambda v, c, r: safekeeper.app.create_app(NOTHING, v, r, c)),
         Service.PROXY: app(Service.PROXY, lambda v, c, r: compute.proxy.app.create_app(NOTHING, "", v, c, r)),
     }

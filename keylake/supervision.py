@@ -71,6 +71,7 @@ class SupervisorState(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     started_at: datetime
     proxy_port: int = Field(ge=1, le=65535)
+    links: Path | None = Field(default=None, description="the socket at which links are cut; None: there are none")
     services: Mapping[str, ServiceState]
 
     @classmethod
@@ -129,7 +130,9 @@ def is_free(port: int) -> bool:
     return True
 
 
-def start(home: Path, proxy_port: int | None, progress: Callable[[str], None], keymanagers: int = 1) -> None:
+def start(
+    home: Path, proxy_port: int | None, progress: Callable[[str], None], keymanagers: int = 1, *, links: bool = False
+) -> None:
     """Start a supervisor that outlives us; returns when the cluster is ready.
 
     Raises UnavailableError with its reason when it does not get there. When we are interrupted it is stopped again.
@@ -138,6 +141,7 @@ def start(home: Path, proxy_port: int | None, progress: Callable[[str], None], k
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     arguments = ["--home", str(home), "--keymanagers", str(keymanagers)]
     arguments += [] if proxy_port is None else ["--proxy-port", str(proxy_port)]
+    arguments += ["--links"] if links else []
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb") as reports:
         try:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol
 
+from keylake import link_control
 from keylake.cluster import Cluster
 from keylake.layout import write_secret
 from keylake.pidlock import PidLock, pid_lock
@@ -98,10 +99,12 @@ class Watch:
             self.tell()
 
 
-async def supervise(home: Path, proxy_port: int | None, keymanagers: int, report: Reporter, lock: PidLock) -> None:
+async def supervise(
+    home: Path, proxy_port: int | None, keymanagers: int, report: Reporter, lock: PidLock, *, links: bool
+) -> None:
     """Run the cluster until SIGTERM or SIGINT, or until the lock's file is deleted: then nobody could find us any more,
     and the data is gone with it. Raises KeylakeError when it does not start."""
-    life = asyncio.create_task(_live(home, proxy_port, keymanagers, report))
+    life = asyncio.create_task(_live(home, proxy_port, keymanagers, report, links=links))
     loop = asyncio.get_running_loop()
     asked_to_stop = False
 
@@ -130,17 +133,26 @@ async def supervise(home: Path, proxy_port: int | None, keymanagers: int, report
         deleted.cancel()
 
 
-async def _live(home: Path, proxy_port: int | None, keymanagers: int, report: Reporter) -> None:
+async def _live(home: Path, proxy_port: int | None, keymanagers: int, report: Reporter, *, links: bool) -> None:
     started_at = datetime.now(UTC)
-    async with Cluster(
-        home,
-        proxy_port=proxy_port,
-        keymanagers=keymanagers,
-        progress=lambda text: report(Report(kind="progress", text=text)),
-    ) as cluster:
+    async with contextlib.AsyncExitStack() as exits:
+        cluster = await exits.enter_async_context(
+            Cluster(
+                home,
+                proxy_port=proxy_port,
+                keymanagers=keymanagers,
+                links=links,
+                progress=lambda text: report(Report(kind="progress", text=text)),
+            )
+        )
+        control = None
+        if links:
+            control = await exits.enter_async_context(link_control.serving(cluster, cluster.runtime_dir / "links"))
 
         def save(services: Mapping[str, ServiceState]) -> None:
-            state = SupervisorState(started_at=started_at, proxy_port=cluster.ports.proxy, services=services)
+            state = SupervisorState(
+                started_at=started_at, proxy_port=cluster.ports.proxy, links=control, services=services
+            )
             write_secret(state_file(home), state.model_dump_json())
 
         services = Watch(cluster.services, save)
@@ -157,10 +169,10 @@ async def _live(home: Path, proxy_port: int | None, keymanagers: int, report: Re
                 await watch
 
 
-def run(home: Path, proxy_port: int | None, report: Reporter, keymanagers: int = 1) -> None:
+def run(home: Path, proxy_port: int | None, report: Reporter, keymanagers: int = 1, *, links: bool = False) -> None:
     """As `supervise`, under the home's lock. Raises ConflictError when the home is supervised already."""
     with pid_lock(pid_file(home)) as lock:
-        asyncio.run(supervise(home, proxy_port, keymanagers, report, lock))
+        asyncio.run(supervise(home, proxy_port, keymanagers, report, lock, links=links))
 
 
 def brief(message: str) -> str:
@@ -190,6 +202,7 @@ def main() -> int:
     parser.add_argument("--home", type=Path, required=True, help="the cluster's directory")
     parser.add_argument("--proxy-port", type=int, help="where Postgres clients connect; default: a free port")
     parser.add_argument("--keymanagers", type=int, default=1, help="replicas of the keymanager")
+    parser.add_argument("--links", action="store_true", help="connections between services can be cut")
     parser.add_argument("--report-fd", type=int, help="a pipe that gets one JSON object a line while it starts")
     arguments = parser.parse_args()
     configure_logging("supervisor", "supervisor")
@@ -199,7 +212,7 @@ def main() -> int:
         os.set_inheritable(descriptor, False)
     arguments.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        run(arguments.home.resolve(), arguments.proxy_port, report, arguments.keymanagers)
+        run(arguments.home.resolve(), arguments.proxy_port, report, arguments.keymanagers, links=arguments.links)
     except KeylakeError as error:
         _log.error("the cluster does not start", reason=str(error), notes=getattr(error, "__notes__", []))
         report(Report(kind="failed", text=brief(str(error))))

@@ -32,7 +32,7 @@ from customercloud.faults import ErrorKind, Outage
 from keylake.client import Connection
 from keylake.cluster import Cluster, Customer, Progress, RunningProject
 from shared.api.compute import EndpointState
-from shared.api.keymanager import KeyState, Revocation
+from shared.api.keymanager import KekInfo, KeyState, Revocation
 from shared.errors import UnavailableError
 
 __all__ = ["CustomerKey", "LocalCluster", "ProtectedProject", "Sealed", "assert_sealed"]
@@ -181,6 +181,22 @@ class ProtectedProject:
     def revalidate(self) -> None:
         """Have Keylake ask the KMS now, instead of at its next probe."""
         self._keylake.run(self._keylake.cluster.client.revalidate(self._running.project.project_id))
+
+    @property
+    def keks(self) -> list[KekInfo]:
+        """Its KEKs, oldest first: the version of each, and the version of the CMK that wraps it."""
+        return self._keylake.run(self._keylake.cluster.client.project(self._running.project.project_id)).keks
+
+    def rewrap(self) -> None:
+        """Have its KEKs wrapped under the CMK's current version now; after a rotation Keylake does so within a minute.
+
+        Returns when it is done. Felt by everything under the same key configuration.
+        """
+        self._keylake.run(self._keylake.cluster.client.rewrap(self._running.project.key_configuration_id))
+
+    def rotate_kek(self) -> None:
+        """A new KEK for all that is written from now on, as `keylake project rotate-key`."""
+        self._keylake.run(self._keylake.cluster.client.rotate_kek(self._running.project.project_id))
 
     def wait_until_active(self, within: float) -> None:
         """Return when its keys are to be had again and a client gets in. AssertionError after `within` seconds."""

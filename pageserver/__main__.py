@@ -91,23 +91,24 @@ async def _serve(settings: PageserverSettings, binaries: RedoBinaries) -> None:
                 memory=IngestMemory(settings.ingest_memory_mb << 20),
             )
             async with Tenants(environment) as tenants:
-                pages = FramedServer(
+                pages = PageService(tenants.loaded, registry, settings.wait_lsn_timeout_s)
+                page_server = FramedServer(
                     settings.pages_listen,
                     server_context(identity.files),
                     verifier,
                     PAGES_SCOPE,
                     MAX_FRAME_SIZE_BYTES,
-                    PageService(tenants.loaded, registry, settings.wait_lsn_timeout_s).serve,
+                    pages.serve,
                 )
-                app = create_app(settings.node_id, tenants, verifier, readiness, registry)
+                app = create_app(settings.node_id, tenants, pages, verifier, readiness, registry)
                 async with (
-                    pages,
+                    page_server,
                     HttpServer(app, settings.listen, identity.files) as http,
                     asyncio.TaskGroup() as group,
                 ):
                     evictions = group.create_task(files.run())
                     readiness.missing.clear()
-                    _log.info("pageserver is up", http_port=http.port, pages_port=pages.port)
+                    _log.info("pageserver is up", http_port=http.port, pages_port=page_server.port)
                     ends = {
                         asyncio.create_task(wait_for_shutdown_signal()),
                         asyncio.create_task(keys.wait_replaced()),

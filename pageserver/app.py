@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from pageserver.page_service import PageService
 from pageserver.point_in_time import lsn_by_timestamp
 from pageserver.retention import Retention
 from pageserver.tenants import Tenants
@@ -53,7 +54,12 @@ Ids = Annotated[tuple[ProjectId, TimelineId], Depends(parse_ids)]
 
 
 def create_app(
-    node_id: str, tenants: Tenants, verifier: TokenVerifier, readiness: Readiness, registry: CollectorRegistry
+    node_id: str,
+    tenants: Tenants,
+    pages: PageService,
+    verifier: TokenVerifier,
+    readiness: Readiness,
+    registry: CollectorRegistry,
 ) -> FastAPI:
     app = create_service_app(Service.PAGESERVER, registry, readiness, verifier)
     registry.register(_TimelineMetrics(tenants))
@@ -151,7 +157,11 @@ def create_app(
     @app.get("/v1/status", dependencies=[Depends(authorize(Scope.STATUS_READ))])
     async def status() -> PageserverStatus:
         return PageserverStatus(
-            node_id=node_id, timelines=tenants.infos(), redo_workers=tenants.redo_workers, fault=tenants.fault
+            node_id=node_id,
+            timelines=tenants.infos(),
+            redo_workers=tenants.redo_workers,
+            pages_served=pages.pages_served,
+            fault=tenants.fault,
         )
 
     return app

@@ -17,6 +17,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from pageserver.basebackup import basebackup, relation_sizes
+from pageserver.native import PAGE_SIZE_BYTES
 from pageserver.timeline import Timeline
 from shared.auth import Principal, Scope
 from shared.errors import KeyAccessError, KeylakeError, NotFoundError, UnavailableError
@@ -73,6 +74,8 @@ class PageService:
             registry=registry,
             buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1, 10),
         )
+        self.pages_served = 0
+        """Since the start, those in basebackups among them."""
         self._failures = Counter(
             "keylake_pageserver_getpage_failures", "GetPage@LSN answered with an error", ["code"], registry=registry
         )
@@ -136,6 +139,7 @@ class PageService:
             raise NotFoundError(f"block {request.block} does not exist at {Lsn(request.lsn)}")
         page = await timeline.get_page(request.rel, request.block, request.lsn)
         await connection.send(pack_page(request.request_id, page), timeline.check_lease)
+        self.pages_served += 1
         self._latency.observe(perf_counter() - started)
 
     async def _get_pages(self, connection: FramedConnection, timeline: Timeline, request: BlocksRequest) -> None:
@@ -146,6 +150,7 @@ class PageService:
             raise NotFoundError(f"not all of the blocks exist at {Lsn(request.lsn)}")
         pages = await timeline.get_pages(request.rel, range(request.block, request.block + request.count), request.lsn)
         await connection.send(pack_pages(request.request_id, pages), timeline.check_lease)
+        self.pages_served += len(pages)
         self._latency.observe(perf_counter() - started)
 
     async def _relations(self, connection: FramedConnection, timeline: Timeline, request: BasebackupRequest) -> None:
@@ -183,6 +188,7 @@ class PageService:
                     await connection.send(pack_chunk(request.request_id, chunk), timeline.check_lease)
                 size += len(piece)
         await connection.send(pack_basebackup_end(request.request_id, size))
+        self.pages_served += size // PAGE_SIZE_BYTES
         _log.info(
             "basebackup sent",
             timeline_id=str(timeline.timeline_id),

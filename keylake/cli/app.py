@@ -19,6 +19,7 @@ from keylake.cli import (
     history,
     inspect,
     keys,
+    links,
     projects,
     psql,
     receipts,
@@ -79,6 +80,7 @@ status.register(app)
 console.register(app)
 demo.register(app)
 app.add_typer(drill.app, name="drill")
+app.add_typer(links.app, name="link")
 audit.register(app)
 receipts.register(app)
 inspect.register(app)

@@ -43,6 +43,9 @@ def up(
     keymanagers: Annotated[
         int, typer.Option(help="Replicas of the keymanager: one leads, the others take over.", min=1, max=9)
     ] = 1,
+    links: Annotated[
+        bool, typer.Option("--links", help="Let services reach each other over links that `keylake link` can cut.")
+    ] = False,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and stop the cluster at Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -65,10 +68,10 @@ def up(
     else:
         port = supervision.choose_proxy_port(directory, proxy_port)
         if foreground:
-            _in_foreground(directory, port, keymanagers)
+            _in_foreground(directory, port, keymanagers, links=links)
             return
         with _progress("starting") as progress:
-            supervision.start(directory, port, progress, keymanagers)
+            supervision.start(directory, port, progress, keymanagers, links=links)
     attached = Attached.to(directory)
     seconds = monotonic() - started
     if as_json:
@@ -80,6 +83,8 @@ def up(
         say(f"Keylake is already running in {directory}; {where}", markup=False, soft_wrap=True)
         if proxy_port not in (None, attached.ports.proxy):
             say("For another --proxy-port, stop it first: keylake down", markup=False)
+        if links and not attached.has_links:
+            say("For --links, stop it first: keylake down", markup=False)
         return
     say(f"Keylake is up after {seconds:.1f} s, in {directory}; {where}", markup=False, soft_wrap=True)
     say(f"\n{_NEXT}", markup=False, soft_wrap=True)
@@ -96,13 +101,14 @@ def _emit_up(attached: Attached, already: bool) -> None:
             "already_running": already,
             "supervisor_pid": owner.pid if owner else None,
             "proxy": {"host": "127.0.0.1", "port": attached.ports.proxy},
+            "links": attached.has_links,
             "ca_certificate": str(attached.layout.ca_certificate),
             "logs": str(attached.layout.logs),
         }
     emit(value, True, lambda: "")
 
 
-def _in_foreground(directory: Path, port: int | None, keymanagers: int) -> None:
+def _in_foreground(directory: Path, port: int | None, keymanagers: int, *, links: bool) -> None:
     from keylake import supervision, supervisor
     from keylake.cli.output import notes
     from shared.telemetry import configure_logging
@@ -119,7 +125,7 @@ def _in_foreground(directory: Path, port: int | None, keymanagers: int) -> None:
     os.environ.update(supervision.child_environment())
     os.chdir(directory)
     configure_logging("supervisor", "supervisor", "warning")
-    supervisor.run(directory, port, report, keymanagers)
+    supervisor.run(directory, port, report, keymanagers, links=links)
     say("Keylake has stopped; its data is kept.")
 
 
@@ -221,6 +227,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "keylake up",
             "keylake up --home /srv/keylake --proxy-port 5433",
+            "keylake up --links  # then: keylake link cut pageserver keymanager",
             "keylake up --foreground  # Ctrl-C stops it",
         )
     )(up)

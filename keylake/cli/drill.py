@@ -300,7 +300,7 @@ def _confirm(kind: str, project: str | None, home: Path | None, yes: bool) -> No
 
 def _others(home: Path | None) -> list[str]:
     from keylake.cli import session
-    from keylake.compose import inside
+    from keylake.place import inside
 
     if inside() is not None:
         return []  # the operator's container: the drill asks about nothing there
@@ -311,15 +311,11 @@ async def _cluster(home: Path | None) -> tuple[KeylakeClient, Customer]:
     """The cluster of the home, or that of the containers when this is their operator's."""
     import asyncio
 
-    from keylake.attached import Attached
     from keylake.cli import session
-    from keylake.compose import attach, inside
 
-    if (bundle := inside()) is not None:
-        return await asyncio.to_thread(attach, bundle)
-    attached = Attached.to(home_dir(home))
-    customer = await asyncio.to_thread(attached.customer)
-    return session.client_of(attached), customer
+    place = session.place(home)
+    customer = await asyncio.to_thread(place.customer)
+    return session.client_of(place), customer
 
 
 async def _project(
@@ -327,8 +323,8 @@ async def _project(
 ) -> tuple[Project, KeyConfiguration, Connection]:
     """The project with this name, or the drills' own, with the connection that was saved when it was made."""
     from keylake.cli import lookup
-    from keylake.compose import inside
     from keylake.connections import load_connections
+    from keylake.place import inside
     from shared.api.keymanager import ChangeKeyConfiguration
     from shared.errors import InvalidInputError, NotFoundError
 

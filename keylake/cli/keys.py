@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from keylake.client import KeylakeClient
-    from shared.api.keymanager import KeyConfiguration, Replacement, Rewrap, Workspace
+    from shared.api.keymanager import KeyConfiguration, Project, Replacement, Rewrap, Workspace
     from shared.cmk import CmkKey
     from shared.ids import KeyConfigurationId
 
@@ -487,6 +487,29 @@ def change_workspace(
 
     now = session.ask(home, change)
     emit(now, as_json, lambda: facts([("name", now.name), ("key configuration", now.key_configuration_id)]))
+
+
+@workspaces.command("revalidate", epilog=examples("keylake workspace revalidate main"))
+def revalidate_workspace(
+    workspace: Annotated[str, typer.Argument(help="Name or id.", show_default=False)],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the customer's KMS now, instead of at the next probe, about every key that its projects are under."""
+    from keylake.cli import lookup, session
+    from keylake.cli.output import emit, table
+
+    async def ask(client: KeylakeClient) -> list[Project]:
+        return await client.revalidate_workspace((await lookup.workspace(client, workspace)).workspace_id)
+
+    found = session.ask(home, ask)
+    emit(
+        found,
+        as_json,
+        lambda: table(
+            ("project", "id", "key", "reason"), [(p.name, p.project_id, p.state, p.state_reason) for p in found]
+        ),
+    )
 
 
 @workspaces.command("delete", epilog=examples("keylake workspace delete main"))

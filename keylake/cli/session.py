@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from keylake.attached import Attached
 from keylake.cli.common import home_dir
 from keylake.client import KeylakeClient
+from keylake.place import Place, find_place
 from shared.errors import (
     ConflictError,
     InvalidInputError,
@@ -34,42 +34,31 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def ask(home: Path | None, job: Callable[[KeylakeClient], Awaitable[T]]) -> T:
     """Run one job against the cluster in `home`. Raises NotRunningError, and what the services raise."""
-    attached = Attached.to(home_dir(home))
-    return _run(lambda: client_of(attached), job)
+    there = place(home)
 
-
-def ask_anywhere(home: Path | None, job: Callable[[KeylakeClient], Awaitable[T]]) -> T:
-    """As `ask`; in the operator's container, of the containers. For what keeps nothing in a home: there is none."""
-    from keylake.compose import client, inside
-
-    bundle = inside()
-    return ask(home, job) if bundle is None else _run(lambda: client(bundle, _token()), job)
-
-
-def _run(connect: Callable[[], KeylakeClient], job: Callable[[KeylakeClient], Awaitable[T]]) -> T:
     async def run() -> T:
         # One trace for all that the command asks for.
         with span("keylake", Kind.CLIENT, None):
-            async with connect() as client:
+            async with client_of(there) as client:
                 return await job(client)
 
     return asyncio.run(run())
 
 
-def client_of(attached: Attached) -> KeylakeClient:
-    """As whoever the environment says: with a token in it as that person, else as the owner of the home."""
-    return attached.client(_token())
+def place(home: Path | None) -> Place:
+    """The cluster that a command is about. Raises NotRunningError."""
+    return find_place(home_dir(home))
 
 
-def _token() -> str | None:
-    return os.environ.get(TOKEN_VARIABLE) or None
+def client_of(there: Place) -> KeylakeClient:
+    """As whoever the environment says: with a token in it as that person, else as the owner."""
+    return there.client(os.environ.get(TOKEN_VARIABLE) or None)
 
 
 @contextlib.contextmanager
 def customer(home: Path | None) -> Iterator[Customer]:
     """The customer's side of the cluster in `home`. Its cloud's refusals become our errors."""
-    attached = Attached.to(home_dir(home))
-    side = attached.customer()
+    side = place(home).customer()
     from botocore.exceptions import BotoCoreError, ClientError  # it is imported by now
 
     try:

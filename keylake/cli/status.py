@@ -7,24 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from keylake.cli.common import AsJson, ExitCode, Home, examples, home_dir
+from keylake.cli.common import AsJson, ExitCode, Home, examples
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from keylake.attached import Attached, ServiceHealth
+    from keylake.attached import ServiceHealth
     from keylake.client import KeylakeClient
+    from keylake.place import Place
     from shared.api.compute import Endpoint
     from shared.api.keymanager import KeyConfiguration, KeymanagerStatus, Project
 
 
 def status(home: Home = None, as_json: AsJson = False) -> None:
     """Show services, leases, keys, projects and endpoints. Ends with 5 when something is down, 3 when all is."""
-    from keylake.attached import Attached, Health
+    from keylake.attached import Health
+    from keylake.cli import session
     from keylake.cli.output import emit
 
-    attached = Attached.to(home_dir(home))
-    services, details = _look(attached)
+    services, details = _look(session.place(home))
     # That one of the keymanagers leads shows in `problems`: it was asked.
     all_ready = all(s.health in (Health.READY, Health.STANDBY) for s in services) and not details.problems
     value = {"healthy": all_ready, "services": services, "problems": details.problems} | details.as_dict()
@@ -56,7 +57,7 @@ class _Details:
         }
 
 
-def _look(attached: Attached) -> tuple[list[ServiceHealth], _Details]:
+def _look(place: Place) -> tuple[list[ServiceHealth], _Details]:
     import asyncio
 
     from keylake.cli import session
@@ -102,12 +103,10 @@ def _look(attached: Attached) -> tuple[list[ServiceHealth], _Details]:
 
     async def look() -> tuple[list[ServiceHealth], _Details]:
         details = _Details()
-        async with session.client_of(attached) as client:
+        async with session.client_of(place) as client:
             parts = [keymanager(client, details), compute(client, details), pageserver(client, details)]
-            parts += [safekeeper(client, details, i) for i in range(len(attached.ports.safekeepers))]
-            health, _ = await asyncio.gather(
-                attached.health(), asyncio.gather(*(noted(part, details) for part in parts))
-            )
+            parts += [safekeeper(client, details, i) for i in range(len(client.addresses.safekeepers))]
+            health, _ = await asyncio.gather(place.health(), asyncio.gather(*(noted(part, details) for part in parts)))
         return health, details
 
     return asyncio.run(look())

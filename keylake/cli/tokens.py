@@ -69,7 +69,7 @@ def create(
             project_id=None if project is None else (await lookup.project(client, project)).project_id,
         )
 
-    token, issued = session.ask_anywhere(home, make)
+    token, issued = session.ask(home, make)
     if not as_json:
         notes().print(f"{issued.token_id}, {issued.role} for {issued.subject}, until {issued.expires_at:%F %T %Z}")
     emit({"token": token, **issued.model_dump(mode="json")}, as_json, lambda: token)
@@ -81,7 +81,7 @@ def list_tokens(home: Home = None, as_json: AsJson = False) -> None:
     from keylake.cli import session
     from keylake.cli.output import emit, table
 
-    found = session.ask_anywhere(home, lambda client: client.tokens())
+    found = session.ask(home, lambda client: client.tokens())
     emit(
         found,
         as_json,
@@ -119,5 +119,5 @@ def revoke(
         wanted = TokenId.parse(token_id)
     except ValueError:
         raise InvalidInputError("a token's id begins with tok-; `keylake token list` shows it") from None
-    gone = session.ask_anywhere(home, lambda client: client.revoke_token(wanted))
+    gone = session.ask(home, lambda client: client.revoke_token(wanted))
     emit(gone, as_json, lambda: f"{gone.token_id} is revoked")

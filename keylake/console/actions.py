@@ -15,7 +15,8 @@ from keylake.client import KeylakeClient
 from keylake.cluster import Customer
 from keylake.connections import forget_connection
 from keylake.console.hats import Hat
-from keylake.console.place import Place
+from keylake.link_control import LinkRequest
+from keylake.place import Place
 from shared.api.shredding import ApproveShred, AskShred
 from shared.errors import InvalidInputError, UnavailableError
 from shared.ids import EndpointId, ProjectId
@@ -24,8 +25,8 @@ REASON: Final = "the console's button"
 
 
 class Request(BaseModel):
-    """`target`: the ARN of a key, or the id of a project or endpoint; none for the cloud as a whole. `typed`: the
-    project's name, for what cannot be taken back; `shred_id`: what is approved."""
+    """`target`: the ARN of a key, the id of a project or endpoint, or two services, `one/other`; none for the cloud or
+    the network as a whole. `typed`: the project's name, for what cannot be taken back; `shred_id`: what is approved."""
 
     model_config = ConfigDict(extra="forbid")
     hat: Hat
@@ -98,6 +99,18 @@ CLOUD: Final[dict[str, Callable[[Customer, str], object]]] = {
     "cloud.cut": lambda customer, _: customer.simulation.set_faults(customer.trouble_for_keylake(outage=Outage.HANG)),
     "cloud.recover": lambda customer, _: customer.simulation.clear_faults(),
 }
+
+
+async def act_on_network(place: Place, request: Request) -> None:
+    """As who runs the machines. Raises InvalidInputError, ConflictError where there are no links."""
+    one, _, other = request.target.partition("/")
+    match request.action:
+        case "link.cut":
+            await place.links(build(LinkRequest, do="cut", one=one, other=other))
+        case "link.heal":
+            await place.links(LinkRequest(do="heal"))
+        case _:
+            raise InvalidInputError("the operator has no such button")
 
 
 async def act_in_cloud(customer: Customer, request: Request) -> None:

@@ -8,6 +8,7 @@ or image can act); only our own names as Host (DNS rebinding); a Content-Securit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -23,10 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from keylake.cluster import Customer
 from keylake.console import actions, sql
 from keylake.console.hats import Hat, Wardrobe
-from keylake.console.place import Place
 from keylake.console.setup import make_project
 from keylake.console.snapshot import Viewer
 from keylake.console.stored import StoredFiles
+from keylake.place import Place
 from keylake.receipt_page import headline
 from shared.auth import SignatureVerifier, TrustBundle
 from shared.errors import InvalidInputError, KeylakeError, UnauthenticatedError
@@ -91,10 +92,11 @@ def create_app(place: Place, wardrobe: Wardrobe, customer: Customer, key: str, p
         viewer = Viewer(place, wardrobe, customer, hat)
 
         async def events() -> AsyncIterator[bytes]:
-            while not await request.is_disconnected():
-                pulse = acted.next()
-                yield b"data: " + json.dumps(await _look(viewer)).encode() + b"\n\n"
-                await asyncio.wait({pulse}, timeout=CLOUD_POLL_S if hat is Hat.CUSTOMER else POLL_S)
+            async with contextlib.aclosing(viewer):
+                while not await request.is_disconnected():
+                    pulse = acted.next()
+                    yield b"data: " + json.dumps(await _look(viewer)).encode() + b"\n\n"
+                    await asyncio.wait({pulse}, timeout=CLOUD_POLL_S if hat is Hat.CUSTOMER else POLL_S)
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -103,6 +105,8 @@ def create_app(place: Place, wardrobe: Wardrobe, customer: Customer, key: str, p
         try:
             if request.hat is Hat.CUSTOMER:
                 await actions.act_in_cloud(customer, request)
+            elif request.hat is Hat.OPERATOR:
+                await actions.act_on_network(place, request)
             else:
                 await actions.act_in_keylake(place, await wardrobe.client(request.hat), request)
         finally:

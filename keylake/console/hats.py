@@ -1,7 +1,8 @@
 """Who looks: the console's user wears one hat at a time, and every call is made with that hat's own credentials.
 
 So the console decides nothing about permissions. A security admin sees keys and no data, because the services say so.
-The customer is no role of Keylake: that hat acts in the customer's cloud, with the customer's access key.
+Two hats are no role of Keylake: the customer acts in the customer's cloud, with the customer's access key, and the
+operator has the machines and the network between them, and neither keys nor data.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from typing import Final
 
 from keylake.client import KeylakeClient
-from keylake.console.place import Place
+from keylake.place import Place
 from shared.auth import PersonRole
 from shared.errors import KeylakeError, PermissionDeniedError
 from shared.ids import TokenId
@@ -30,12 +31,15 @@ class Hat(enum.StrEnum):
     WORKSPACE_ADMIN = "workspace-admin"
     DATA_USER = "data-user"
     AUDITOR = "auditor"
+    OPERATOR = "operator"
 
     @property
     def role(self) -> PersonRole:
-        """Raises PermissionDeniedError for the customer, who has none here."""
+        """Raises PermissionDeniedError for those who have none here."""
         if self is Hat.CUSTOMER:
             raise PermissionDeniedError("the customer has no role in Keylake: it acts in its own cloud")
+        if self is Hat.OPERATOR:
+            raise PermissionDeniedError("who runs the machines has no role in Keylake: no keys, and no data")
         return PersonRole.SECURITY_ADMIN if self is Hat.SECOND_SECURITY_ADMIN else PersonRole(self.value)
 
     @property

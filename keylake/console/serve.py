@@ -12,7 +12,7 @@ import uvicorn
 
 from keylake.console.app import create_app
 from keylake.console.hats import Wardrobe
-from keylake.console.place import Place
+from keylake.place import Place
 from shared.errors import UnavailableError
 from shared.service import QuietServer
 

@@ -12,7 +12,7 @@ from keylake.cli.endpoints import make_endpoint
 from keylake.cli.session import cloud_error
 from keylake.cluster import Customer
 from keylake.console.hats import Hat, Wardrobe
-from keylake.console.place import Place
+from keylake.place import Place
 from shared.api.keymanager import AwsKey, CreateKeyConfiguration
 from shared.errors import ConflictError, UnavailableError
 

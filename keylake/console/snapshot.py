@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from time import monotonic
 from typing import Any, Final
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -14,7 +15,7 @@ from keylake.cli.cloud import keylake_may
 from keylake.client import KeylakeClient
 from keylake.cluster import Customer
 from keylake.console.hats import Hat, Wardrobe
-from keylake.console.place import Place
+from keylake.place import Place
 from shared.api.keymanager import AuditRecord
 from shared.api.shredding import Shred
 from shared.errors import KeylakeError, NotFoundError, PermissionDeniedError, UnavailableError
@@ -22,6 +23,11 @@ from shared.ids import ProjectId
 
 AUDIT_TAIL: Final = 60
 CLOUD_TAIL: Final = 40
+COUNT_INTERVAL_S: Final = 5.0
+"""For what lies under each KEK every storage node looks through all that it keeps."""
+PATIENCE_S: Final = 0.5
+"""With a service that has answered before. Who is cut off from the keymanager cannot know a person's token, and takes
+its time to say so; what happens elsewhere is to be seen meanwhile."""
 _PAGE: Final = 1000
 _LOOKS: Final = frozenset({"ListKeys", "DescribeKey", "GetKeyPolicy"})
 
@@ -35,18 +41,34 @@ class Viewer:
         self._customer = customer
         self._hat = hat
         self._audit: list[AuditRecord] = []
+        self._counts: dict[str, Any] = {}
+        self._counted_at = -COUNT_INTERVAL_S
+        self._asked: dict[str, asyncio.Task[dict[str, Any]]] = {}
+        self._seen: dict[str, dict[str, Any]] = {}
+
+    async def aclose(self) -> None:
+        """What is still asked for is given up."""
+        for task in self._asked.values():
+            task.cancel()
+        await asyncio.gather(*self._asked.values(), return_exceptions=True)
 
     async def look(self) -> dict[str, Any]:
         """JSON. A part that the hat may not see is {"denied": why}; one that cannot be had, {"error": why}."""
         health = asyncio.create_task(self._place.health())
-        if self._hat is Hat.CUSTOMER:
-            parts = {"cloud": await self._part("cloud", self._cloud)}
-        else:
-            parts = await self._keylake(await self._wardrobe.client(self._hat))
+        parts: dict[str, Any]
+        match self._hat:
+            case Hat.CUSTOMER:
+                parts = {"cloud": await self._part("cloud", self._cloud)}
+            case Hat.OPERATOR:
+                parts = {}
+            case _:
+                parts = await self._keylake(await self._wardrobe.client(self._hat))
         return {
             "hat": self._hat,
             "at": datetime.now(UTC).isoformat(),
+            # The picture is everybody's: who is up, and who is cut off from whom.
             "health": [_plain(each) for each in await health],
+            "links": await self._part("links", self._place.links),
             "parts": parts,
         }
 
@@ -56,18 +78,34 @@ class Viewer:
             "workspaces": client.workspaces,
             "key_configurations": client.key_configurations,
             "keymanager": client.keymanager_status,
+            "audit": lambda: self._audit_tail(client),
+        }
+        parts = await _all({name: self._part(name, ask) for name, ask in wanted.items()})
+        projects = [ProjectId.parse(each["project_id"]) for each in parts["projects"].get("value", [])]
+        of_each: dict[str, Callable[[], Awaitable[Any]]] = {
+            "keks": lambda: _of_each(projects, client.key_status),
+            "revocations": lambda: _of_each(projects, client.revocations),
+            "shreds": lambda: _of_each(projects, lambda each: _shred(client, each)),
+        }
+        others: dict[str, Callable[[], Awaitable[Any]]] = {
             "endpoints": client.endpoints,
             "pageserver": client.pageserver_status,
             "safekeepers": lambda: self._safekeepers(client),
-            "audit": lambda: self._audit_tail(client),
+            "deks": lambda: self._deks(client, projects),
         }
-        answers = await asyncio.gather(*(self._part(name, ask) for name, ask in wanted.items()))
-        parts = dict(zip(wanted, answers, strict=True))
-        projects = [ProjectId.parse(each["project_id"]) for each in parts["projects"].get("value", [])]
-        parts["keks"] = await self._part("keks", lambda: _of_each(projects, client.key_status))
-        parts["revocations"] = await self._part("revocations", lambda: _of_each(projects, client.revocations))
-        parts["shreds"] = await self._part("shreds", lambda: _of_each(projects, lambda each: _shred(client, each)))
-        return parts
+        return parts | await _all(
+            {name: self._part(name, ask) for name, ask in of_each.items()}
+            | {name: self._late_part(name, ask) for name, ask in others.items()}
+        )
+
+    async def _late_part(self, name: str, ask: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
+        """As `_part`. When it does not come soon, what was seen last; a later look has it."""
+        task = self._asked.get(name) or asyncio.create_task(self._part(name, ask))
+        self._asked[name] = task
+        await asyncio.wait({task}, timeout=PATIENCE_S if name in self._seen else None)
+        if task.done():
+            self._seen[name] = self._asked.pop(name).result()
+        return self._seen[name]
 
     async def _part(self, name: str, ask: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
         denied = self._wardrobe.denied.get((self._hat, name))
@@ -80,6 +118,20 @@ class Viewer:
             return {"denied": str(error)}
         except KeylakeError as error:
             return {"error": str(error), "code": error.code}
+
+    async def _deks(self, client: KeylakeClient, projects: Sequence[ProjectId]) -> dict[str, Any]:
+        """{project: how many objects, each with a DEK of its own, lie under each KEK version}"""
+        if self._counts.keys() != set(map(str, projects)) or monotonic() - self._counted_at > COUNT_INTERVAL_S:
+            found = {str(each): await client.encryption(each) for each in projects}
+            self._counts = {
+                project: {
+                    "complete": each.complete,
+                    "keks": {kek.kek_version: [kek.objects, kek.size_bytes] for kek in each.keks},
+                }
+                for project, each in found.items()
+            }
+            self._counted_at = monotonic()
+        return self._counts
 
     async def _safekeepers(self, client: KeylakeClient) -> list[Any]:
         found = []
@@ -144,6 +196,11 @@ def story_of(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         else:
             told.append({"at": record["eventTime"], "times": 1, **line})
     return told
+
+
+async def _all(asked: Mapping[str, Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """All at once."""
+    return dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
 
 
 async def _of_each(projects: Sequence[ProjectId], ask: Callable[[ProjectId], Awaitable[Any]]) -> dict[str, Any]:

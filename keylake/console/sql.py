@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from keylake.client import START_TIMEOUT_S, KeylakeClient
 from keylake.connections import load_connections
 from keylake.console.hats import Hat
-from keylake.console.place import Place
+from keylake.place import Place
 from shared.errors import InvalidInputError, NotFoundError, PermissionDeniedError
 from shared.ids import EndpointId
 

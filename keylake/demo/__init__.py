@@ -18,23 +18,27 @@ if TYPE_CHECKING:
     from keylake.compose import Requests
 
 
-def main(*, compose: bool = False, keep: bool = False) -> int:
+def main(*, compose: bool = False, keep: bool = False, as_json: bool = False) -> int:
     """Run the demo against a temporary local cluster, or against the containers. Returns the exit code.
+
+    `as_json`: the story goes to stderr, and what came of it to stdout.
 
     Raises UnavailableError when it comes to no end: something did not answer, or not in time.
     """
+    from keylake.cli.output import emit
     from keylake.demo.report import Report
 
     requests = None
     if compose:
-        from keylake.compose import Requests, inside
+        from keylake.compose import Requests
+        from keylake.place import inside
 
         if inside() is None:
             from keylake.compose_host import Host
 
             return Host.of_this_checkout().run_operator(["keylake", "demo", "--compose"])
         requests = Requests()  # takes stdout, so before anything is printed
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=as_json)
     report = Report(console)
     console.print("[bold]Keylake demo[/bold]: a Postgres whose only home is storage sealed under the customer's key")
     try:
@@ -50,6 +54,8 @@ def main(*, compose: bool = False, keep: bool = False) -> int:
             f"cause: try once more. If it happens again, look at {look}, and let `keylake doctor` look at the machine"
         ) from error
     report.close()
+    if as_json:
+        emit(report.as_dict(), True, lambda: "")
     return 1 if report.failed else 0
 
 
@@ -79,9 +85,10 @@ async def _local(report: object, *, keep: bool) -> None:
 
 async def _compose(report: object, requests: Requests) -> None:
     """In the operator's container; `requests` goes to the process on the host that started it."""
-    from keylake.compose import StackTarget, inside
+    from keylake.compose import StackTarget
     from keylake.demo.report import Report
     from keylake.demo.story import Story
+    from keylake.place import inside
 
     assert isinstance(report, Report)  # noqa: S101 - imports are late, so that `keylake --help` is fast
     bundle = inside()

@@ -54,6 +54,15 @@ class Report:
             self.failed.append(claim)
             self.console.print(f"  [bold red]✗ {claim}[/bold red] {otherwise}")
 
+    def as_dict(self) -> dict[str, object]:
+        """For programs: `keylake demo --json`."""
+        return {
+            "passed": self.passed,
+            "failed": self.failed,
+            "seconds": monotonic() - self.started,
+            "timings": self.timings,
+        }
+
     def close(self) -> None:
         table = Table(title="Timings", title_justify="left", show_edge=False)
         table.add_column("what")

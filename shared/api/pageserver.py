@@ -182,5 +182,7 @@ class PageserverStatus(ApiModel):
     timelines: list[TimelineInfo]
     redo_workers: list[ProjectId]
     """Projects whose worker runs: one each."""
+    pages_served: int = 0
+    """Since it started, by GetPage@LSN and in basebackups."""
     fault: str = ""
     """Timelines that lie in the object store and cannot be loaded, and why. Those without keys are not among them."""

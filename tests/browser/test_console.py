@@ -26,7 +26,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     keylake = KeylakeCommand(tmp_path_factory.mktemp("home") / "k", tmp_path_factory.mktemp("cwd"))
-    keylake("up")
+    keylake("up", "--links")
     try:
         with running_console(keylake) as address:
             yield address
@@ -149,6 +149,49 @@ def test_the_guided_tour_from_a_key_to_its_loss_and_back(page: Page) -> None:
     expect(page.locator("#tour")).to_be_hidden()
 
 
+WATCH = """() => {
+  window.flowed = new Set();
+  const seen = (changes) => changes.forEach(({ target }) => target.classList.contains("flow") && flowed.add(target.id));
+  new MutationObserver(seen).observe(document.getElementById("diagram"), { subtree: true, attributeFilter: ["class"] });
+}"""
+WORK = """async () => {
+  const { post } = await import("/static/api.js");
+  const endpoint_id = document.getElementById("sql-endpoint").value;
+  await post("act", { hat: "workspace-admin", action: "endpoint.kill", target: endpoint_id });
+  const sql = "insert into notes values ('and so do the pages')";
+  return (await post("sql", { hat: "data-user", endpoint_id, sql })).status;
+}"""
+SEEN = """(edges) => new Promise((done) => {
+  const look = () => (edges.every((edge) => flowed.has(edge)) ? done(true) : setTimeout(look, 100));
+  setTimeout(() => done([...flowed].join()), 60000);
+  look();
+})"""
+
+
+def test_pages_and_wal_flow_in_the_picture(page: Page) -> None:
+    """While somebody else is at work: another compute starts from the pageserver's pages, and writes WAL."""
+    wear(page, "auditor")
+    expect(page.locator("#node-pageserver")).to_contain_text(re.compile(r"\d+ pages, \d redo workers"), timeout=60_000)
+    expect(page.locator("#sql-endpoint option")).to_have_count(1, timeout=60_000)
+    page.evaluate(WATCH)
+    assert page.evaluate(WORK) == "INSERT 0 1"
+    assert page.evaluate(SEEN, ["edge-pages", "edge-wal", "edge-ingest"]) is True
+
+
+def test_the_operator_pulls_a_cable(page: Page) -> None:
+    wear(page, "operator")
+    expect(page.locator("#keys")).to_contain_text("no keys, and no data")
+    page.locator("#network [data-key='link.cut:keymanager/pageserver']").click()
+    expect(page.locator("#edge-leases-pageserver")).to_have_class("edge cut", timeout=60_000)
+    expect(page.locator("#diagram text.cut")).to_have_text("cut: keymanager from pageserver")
+    expect(page.locator("#edge-pages")).not_to_have_class("edge cut")
+    page.locator("#picture").scroll_into_view_if_needed()
+    picture(page, "cut")
+    page.get_by_role("button", name="Heal all").click()
+    expect(page.locator("#diagram text.cut")).to_be_empty(timeout=60_000)
+    expect(page.locator("#edge-leases-pageserver")).not_to_have_class("edge cut")
+
+
 def test_every_button_by_keyboard_alone(page: Page) -> None:
     page.keyboard.press("Tab")
     expect(page.get_by_text("Skip to content")).to_be_focused()
@@ -163,6 +206,7 @@ def test_every_button_by_keyboard_alone(page: Page) -> None:
     rotate.focus()
     page.keyboard.press("Enter")
     expect(page.locator("#keys")).to_contain_text("KEK version 2", timeout=60_000)
+    expect(page.locator("#keys")).to_contain_text(re.compile(r"[1-9]\d* DEKs in use, for \d+\.\d MiB"), timeout=60_000)
     expect(rotate).to_be_focused()
 
 

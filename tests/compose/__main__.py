@@ -96,7 +96,7 @@ def drill(stack: Stack, kind: str) -> str:
 
 
 def down(stack: Stack, before: set[str] | None) -> str:
-    stack.compose("down", "--volumes", "--remove-orphans")
+    stack.make("down")
     left = stack.left_over()
     assert not left, left
     if before is not None:
@@ -129,9 +129,11 @@ def run(stack: Stack, outcome: Outcome, directory: Path, *, alone: bool) -> None
     before = everything() if alone else None
     try:
         with step("up"):
-            stack.compose("up", "--detach")
+            told = stack.make("up").stdout
             containers = stack.wait_until_healthy()
         print(f"  {len(containers)} containers are healthy", flush=True)
+        outcome.try_("make up", lambda: checks.told_where(stack, told))
+        outcome.try_("the image", lambda: checks.image(stack))
         outcome.try_("two ports are published", lambda: checks.published(stack, stack.containers()))
         outcome.try_("keylake demo --compose", lambda: exit_code(stack.keylake("demo", "--compose")))
         name, canary = "", ""
@@ -144,6 +146,8 @@ def run(stack: Stack, outcome: Outcome, directory: Path, *, alone: bool) -> None
         outcome.try_("psql from the host", by_hand)
         for kind in _DRILLS:
             outcome.try_(f"keylake drill {kind}", partial(drill, stack, kind))
+        outcome.try_("make logs", lambda: checks.logs(stack))
+        outcome.try_("keylake in the operator's container", lambda: checks.by_command(stack))
         outcome.try_("the console", lambda: checks.console(stack))
         outcome.try_("nobody has power", lambda: checks.powerless(stack.wait_until_healthy()))
         outcome.try_("the S3 server's volume", lambda: checks.room_for_objects(stack))
@@ -156,7 +160,7 @@ def run(stack: Stack, outcome: Outcome, directory: Path, *, alone: bool) -> None
         if outcome.failed:
             print("\n".join(complaints(stack)))
     finally:
-        outcome.try_("down --volumes leaves nothing", lambda: down(stack, before))
+        outcome.try_("make down leaves nothing", lambda: down(stack, before))
 
 
 def main() -> int:

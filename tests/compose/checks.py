@@ -28,6 +28,9 @@ UID: Final = "10001"
 _PSQL_TIMEOUT_S: Final = 90
 _CAP_SYS_ADMIN: Final = 21  # linux/capability.h
 _WELL_TIMEOUT_S: Final = 60.0
+_BUILD_TOOLS: Final = ("cc", "gcc", "clang", "ld", "make", "zig")
+_MAX_LAYER_SIZE_BYTES: Final = 400_000_000
+"""That with the virtual environment: Postgres, the clouds' SDKs. The compiler of the build stage alone has as much."""
 _LOG_IN: Final = """
 import asyncio, asyncpg
 async def main():
@@ -64,6 +67,64 @@ def published(stack: Stack, containers: list[Container]) -> str:
         ("console", "127.0.0.1", str(stack.console_port)),
     }, found
     return "the proxy's and the console's, on 127.0.0.1"
+
+
+def told_where(stack: Stack, told: str) -> str:
+    """What `make up` says at its end. The console's address is its last line, for whoever pipes it somewhere."""
+    assert f"connect to 127.0.0.1:{stack.proxy_port}." in told, told
+    assert told.splitlines()[-1] == console_address(stack), "the console's address"
+    return "where the proxy is, and the console's address"
+
+
+def logs(stack: Stack) -> str:
+    """`make logs` follows until it is interrupted."""
+    done = stack.make("logs", seconds=10, check=False)
+    assert done.returncode == 124, (done.returncode, done.stderr[-1000:])
+    lines = [line for line in done.stdout.splitlines() if '"level": ' in line]
+    silent = [name for name in SERVICES if not any(name in line.partition("|")[0] for line in lines)]
+    assert not silent, silent
+    return f"{len(lines)} lines of {len(SERVICES)} services, and it goes on until it is ended"
+
+
+def by_command(stack: Stack) -> str:
+    """`keylake` in the operator's container is about the containers."""
+    projects = json.loads(stack.operator("keylake", "project", "list", "--json").stdout)
+    assert projects, "the demo's at least"
+    keys = json.loads(stack.operator("keylake", "cloud", "key", "list", "--json").stdout)
+    assert len(keys) >= len(projects), "the customer's, one for each"
+    done = stack.operator("keylake", "status", "--json", check=False)
+    status = json.loads(done.stdout)
+    assert (done.returncode, status["healthy"]) == (0, True), status["problems"]
+    assert {each["name"] for each in status["services"]} == {"customercloud", *SERVICES}
+    assert len(status["projects"]) == len(projects)
+    verified = stack.operator("keylake", "audit", "verify").stdout
+    assert verified.startswith("intact: "), verified
+    refused = stack.operator("keylake", "link", "show", check=False)
+    assert refused.returncode == 1, refused.stdout
+    assert "docker network disconnect" in refused.stderr, refused.stderr
+    return f"{len(projects)} projects, all is healthy, the audit chain is intact"
+
+
+# --- the image ---
+
+
+def image(stack: Stack) -> str:
+    """No build tools, and layers that somebody pulls without a sigh."""
+    look = f"for tool in {' '.join(_BUILD_TOOLS)}; do command -v $tool; done"
+    look += "; find / -xdev -name 'ziglang*' 2>/dev/null; true"
+    found = docker("run", "--rm", "--network", "none", stack.image, "sh", "-c", look).split()
+    assert not found, found
+    ours, base = (_layers(name) for name in (stack.image, stack.base))
+    largest = max(ours[: len(ours) - len(base)])  # the newest one comes first
+    assert largest < _MAX_LAYER_SIZE_BYTES, ours
+    return f"no build tools; {sum(ours) / 1e6:,.0f} MB, of which the largest layer of ours is {largest / 1e6:,.0f} MB"
+
+
+def _layers(name: str) -> list[int]:
+    return list(map(int, docker("history", "--human=false", "--format", "{{.Size}}", name).split()))
+
+
+# --- what runs ---
 
 
 def _processes(container: Container) -> Iterator[dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from tests.compose.engine import docker
 from tests.compose.images import CERTIFICATES, ROOT
 
 _HEALTHY_TIMEOUT_S: Final = 180.0
+_MAKE_TIMEOUT_S: Final = 900.0
 _PROJECT_LABEL: Final = "com.docker.compose.project"
 _S3_HEALTH: Final = "import urllib.request as r; r.urlopen('http://127.0.0.1:9000/moto-api/')"
 
@@ -90,6 +92,28 @@ class Stack:
             capture_output=True,
             text=True,
             timeout=timeout_s,
+            check=check,
+        )
+
+    def make(
+        self, target: str, *, seconds: float | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """As people type it, with our Compose. `seconds`: SIGTERM after so long, by timeout(1), which ends with 124.
+
+        Raises CalledProcessError unless `check` is off."""
+        # What the `make` that we may run under was given is not for this one.
+        environment = {
+            name: value for name, value in self.environment.items() if not name.startswith(("MAKE", "MFLAGS"))
+        }
+        limit = [] if seconds is None else ["timeout", f"{seconds:g}"]
+        return subprocess.run(
+            [*limit, "make", target, f"COMPOSE={shlex.join(compose_command())}"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_MAKE_TIMEOUT_S,
             check=check,
         )
 

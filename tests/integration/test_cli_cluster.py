@@ -394,7 +394,8 @@ def test_the_customer_says_no_and_yes_again(keylake: KeylakeCommand) -> None:
     select(keylake, "switched", "create table t as select 7 as x")
 
     assert keylake.json("cloud", "key", "disable", "switch")["KeyState"] == "Disabled"
-    eventually(lambda: keylake.json("project", "show", "switched")["project"]["state"] == "REVOKED")
+    asked = keylake.json("workspace", "revalidate", "switch")
+    assert [(each["name"], each["state"]) for each in asked] == [("switched", "REVOKED")], "of this workspace alone"
     refused = keylake.run("endpoint", "start", "switched")
     assert refused.returncode == 4
     assert "revoked" in refused.stderr
@@ -458,6 +459,7 @@ def test_keys_rotate(keylake: KeylakeCommand) -> None:
     assert after["key"]["key_arn"] == keylake.json("cloud", "key", "show", "successor")["Arn"]
     keylake("cloud", "key", "disable", "turning")
     assert keylake.json("project", "revalidate", "turned")["state"] == "ACTIVE"
+    assert "ACTIVE" in keylake("workspace", "revalidate", "turning")
     for wrong in ((), ("--key", "successor", "--abort"), ("--from", "/nonexistent.json"), ("--abort", "--dry-run")):
         failed = keylake.run("key-config", "replace", "turning", *wrong)
         assert failed.returncode == 2

@@ -7,20 +7,24 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from keylake.doctor import Verdict, _swap
+from keylake.cli.console import DEFAULT_PORT
+from keylake.doctor import Verdict, _console_port, _swap
 from tests.fixtures.fuse import why_no_fuse
 
 pytestmark = pytest.mark.integration
 
 
-def doctor(*arguments: str, **environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
+def doctor(
+    *arguments: str, command: Sequence[str] = ("-m", "keylake.cli"), **environment: str
+) -> tuple[int, dict[str, dict[str, Any]]]:
     done = subprocess.run(
-        [sys.executable, "-m", "keylake.cli", "doctor", "--json", *arguments],
+        [sys.executable, *command, "doctor", "--json", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -57,6 +61,26 @@ def test_without_the_tools_of_the_system(tmp_path: Path) -> None:
     if os.geteuid() == 0:  # then Postgres needs one of them
         assert code == 1
         assert found["PostgreSQL"]["verdict"] == "missing"
+
+
+def test_without_any_compiler(tmp_path: Path) -> None:
+    """Nor ziglang's, which is a module."""
+    hiding = "import sys; sys.modules['ziglang'] = None; from keylake.cli import main; main()"
+    code, found = doctor(command=["-c", hiding], PATH=str(tmp_path))
+    assert code == 1
+    assert found["C compiler"]["verdict"] == "missing"
+    assert "install cc" in found["C compiler"]["remedy"]
+    assert "pip install ziglang" in found["C compiler"]["remedy"]
+
+
+def test_the_consoles_port_is_told_of() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        [taken] = _console_port(port)
+    assert (taken.verdict, str(port) in taken.detail) == (Verdict.WARNING, True)
+    assert "keylake console --port 0" in taken.remedy
+    assert [finding.verdict for finding in _console_port(port)] == [Verdict.OK]
+    assert str(DEFAULT_PORT) in doctor()[1]["console port"]["detail"]
 
 
 def test_without_docker_all_is_well(tmp_path: Path) -> None:

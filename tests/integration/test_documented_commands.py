@@ -26,7 +26,9 @@ from typing import Final
 import pytest
 
 from keylake.attached import Attached
+from keylake.cluster import Cluster
 from keylake.reference import metrics
+from tests.fixtures.forked_cluster import ForkedService
 from tests.fixtures.keylake_command import KeylakeCommand
 from tests.fixtures.metric_rules import violations
 from tests.fixtures.otlp import Collector, collecting
@@ -45,11 +47,18 @@ ELSEWHERE: Final = {
     "make setup && . .venv/bin/activate": ".ci/run",
     "make demo": ".ci/run",
     "make test": ".ci/run",
+    "make docs": ".ci/run",
+    "make up": "tests/compose/__main__.py",
+    "make logs": "tests/compose/checks.py",
+    "make down": "tests/compose/__main__.py",
+    "make compose-test": ".ci/run",
     "keylake doctor": "tests/integration/test_cli_doctor.py::test_a_machine_that_runs_these_tests_is_well",
     "keylake drill revocation --while pgbench": "tests/integration/test_cli_cluster.py::test_drills",
     "keylake drill shred": "tests/integration/test_cli_cluster.py::test_the_drill_of_a_shredding",
 }
 """Commands that are run in another place, and where."""
+BY_HAND: Final = {"make console-test PICTURES=docs/pictures": "it takes the pictures anew"}
+PYTHON: Final = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,14 +224,42 @@ def check_traces(home: Path, collector: Collector) -> None:
         assert not re.search(planted, sent)
 
 
+def test_every_make_in_a_sentence_is_run_somewhere() -> None:
+    """`make …` between words: what stands in a block by itself is looked at by the test before."""
+    mentioned = set(re.findall(r"`(make [^`]+)`", (ROOT / "README.md").read_text()))
+    assert mentioned >= {"make up", "make logs", "make down", "make docs"}
+    assert mentioned <= ELSEWHERE.keys() | BY_HAND.keys()
+
+
+async def test_the_readmes_python_gets_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the letter, and what somebody would write next. The other block of Python is a test of its own, which
+    test_pytest_plugin.py runs."""
+    block, _ = PYTHON.findall((ROOT / "README.md").read_text())
+    monkeypatch.setattr(Cluster, "service_process", ForkedService)
+    block += "    assert await connection.fetchval('select 1') == 1\n    await connection.close()\n"
+    scope: dict[str, object] = {}
+    # As in `python -m asyncio`, which understands `async with` outside of functions.
+    code = compile(block, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    await eval(code, scope)  # noqa: S307 - the README's own words
+
+
 @pytest.mark.parametrize("command", ELSEWHERE)
 def test_what_is_run_elsewhere_is(command: str) -> None:
     path, _, function = ELSEWHERE[command].partition("::")
     text = (ROOT / path).read_text()
     if command.startswith("make"):
         target = command.split()[1]
+        runs = {
+            ".ci/run": rf"^ *make .*\b{target}\b",
+            "tests/compose/__main__.py": rf'stack\.make\("{target}"',
+            "tests/compose/checks.py": rf'stack\.make\("{target}"',
+        }[path]
+        recipe = re.search(rf"^{target}:.*\n\t@(.*)$", (ROOT / "Makefile").read_text(), re.M)
+        if target == "compose-test":  # run as the target has it, beside what does not need make
+            assert recipe is not None
+            runs = re.escape(recipe[1].replace("$(BIN)", ".venv/bin"))
         # Every target that runs something sets up first.
-        assert re.search(rf"^make .*\b{target}\b", text, re.M) or target == "setup"
+        assert re.search(runs, text, re.M) or target == "setup"
         return
     [found] = [node for node in ast.walk(ast.parse(text)) if getattr(node, "name", "") == function]
     source = ast.get_source_segment(text, found) or ""

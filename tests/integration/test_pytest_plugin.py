@@ -1,7 +1,9 @@
-"""Keylake's pytest plugin as its users have it: the example's own suite in a process of its own, and what must fail."""
+"""Keylake's pytest plugin as its users have it, side by side under pytest-xdist: the example's own suite, the README's
+test, and what must fail."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import pytest
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "orders"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "orders"
 
 MORE_CASES = """
 import asyncio
@@ -34,14 +37,6 @@ def test_what_is_open_is_not_sealed(keylake_project):
     assert keylake_project.receipt().startswith(b"{")
     keylake_project.key.allow()
     keylake_project.wait_until_active(within=5)
-
-
-def test_an_outage_suspends_and_ends(keylake_project):
-    keylake_project.start()
-    with keylake_project.key.outage():
-        sealed = assert_sealed(keylake_project, within=10)
-        assert (sealed.state, sealed.sqlstate) == ("SUSPENDED", "KL002")
-    keylake_project.wait_until_active(within=10)
 
 
 def test_pending_deletion_can_be_taken_back(keylake_project, customer_key, keylake_dsn):
@@ -73,24 +68,36 @@ async def test_from_a_coroutine(keylake_project):
     await connection.close(timeout=1)
 
 
-def test_its_processes_end_with_it(keylake_cluster, record_property):
-    for service in keylake_cluster.cluster.services.values():
-        record_property("pid", service.pid)
+def test_a_service_is_killed_and_started(keylake_cluster):
     keylake_cluster.kill("proxy")
     keylake_cluster.start("proxy")
+"""
+WHERE = """
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def where(keylake_cluster, record_property):
+    record_property("cluster", str(keylake_cluster.cluster.layout.home))
+    yield
+    for service in keylake_cluster.cluster.services.values():
+        record_property("pid", service.pid)
 """
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> ET.Element:
-    """What pytest says of the example's tests and of the cases above, in one session on one cluster."""
+    """What pytest says of the example's tests and of the cases above, in one session of two workers."""
     directory = tmp_path_factory.mktemp("example") / "orders"
     shutil.copytree(EXAMPLE, directory, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
     (directory / "tests" / "test_more.py").write_text(MORE_CASES)
+    [readmes] = re.findall(r"^```python\n(def test_.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    (directory / "tests" / "test_readme.py").write_text(f"from keylake.testing import assert_sealed\n\n\n{readmes}")
+    (directory / "conftest.py").write_text(WHERE)
     results = directory / "results.xml"
     command = [sys.executable, "-m", "pytest", f"--junit-xml={results}", "-p", "no:randomly"]
     command += ["--basetemp", str(directory.parent / "tmp")]  # not the one that sessions share: they set its mode
-    command += ["-o", "asyncio_mode=auto", "-o", "junit_family=xunit1"]
+    command += ["-o", "asyncio_mode=auto", "-o", "junit_family=xunit1", "--numprocesses=2", "--dist=load"]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=220)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return ET.parse(results).getroot()  # noqa: S314 - pytest has just written it
@@ -101,17 +108,28 @@ def test_the_example_and_the_cases_pass(report: ET.Element) -> None:
     assert (suite.get("errors"), suite.get("failures"), suite.get("skipped")) == ("0", "0", "0")
     names = {case.get("name") for case in suite.iter("testcase")}
     assert {"test_orders_stop_and_come_back_with_the_key", "test_what_is_open_is_not_sealed"} <= names
+    assert "test_the_shop_closes" in names, "the README's"
+
+
+def test_workers_have_clusters_of_their_own(report: ET.Element) -> None:
+    assert len(values(report, "cluster")) == 2
+
+
+def values(report: ET.Element, name: str) -> set[str]:
+    """All that was recorded under this name."""
+    return {entry.get("value", "") for entry in report.iter("property") if entry.get("name") == name}
 
 
 def test_nothing_of_it_is_left(report: ET.Element) -> None:
-    pids = [entry.get("value") for entry in report.iter("property") if entry.get("name") == "pid"]
-    assert len(pids) > 5
+    pids = values(report, "pid")
+    assert len(pids) > 2 * 8, "of two clusters, and of what was started again"
     for pid in pids:
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
         assert b"keylake" not in command, "a service has outlived the session"
+    assert not [path for path in values(report, "cluster") if Path(path).exists()]
 
 
 def test_a_session_that_asks_for_nothing_starts_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -215,3 +216,24 @@ def test_a_demo_that_breaks_off_says_where_and_what_to_do(
     [line] = result.stderr.splitlines()
     for word in (told, "3. Something that takes too long", "keylake demo --keep", "keylake doctor", "uptime"):
         assert word in line
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_what_came_of_a_demo_is_json_and_its_story_is_elsewhere(holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def short(report: Report, **_: bool) -> None:
+        with report.chapter("1. All of it"):
+            report.time("cluster up", 1.5, "8 services")
+            report.check("nothing is lost", holds)
+
+    monkeypatch.setattr("keylake.demo._local", short)
+    result = CliRunner().invoke(app, ["demo", "--json"])
+    assert result.exit_code == (ExitCode.OK if holds else ExitCode.FAILED)
+    told = json.loads(result.stdout)
+    assert told.pop("seconds") >= 0
+    assert told == {
+        "passed": int(holds),
+        "failed": [] if holds else ["nothing is lost"],
+        "timings": [{"what": "cluster up", "seconds": 1.5, "note": "8 services"}],
+    }
+    assert "nothing is lost" in result.stderr
+    assert CliRunner().invoke(app, ["demo", "--json", "--compose"]).exit_code == ExitCode.USAGE

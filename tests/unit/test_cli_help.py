@@ -40,6 +40,7 @@ def test_the_tree_is_what_people_were_promised() -> None:
     assert tops == {
         *("up", "down", "status", "demo", "drill", "doctor", "psql", "audit", "receipt", "scrub", "inspect", "console"),
         *("cloud", "key-config", "workspace", "project", "branch", "endpoint", "token", "safekeeper", "completion"),
+        "link",
     }
     keys = {path[2] for path in commands() if path[:2] == ("cloud", "key") and len(path) == 3}
     assert keys >= {"create", "list", "show", "disable", "enable", "schedule-deletion", "cancel-deletion"}
@@ -74,7 +75,7 @@ def test_every_command_but_the_interactive_ones_prints_json(path: tuple[str, ...
         ("receipt", "show"),
         ("completion",),
     }  # for programs as they are
-    assert ("--json" in options) == (path not in {("psql",), ("demo",), ("console",), *documents})
+    assert ("--json" in options) == (path not in {("psql",), ("console",), *documents})
 
 
 def test_help_imports_nothing_heavy() -> None:

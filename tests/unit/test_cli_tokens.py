@@ -11,7 +11,7 @@ from keylake import supervision
 from keylake.cli.app import app
 from keylake.cli.common import ExitCode
 from keylake.cli.tokens import ttl_s
-from keylake.compose import STACK_VARIABLE
+from keylake.place import STACK_VARIABLE
 from keylake.process import ServiceProcess
 from shared.errors import InvalidInputError
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import promql_parser
 import pytest
 import typer
 
@@ -179,6 +180,8 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     expressions += re.findall(r"^\| `(.*keylake_.*?)` \|", (ROOT / "docs/how-to/observe.md").read_text(), re.M)
     assert len(expressions) > 20
+    for expression in expressions:
+        promql_parser.parse(expression)  # raises ValueError for what Prometheus would refuse, wrong types among it
     asked = {name for expression in expressions for name in re.findall(r"\b(?:keylake|customercloud)_\w+", expression)}
     assert {re.sub(r"_(bucket|count|sum)$", "", name) for name in asked} <= known
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.compose.first_run import OMITTED, TYPED, Recording, commands_of_the_readme, record
+from tests.compose.first_run import (
+    CASTS,
+    OMITTED,
+    TYPED,
+    WITH_DOCKER,
+    Recording,
+    commands_of_the_readme,
+    record,
+)
 
 
 def test_a_recording_shows_commands_and_answers_and_no_secret(tmp_path: Path) -> None:
@@ -48,3 +57,12 @@ def test_the_readmes_commands_are_what_is_recorded() -> None:
     assert len(commands) > 20
     assert not set(commands) & (OMITTED.keys() | TYPED.keys())
     assert len([each for each in commands if "<<<" in each]) == len(TYPED)
+
+
+@pytest.mark.parametrize(("name", "commands"), [("python", list(commands_of_the_readme())), ("docker", [*WITH_DOCKER])])
+def test_what_was_recorded_is_what_is_written_today(name: str, commands: list[str]) -> None:
+    """Whoever changes a command of the README records it anew: `make first-run`."""
+    transcript = Recording.of(CASTS / f"{name}.cast").transcript()
+    typed = [line.removeprefix("$ ") for line in transcript.splitlines() if line.startswith("$ ")]
+    assert [re.sub(r"^docker[ -]compose\b", "$COMPOSE", command) for command in typed] == commands
+    assert transcript in (CASTS.parent / "first-run.md").read_text()

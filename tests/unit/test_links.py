@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from keylake.links import Cut, Links
-from shared.errors import InvalidInputError
+from keylake.link_control import SHOW, LinkRequest, ask, serving
+from keylake.links import Cut, Links, LinkState
+from shared.errors import ConflictError, InvalidInputError, UnavailableError
 from tests.fixtures.waiting import wait_until
 
 QUIET_S = 0.05
@@ -94,6 +95,45 @@ async def test_only_the_link_that_is_meant_is_cut() -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(reader.read(1), QUIET_S)
         writer.close()
+
+
+async def test_links_are_cut_from_another_process(tmp_path: Path) -> None:
+    """What the supervisor serves, and `keylake link` asks for."""
+
+    class Held:
+        """A cluster, as far as its links go."""
+
+        def __init__(self, links: Links) -> None:
+            self.heal, self.links, self._cut = links.heal, links.state, links.cut
+
+        async def partition(self, one: str, other: str | None = None, *, how: Cut = Cut.SILENT) -> None:
+            await self._cut(one, other, how)
+
+    async with (
+        running_links() as links,
+        echo_link(links, "b", "a"),
+        echo_link(links, "a", "b"),
+        echo_link(links, "b", "c"),
+        serving(Held(links), tmp_path / "links") as at,
+    ):
+        assert (tmp_path / "links").stat().st_mode & 0o777 == 0o700
+        whole = [LinkState(("a", "b"), None), LinkState(("b", "c"), None)]
+        assert await ask(at, SHOW) == whole
+        cut = await ask(at, LinkRequest(do="cut", one="b", other="a"))
+        assert cut == [LinkState(("a", "b"), Cut.SILENT), whole[1]] == await links.state()
+        with pytest.raises(InvalidInputError, match="no link of a with c"):
+            await ask(at, LinkRequest(do="cut", one="a", other="c"))
+        cut = await ask(at, LinkRequest(do="cut", one="b", how=Cut.REFUSED))
+        assert {each.cut for each in cut} == {Cut.REFUSED}
+        assert await ask(at, LinkRequest(do="heal")) == whole
+        reader, writer = await asyncio.open_unix_connection(at)
+        writer.write(b"nonsense\n")
+        assert b"malformed" in await reader.readline()
+        writer.close()
+    with pytest.raises(UnavailableError, match="does not answer"):
+        await ask(at, SHOW)
+    with pytest.raises(ConflictError, match="keylake up --links"):
+        await ask(None, SHOW)
 
 
 async def test_one_process_is_cut_off_and_another_is_not() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import stat
@@ -14,13 +15,17 @@ import pytest
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
+from typer.testing import CliRunner
 
 from compute.config import ManagerSettings
 from compute.proxy.config import ProxySettings
 from customercloud.config import load_settings
+from keylake.cli.app import app
+from keylake.cli.common import ExitCode
 from keylake.compose import addresses, client
 from keylake.layout import Layout
 from keylake.metadata import MetadataSettings
+from keylake.place import STACK_VARIABLE, find_place
 from keylake.provision import (
     ANCHORS_POLICY,
     BUCKET,
@@ -319,3 +324,23 @@ async def test_the_owners_get_a_client(root: Path, name: str) -> None:
         assert keylake.addresses.keymanager == tuple(Address(host=name, port=8443) for name in KEYMANAGER_NAMES)
     with pytest.raises(UnavailableError, match="make up"):
         client(root / "nothing-here")
+
+
+def test_commands_in_the_operators_container_are_about_the_containers(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of which is here."""
+    monkeypatch.setenv(STACK_VARIABLE, str(root / "operator"))
+    place = find_place(tmp_path)
+    assert place.home == tmp_path
+    health = {each.name: each.health.value for each in asyncio.run(place.health())}
+    assert health == dict.fromkeys(("customercloud", *SERVICES), "down")
+    environment = {STACK_VARIABLE: str(root / "operator"), "KEYLAKE_HOME": str(tmp_path)}
+    refused = CliRunner().invoke(app, ["link", "cut", "pageserver"], env=environment)
+    assert refused.exit_code == ExitCode.FAILED
+    assert "docker network disconnect" in refused.stderr
+    absent = CliRunner().invoke(app, ["project", "list"], env={STACK_VARIABLE: str(tmp_path)})
+    assert "make up" in absent.stderr
+    monkeypatch.delenv(STACK_VARIABLE)
+    outside = CliRunner().invoke(app, ["status"], env={"KEYLAKE_HOME": str(tmp_path)})
+    assert outside.exit_code == ExitCode.NOT_RUNNING

@@ -12,6 +12,7 @@ import pytest
 from keylake.console import container
 from keylake.provision import BUNDLES, CONSOLE, KEYMANAGER_NAMES, OPERATOR, PROVISION_DIR, SAFEKEEPER_NAMES, SERVICES
 from shared.hardening import hardened_environment
+from shared.tracing import STANDARD_VARIABLE
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 ONE_SHOTS: Final = {"provision", "account", "objects", OPERATOR}
@@ -112,6 +113,20 @@ def test_nobody_has_more_power_than_it_needs(stack: dict[str, Any]) -> None:
         assert any(entry.startswith("/tmp:") for entry in service["tmpfs"]), name  # noqa: S108
 
 
+def test_lazy_volumes_take_three_things_for_computes_alone() -> None:
+    """Each is more of the kernel within reach of users' SQL."""
+    overlay = yaml.safe_load((ROOT / "docker-compose.fuse.yml").read_text())
+    assert overlay == {
+        "services": {
+            "compute": {
+                "devices": ["${KEYLAKE_FUSE_DEVICE:-/dev/fuse}:/dev/fuse"],
+                "cap_add": ["SYS_ADMIN"],
+                "security_opt": ["apparmor=unconfined"],
+            }
+        }
+    }
+
+
 def test_nobody_is_root(stack: dict[str, Any]) -> None:
     assert re.findall(r"^USER (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE) == [OURS]
     for name, service in stack["services"].items():
@@ -193,7 +208,15 @@ def test_containers_are_started_as_hardened_as_processes(stack: dict[str, Any]) 
         word.split("=", 1) for word in re.findall(r"^ENV (LD_BIND_NOW=.*)$", dockerfile, re.MULTILINE)[0].split()
     )
     assert image == hardened_environment({})
-    assert {**image, **stack["services"]["keymanager"]["environment"]} == hardened_environment({}, small_objects=True)
+    own = {**stack["services"]["keymanager"]["environment"]}
+    del own[STANDARD_VARIABLE]
+    assert {**image, **own} == hardened_environment({}, small_objects=True)
+
+
+def test_traces_of_all_services_go_where_one_variable_says(stack: dict[str, Any]) -> None:
+    """Empty: nowhere. A service with an environment of its own does not inherit it by itself."""
+    for name in SERVICES:
+        assert stack["services"][name]["environment"][STANDARD_VARIABLE] == f"${{{STANDARD_VARIABLE}:-}}", name
 
 
 def test_foreign_images_are_pinned(stack: dict[str, Any]) -> None:

@@ -47,25 +47,59 @@ def test_a_short_outage_of_the_kms_is_not_felt(keylake_cluster: LocalCluster) ->
     app.state.engine.dispose()
 
 
-def test_rotation_under_load_loses_no_request(shop: TestClient, customer_key: CustomerKey) -> None:
+def test_a_long_outage_of_the_kms_closes_the_shop_until_it_ends(keylake_cluster: LocalCluster) -> None:
+    from app import Base, create_app
+
+    project = keylake_cluster.create_project("impatient", outage_grace_s=0.5)
+    app = create_app(project.dsn)
+    Base.metadata.create_all(app.state.engine)
+    with TestClient(app) as shop:
+        assert put(shop, "1") == 204
+        with project.key.outage():
+            assert assert_sealed(project, within=10).state == "SUSPENDED"
+            answer = shop.get("/orders")
+            assert answer.status_code == 503
+            assert answer.json() == {"error": "unavailable", "sqlstate": "KL002"}, "a caller is told to try again"
+            assert "Retry-After" in answer.headers
+        project.wait_until_active(within=10)
+        assert put(shop, "2") == 204
+        assert shop.get("/orders").json() == ["1", "2"]
+    app.state.engine.dispose()
+
+
+def test_rotation_under_load_loses_no_request(
+    shop: TestClient, keylake_project: ProtectedProject, customer_key: CustomerKey
+) -> None:
+    """The customer's key first, and all that Keylake has under it; then Keylake's own."""
     answers: list[int] = []
     rotated = threading.Event()
 
     def load() -> None:
-        while not rotated.is_set() or len(answers) < 50:
+        after = 0  # enough that are written under the new KEK
+        while after < 20:
             answers.append(put(shop, str(len(answers))))
+            after += rotated.is_set()
 
+    [kek] = keylake_project.keks
     customers = threading.Thread(target=load)
     customers.start()
     try:
-        before = customer_key.rotate()
-        after = customer_key.rotate()
+        material = customer_key.rotate()
+        keylake_project.rewrap()
+        [rewrapped] = keylake_project.keks
+        keylake_project.rotate_kek()
+        old, new = keylake_project.keks
     finally:
         rotated.set()
         customers.join()
-    assert before != after
+    assert material not in kek.cmk_key_version
+    assert material in rewrapped.cmk_key_version
+    assert (old.kek_version, new.kek_version) == (1, 2)
+    assert material in new.cmk_key_version
     assert set(answers) == {204}
-    assert len(shop.get("/orders").json()) == len(answers)
+    keylake_project.kill_compute()  # the next one opens everything from storage, under both KEKs
+    orders = [shop.get("/orders"), shop.get("/orders")][-1]
+    assert len(orders.json()) == len(answers)
 
 
 def test_a_crash_of_the_compute_costs_one_retry_at_most(shop: TestClient, keylake_project: ProtectedProject) -> None:

@@ -7,7 +7,7 @@ import * as panels from "./panels.js";
 import * as tour from "./tour.js";
 
 const HATS = [["customer", "customer"], ["account-admin", "account admin"], ["security-admin", "security admin"], ["second-security-admin", "second security admin"],
-  ["workspace-admin", "workspace admin"], ["data-user", "data user"], ["auditor", "auditor"]];
+  ["workspace-admin", "workspace admin"], ["data-user", "data user"], ["auditor", "auditor"], ["operator", "operator"]];
 const at = (id) => document.getElementById(id);
 const svg = at("diagram");
 const viewing = { hat: null, stop: () => {}, snapshot: null };
@@ -34,6 +34,7 @@ function show(snapshot) {
   diagram.update(svg, snapshot);
   panels.keys(at("keys").querySelector(".body"), snapshot.parts);
   panels.customer(at("customer"), snapshot.parts);
+  panels.network(at("network"), snapshot.links);
   panels.revocations(at("revocations").querySelector(".body"), snapshot.parts);
   panels.ages(snapshot.at);
   endpoints(snapshot.parts.endpoints?.value);

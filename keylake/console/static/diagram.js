@@ -16,18 +16,22 @@ const NODES = [
   ["objects", 820, 345, 160, "object store", [], null],
 ];
 const EDGES = [
-  ["kms", "M180 200 H240"], ["leases", "M400 200 H590"], ["sql", "M560 55 H590"], ["session", "M710 55 H760"],
-  ["wal", "M870 95 V135"], ["ingest", "M760 215 L700 255"], ["layers", "M790 310 L820 370"],
+  // id, path, the services at its ends, whose links may be cut: by the beginnings of their names
+  ["kms", "M180 200 H240", "customercloud", "keymanager"], ["leases", "M400 190 H590", "keymanager", "safekeeper"],
+  ["leases-pageserver", "M400 220 L590 280", "keymanager", "pageserver"], ["leases-front", "M320 160 V118 H740 L780 100", "keymanager", "compute proxy"],
+  ["sql", "M560 55 H590"], ["session", "M710 55 H760", "proxy", "compute"], ["wal", "M870 100 V135", "compute", "safekeeper"],
+  ["ingest", "M725 215 L700 255", "safekeeper", "pageserver"], ["pages", "M790 270 H995 V60 H980", "pageserver", "compute"], ["layers", "M790 310 L820 370"],
 ];
+const LEASES = { leases: ["safekeeper"], "leases-pageserver": ["pageserver"], "leases-front": ["compute", "proxy"] };
 const HEIGHT = 75;
 const nodes = new Map();
 const edges = new Map();
 
 export function build(svg) {
   svg.append(s("line", { class: "boundary", x1: 205, y1: 10, x2: 205, y2: 420 }),
-    label(100, 420, "the customer's side", "sub"), label(300, 420, "Keylake's side", "sub"));
+    label(100, 420, "the customer's side", "sub"), label(300, 420, "Keylake's side", "sub"), cuts);
   for (const [id, path] of EDGES) {
-    const edge = s("path", { class: "edge", d: path });
+    const edge = s("path", { class: "edge", id: `edge-${id}`, d: path });
     edges.set(id, edge);
     svg.append(edge);
   }
@@ -49,6 +53,7 @@ function label(x, y, text, kind, anchor = "middle") {
   return element;
 }
 
+const cuts = label(220, 390, "", "cut", "start");
 let before = {};
 
 export function update(svg, snapshot) {
@@ -70,6 +75,9 @@ export function update(svg, snapshot) {
     spoken.push(`${title}: ${texts.filter(Boolean).join(", ") || "well"}`);
   }
   flow(value);
+  const told = cut(snapshot.links?.value ?? []);
+  cuts.textContent = told;
+  if (told) spoken.push(told);
   svg.setAttribute("aria-label", spoken.join("; "));
 }
 
@@ -103,7 +111,7 @@ function describe(id, { value, keymanager, leases, least, snapshot }) {
     }
     case "pageserver": {
       const status = value("pageserver");
-      return [status ? `WAL to ${newest(status.timelines, "last_record_lsn")}` : null, lease, status ? `${status.redo_workers.length} redo workers` : null];
+      return [status ? `WAL to ${newest(status.timelines, "last_record_lsn")}` : null, lease, status ? `${status.pages_served} pages, ${status.redo_workers.length} redo workers` : null];
     }
     case "objects": {
       const timelines = value("pageserver")?.timelines;
@@ -126,15 +134,26 @@ function newest(timelines, field) {
   return found.length ? found.reduce((a, b) => (number(a) > number(b) ? a : b)) : "–";
 }
 
+// Over what flows: nothing does there. In words, too, and those say which of an edge's links they are.
+function cut(links) {
+  const found = links.filter((link) => link.cut).map((link) => link.between);
+  for (const [id, , one, others] of EDGES) {
+    const here = one && found.some((pair) => [pair, [...pair].reverse()].some(([a, b]) => a.startsWith(one) && others.split(" ").some((other) => b.startsWith(other))));
+    if (here) edges.get(id).setAttribute("class", "edge cut");
+  }
+  return found.length > 3 ? `cut: ${found.length} links` : found.length ? `cut: ${found.map((pair) => pair.join(" from ")).join(", ")}` : "";
+}
+
 function flow(value) {
   const now = {
     wal: JSON.stringify(value("safekeepers")?.map((each) => each?.timelines.map((t) => t.flush_lsn))),
     ingest: JSON.stringify(value("pageserver")?.timelines.map((t) => t.last_record_lsn)),
+    pages: value("pageserver")?.pages_served,
     layers: JSON.stringify(value("pageserver")?.timelines.map((t) => t.layers)),
   };
   for (const [id, edge] of edges) {
     const moving = id in now ? now[id] !== undefined && before[id] !== undefined && now[id] !== before[id]
-      : id === "leases" && (value("keymanager")?.leases.length ?? 0) > 0;
+      : (value("keymanager")?.leases ?? []).some((lease) => LEASES[id]?.includes(lease.role));
     edge.setAttribute("class", moving ? "edge flow" : "edge");
   }
   before = now;

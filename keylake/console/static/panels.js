@@ -30,9 +30,10 @@ function or_refused(part, what, build) {
 }
 
 export function keys(body, parts) {
-  const wanted = Object.fromEntries(["projects", "workspaces", "key_configurations", "keks", "endpoints", "shreds"].map((name) => [name, parts[name]]));
+  const wanted = Object.fromEntries(["projects", "workspaces", "key_configurations", "keks", "deks", "endpoints", "shreds"].map((name) => [name, parts[name]]));
   draw(body, { hat, wanted }, () => {
     if (hat === "customer") return h("p", { class: "refused" }, "The customer sees its own cloud. What Keylake holds is for Keylake's roles.");
+    if (hat === "operator") return h("p", { class: "refused" }, "Who runs the machines has no role here: no keys, and no data.");
     return or_refused(wanted.projects, "Projects", (projects) => {
       if (!projects.length) return start();
       return (wanted.workspaces?.value ?? []).map((workspace) => tree(workspace, projects, wanted));
@@ -75,10 +76,16 @@ function branch(project, wanted) {
     project.state === "ACTIVE" ? null : h("small", {}, ` ${project.state_reason}`),
     h("ul", { class: "tree" },
       wanted.keks?.denied ? h("li", { class: "refused" }, "KEKs: this role may not see them.")
-        : (keks?.keks ?? []).map((kek) => h("li", {}, `KEK version ${kek.kek_version}`, h("small", {}, kek.destroyed ? " destroyed" : ` at most ${kek.wraps} DEKs wrapped; wrapped by CMK version ${kek.cmk_key_version.slice(0, 12)}…`))),
+        : (keks?.keks ?? []).map((kek) => h("li", {}, `KEK version ${kek.kek_version}`, h("small", {}, kek.destroyed ? " destroyed" : ` ${under(wanted.deks?.value?.[project.project_id], kek)}wrapped by CMK version ${kek.cmk_key_version.slice(0, 12)}…`))),
       wanted.endpoints?.denied ? h("li", { class: "refused" }, "Endpoints: this role may not see them.") : endpoints.map(endpoint)),
     buttons.length ? h("div", { class: "row" }, buttons) : null,
     security() && !gone ? shredding(project, wanted.shreds?.value?.[project.project_id]) : null);
+}
+
+// Of each object one DEK. Nodes that do not answer, as those without keys, may have more.
+function under(counted, kek) {
+  const [deks, bytes] = counted?.keks[kek.kek_version] ?? [];
+  return deks === undefined ? "" : `${counted.complete ? "" : "at least "}${deks} DEKs in use, for ${(bytes / 1048576).toFixed(1)} MiB; `;
 }
 
 // One asks, another approves, both by typing the name. The services refuse the same person twice.
@@ -127,10 +134,22 @@ export function customer(section, parts) {
   ]));
 }
 
+export function network(section, links) {
+  section.hidden = hat !== "operator";
+  if (section.hidden) return;
+  draw(section.querySelector(".body"), links, () => or_refused(links, "Cuts", (found) => [
+    h("p", {}, "These buttons pull cables between services. Both ends stay up, nobody is told, and what is sent meanwhile arrives when it is healed. Leases of whoever does not reach the keymanager run out."),
+    h("div", { class: "scroll short", tabindex: 0, role: "region", "aria-label": "Links" },
+      table(["between", "and", ""], found.map(({ between: [one, other], cut }) => [one, other,
+        cut ? h("strong", {}, `cut (${cut})`) : act("link.cut", `${one}/${other}`, "Cut", "danger")]), "Links")),
+    h("div", { class: "row" }, found.some(({ cut }) => cut) ? act("link.heal", "", "Heal all", "primary") : "nothing is cut"),
+  ]));
+}
+
 export function revocations(body, parts) {
   const wanted = { revocations: parts.revocations, shreds: parts.shreds?.value, projects: parts.projects?.value };
   draw(body, { hat, wanted }, () => {
-    if (hat === "customer") return h("p", { class: "refused" }, "The customer reads receipts, which an auditor or security admin hands over.");
+    if (hat === "customer" || hat === "operator") return h("p", { class: "refused" }, "For Keylake's roles. A receipt, which an auditor or security admin hands over, is for everybody.");
     return or_refused(parts.revocations, "Revocations", (all) => {
       const found = Object.entries(all).flatMap(([project, list]) => list.map((each) => ({ project, ...each })))
         .sort((a, b) => b.detected_at.localeCompare(a.detected_at));
