@@ -82,10 +82,16 @@ class ScriptedCompute:
     """`ServerSide`, in pieces. `before`: what it says first; `script`: all that it says, whatever it hears."""
 
     def __init__(
-        self, sizes: list[int], *, before: bytes = b"", behind: bytes = OK, script: bytes | None = None
+        self,
+        sizes: list[int],
+        *,
+        before: bytes = b"",
+        behind: bytes = OK,
+        script: bytes | None = None,
+        verifier: ScramVerifier = VERIFIER,
     ) -> None:
         self._sizes, self._behind = sizes, behind
-        self._scram = ScramServer(VERIFIER, "computes")
+        self._scram = ScramServer(verifier, "computes")
         asked = AuthenticationSASL((MECHANISM,)).serialize()
         self._answers = script is None
         self._pieces = cut(before + asked if script is None else script, sizes)
@@ -137,6 +143,12 @@ def test_a_compute_may_speak_in_pieces(sizes: list[int], negotiates: bool, behin
     """And nothing of what it says behind the log-in is lost."""
     compute = ScriptedCompute(sizes, before=NEGOTIATION if negotiates else b"", behind=OK + behind)
     assert asyncio.run(compute.let_in(KEYS)) == FINAL + OK + behind
+
+
+def test_who_does_not_know_the_verifier_is_no_compute() -> None:
+    impostor = ScramVerifier(VERIFIER.iterations, VERIFIER.salt, VERIFIER.stored_key, bytes(32))
+    with pytest.raises(ScramAuthenticationError):
+        asyncio.run(ScriptedCompute([100], verifier=impostor).let_in(KEYS))
 
 
 @given(SIZES)
