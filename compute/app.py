@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from compute.manager import Manager
 from compute.repository import Repository
 from shared.api.compute import (
+    Admission,
     ChangeEndpoint,
     ConnectTarget,
     CreatedEndpoint,
@@ -21,6 +22,7 @@ from shared.api.compute import (
     Endpoint,
     EndpointState,
     FirstQuery,
+    LogIn,
     ManagerStatus,
     ReplacedTimeline,
     ReplaceSafekeeper,
@@ -147,6 +149,12 @@ def create_app(
     @app.post(_ENDPOINT + ":connect", dependencies=[connector])
     async def connect(endpoint_id: EndpointPath) -> ConnectTarget:
         return await manager.connect(endpoint_id)
+
+    @app.post(_ENDPOINT + ":log-in", dependencies=[connector])
+    async def log_in(endpoint_id: EndpointPath, body: LogIn) -> Admission:
+        """As `:connect`, for a client who has not proved anything yet: an endpoint that does not run is not started if
+        it is known by which verifier the proxy can ask for the password first."""
+        return await manager.log_in(endpoint_id, bytes.fromhex(body.user_hex))
 
     @app.post(_ENDPOINT + ":first-query", dependencies=[connector], status_code=204)
     async def first_query(endpoint_id: EndpointPath, body: FirstQuery) -> None:

@@ -25,12 +25,14 @@ from typing import Any, Final
 from compute.branches import Points
 from compute.crashes import PATIENCE_S, Crashes
 from compute.election import Candidacy
+from compute.login_roles import verifier_of
 from compute.proposer import Reservation, check_members, majority
 from compute.replacement import Replacer
 from compute.repository import EndpointRow, Repository, TimelineRow
 from compute.run import Run, RunServices
 from compute.storage_clients import PageserverClient, SafekeeperClient
 from shared.api.compute import (
+    Admission,
     BranchFrom,
     ChangeEndpoint,
     ConnectTarget,
@@ -431,22 +433,44 @@ class Manager:
 
         Raises NotFoundError, KeyAccessError, ConflictError, UnavailableError.
         """
-        while True:
-            run, task = self._runs.get(endpoint_id), self._tasks.get(endpoint_id)
-            if run is None or task is None:
-                run = await self._begin(endpoint_id)
-            elif run.state in (EndpointState.STOPPING, EndpointState.STOPPED):
-                either: set[asyncio.Future[Any]] = {task, run.resumed}
+        while (target := await self._running(endpoint_id)) is None:
+            await self._begin(endpoint_id)
+        return target
+
+    async def log_in(self, endpoint_id: EndpointId, user: bytes) -> Admission:
+        """As `connect` for an endpoint that runs. One that does not is not started yet if it is known who may log in
+        to it; the proxy calls `connect` for who has proved his password.
+
+        Raises as `connect`.
+        """
+        while (target := await self._running(endpoint_id)) is None:
+            if (verifier := await self._verifier(endpoint_id, user)) is not None:
+                return Admission(verifier=verifier.serialize())
+            await self._begin(endpoint_id)
+        return Admission(target=target)
+
+    async def _verifier(self, endpoint_id: EndpointId, user: bytes) -> ScramVerifier | None:
+        """None: nobody knows who may log in."""
+        row = await self._repository.endpoint(endpoint_id)
+        listed = await self._repository.listed_role(row.timeline_id, user)
+        return verifier_of(row, listed, user, datetime.now(UTC))
+
+    async def _running(self, endpoint_id: EndpointId) -> ConnectTarget | None:
+        """Where it is, when a start or stop under way is over. None: it does not run. Raises what its start raised."""
+        while (run := self._runs.get(endpoint_id)) is not None:
+            if run.is_ending():
+                either: set[asyncio.Future[Any]] = {self._tasks[endpoint_id], run.resumed}
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 continue
             target = await asyncio.shield(run.ready)
-            if run.state is EndpointState.STOPPING:
+            if run.is_ending():
                 continue  # suspended in this very moment
             run.named()
             # A manager that was paused past its lease would name a compute that has killed itself meanwhile.
             await self._hold_all(run.project_ids)
             await self._drop_all(run.project_ids)
             return target.model_copy(update={"wants_first_query": not run.first_query_seen})
+        return None
 
     async def first_query(self, endpoint_id: EndpointId, seen: FirstQuery) -> None:
         """Somebody got the first row of a compute, if it still runs. Raises NotFoundError."""
@@ -510,6 +534,7 @@ class Manager:
         reason = "over"
         try:
             reason = await run.execute()
+            await self._keep_login_roles(run)  # before anybody can ask for the next one
         finally:
             del self._runs[row.endpoint_id]
             del self._tasks[row.endpoint_id]
@@ -530,6 +555,14 @@ class Manager:
             except UnavailableError as error:
                 _log.warning("the end of a run was not recorded", endpoint_id=str(row.endpoint_id), reason=str(error))
         return reason
+
+    async def _keep_login_roles(self, run: Run) -> None:
+        if run.plan is None or run.login_roles is None:
+            return
+        try:
+            await self._repository.keep_login_roles(run.timeline_id, run.plan.term, run.endpoint_id, run.login_roles)
+        except UnavailableError as error:
+            _log.warning("who may log in was not recorded", endpoint_id=str(run.endpoint_id), reason=str(error))
 
     def _count_crash(self, run: Run, reason: str) -> None:
         now_s = asyncio.get_running_loop().time()

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import asyncpg
 
+from compute.agent.protocol import LoginRole, LoginRoles
 from compute.proposer import Membership, Reservation
 from shared.api.compute import ChangeEndpoint, EndpointSize
 from shared.api.pageserver import AncestorInfo
@@ -62,6 +63,22 @@ class EndpointRow:
     @property
     def read_only(self) -> bool:
         return self.follows or self.read_only_lsn is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ListedRole:
+    """What the list of a timeline's roles says of one."""
+
+    last_term: int
+    """Of the timeline; 0: no compute was ever elected."""
+    is_branch: bool
+    term: int | None
+    """In which the list was made; None: there is none."""
+    endpoint_id: str | None
+    """Whose compute made it."""
+    mock_nonce: str | None
+    role: LoginRole | None
+    """None: it is not on the list."""
 
 
 def _timeline(row: Any) -> TimelineRow:
@@ -339,6 +356,47 @@ class Repository:
             None if project_id is None else str(project_id),
         )
         return [_endpoint(row) for row in rows]
+
+    # --- roles ---
+
+    async def keep_login_roles(
+        self, timeline_id: TimelineId, term: int, endpoint_id: EndpointId, roles: LoginRoles
+    ) -> None:
+        """Of the compute of `term`, at its end. An older one's changes nothing."""
+        await self._rows(
+            "INSERT INTO login_roles (timeline_id, term, endpoint_id, roles, mock_nonce) VALUES ($1, $2, $3, $4, $5)"
+            " ON CONFLICT (timeline_id) DO UPDATE SET term = excluded.term, endpoint_id = excluded.endpoint_id,"
+            " roles = excluded.roles, mock_nonce = excluded.mock_nonce WHERE excluded.term > login_roles.term",
+            str(timeline_id),
+            term,
+            str(endpoint_id),
+            json.dumps({digest: role.model_dump(mode="json") for digest, role in roles.roles.items()}),
+            roles.mock_nonce,
+        )
+
+    async def listed_role(self, timeline_id: TimelineId, name: bytes) -> ListedRole:
+        """Raises NotFoundError."""
+        rows = await self._rows(
+            "SELECT t.term AS last_term, t.ancestor_timeline_id, l.term, l.endpoint_id, l.mock_nonce,"
+            # As `role_digest`.
+            " l.roles -> encode(sha256(decode(l.mock_nonce, 'hex') || $2::bytea), 'hex') AS role"
+            " FROM timelines t LEFT JOIN login_roles l USING (timeline_id) WHERE t.timeline_id = $1",
+            str(timeline_id),
+            name,
+        )
+        if not rows:
+            raise NotFoundError("no such timeline")
+        [row] = rows
+        return ListedRole(
+            last_term=row["last_term"],
+            is_branch=row["ancestor_timeline_id"] is not None,
+            term=row["term"],
+            endpoint_id=row["endpoint_id"],
+            mock_nonce=row["mock_nonce"],
+            role=None if row["role"] is None else LoginRole.model_validate_json(row["role"]),
+        )
+
+    # --- ends ---
 
     async def run_over(self, endpoint_id: EndpointId, reason: str, term: int, start_lsn: Lsn | None) -> None:
         """What is shown of a run that has ended."""

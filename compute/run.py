@@ -28,6 +28,7 @@ from compute.agent.protocol import (
     SAFEKEEPER_ROLE,
     Boot,
     Follow,
+    LoginRoles,
     PostgresOptions,
     Replayed,
     Running,
@@ -130,8 +131,8 @@ class Run:
         self.ready: asyncio.Future[ConnectTarget] = asyncio.get_running_loop().create_future()
         """Where to connect, or why there is nowhere."""
         self.gone = asyncio.Event()
-        """No key, no file and no Postgres of its compute is left: its agent says so, or is dead, too. What is over after
-        that is the agent's own process, and what the manager has to do."""
+        """No key, no file and no Postgres of its compute is left: its agent says so, or is dead, too. What is over
+        after that is the agent's own process, and what the manager has to do."""
         self._stop: asyncio.Future[tuple[str, bool]] = asyncio.get_running_loop().create_future()
         self._elected = asyncio.Event()
         self._followers: list[Follower] = []
@@ -168,6 +169,16 @@ class Run:
     def replayed(self) -> Replayed | None:
         """How far a replica is."""
         return None if self._agent is None else self._agent.replayed
+
+    def is_ending(self) -> bool:
+        """Or over: who wants the endpoint waits for the next one."""
+        return self.state in (EndpointState.STOPPING, EndpointState.STOPPED)
+
+    @property
+    def login_roles(self) -> LoginRoles | None:
+        """Who may log in to the timeline, when it is over; None: not known for certain."""
+        agent = self._agent
+        return agent.ended.result().login_roles if agent is not None and agent.ended.done() else None
 
     def stop(self, reason: str, *, graceful: bool) -> None:
         """Ask for the end. The first wish counts, but a kill overtakes a graceful stop."""

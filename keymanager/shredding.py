@@ -397,8 +397,8 @@ class Shredder:
             f"whatever was copied before: backups of the metadata database hold wrapped KEKs, and bring the data back "
             f"together with a copy of the object store until these keys are destroyed: {keys}",
             "the metadata database's write-ahead log, until it is recycled: the same wraps",
-            "names, ids, times and the audit chain, in the metadata database; names and password verifiers of its "
-            "endpoints, in the compute manager's",
+            "names, ids, times and the audit chain, in the metadata database; names of its endpoints and verifiers of "
+            "its roles' passwords, in the compute manager's",
             "freed blocks of the disks, with sealed bytes that no KEK opens",
         ]
         left += [

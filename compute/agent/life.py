@@ -33,6 +33,7 @@ import asyncpg
 from compute.agent import idle
 from compute.agent.basebackup import check_control_file
 from compute.agent.control_pipe import ControlPipe
+from compute.agent.login_roles import held_login_roles
 from compute.agent.postgres import ComputePostgres, CrashedError
 from compute.agent.postgres_conf import (
     POSTGRES_PORT,
@@ -52,6 +53,7 @@ from compute.agent.protocol import (
     Idle,
     InUse,
     LogContent,
+    LoginRoles,
     Prepared,
     ReadLog,
     Running,
@@ -59,6 +61,7 @@ from compute.agent.protocol import (
     Stop,
     Tokens,
     ancestor_node_id,
+    role_digest,
 )
 from compute.agent.roles import bootstrap_sql, ensure_database
 from compute.agent.steps import Steps
@@ -114,6 +117,8 @@ class Agent:
         self._sealed_log = SealedLog(boot.sealed_log, self._log_key, boot.instance_id, boot.log_size_bytes)
         self._admin_password = secrets.token_urlsafe(32)
         self._postgres: ComputePostgres | None = None
+        self._mock_nonce = b""
+        self._login_roles: LoginRoles | None = None
         self._replica: Replica | None = None
         self._tunnel: Tunnel | None = None
         self._start: asyncio.Future[Start] = asyncio.get_running_loop().create_future()
@@ -177,6 +182,7 @@ class Agent:
             crashed=crashed,
             key_state=None if loss is None else loss.state,
             steps_s=self._clean_up(),
+            login_roles=self._login_roles,
         )
 
     def _client_of(self, ancestor: ProjectId) -> KeyClient:
@@ -366,6 +372,7 @@ class Agent:
         )
         self._stages += await self._volume.fill(source, self._boot_key, _lease_until_s(leases))
         control = check_control_file(self._volume.path, boot.system_identifier, start.start_lsn, start_as)
+        self._mock_nonce = control.mock_authentication_nonce
         _log.info("volume filled", lsn=str(start.start_lsn), term=start.term)
         return control
 
@@ -433,13 +440,25 @@ class Agent:
     async def _stop_gracefully(self, stop: Stop) -> str:
         if self._postgres is None:
             return "stopped before Postgres was up"
-        stopping = asyncio.create_task(self._postgres.stop(stop.timeout_s))
+        stopping = asyncio.create_task(self._shut_down(self._postgres, stop.timeout_s))
         either: set[asyncio.Future[Any]] = {stopping, self._lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._lost.done():
             stopping.cancel()
             return f"the keys were lost while it stopped: {self._lost.result().reason}"
         return "stopped" if stopping.result() else "stopped, after its graceful shutdown took too long"
+
+    async def _shut_down(self, postgres: ComputePostgres, timeout_s: float) -> bool:
+        """False when it took too long."""
+        boot = self._boot
+        if boot.postgres.read_only:
+            return await postgres.stop(timeout_s)
+        async with held_login_roles(boot.socket_dir, self._admin_password, boot.owner, boot.owner_verifier) as roles:
+            in_time = await postgres.stop(timeout_s)
+        if in_time and roles is not None:
+            digests = {role_digest(self._mock_nonce, name.encode()): role for name, role in roles.items()}
+            self._login_roles = LoginRoles(roles=digests, mock_nonce=self._mock_nonce.hex())
+        return in_time
 
     async def _on_loss(self, loss: KeyLoss) -> dict[str, float]:
         try:

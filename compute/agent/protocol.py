@@ -19,11 +19,12 @@ environment or files. A line is at most MAX_LINE_SIZE_BYTES; anything else on th
 
 from __future__ import annotations
 
+import hashlib
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from shared.api.common import ApiModel
 from shared.api.compute import StageTiming
@@ -33,6 +34,7 @@ from shared.config import Address, Addresses
 from shared.errors import InvalidInputError
 from shared.ids import EndpointId, InstanceId, ProjectId, TimelineId
 from shared.lsn import Lsn
+from shared.wire.scram import ScramVerifier
 
 MAX_LINE_SIZE_BYTES: Final = 1024 * 1024
 MAX_LOG_CONTENT_SIZE_BYTES: Final = 128 * 1024
@@ -47,6 +49,9 @@ IDENTIFIER_PATTERN: Final = r"^[a-z_][a-z0-9_]{0,62}$"
 SCRAM_VERIFIER_PATTERN: Final = (
     r"^SCRAM-SHA-256\$[0-9]{1,7}:[A-Za-z0-9+/=]{4,64}\$[A-Za-z0-9+/=]{44}:[A-Za-z0-9+/=]{44}$"
 )
+MAX_LOGIN_ROLES: Final = 1000
+"""So that they fit into a line."""
+_HEX_OF_32_BYTES: Final = r"^[0-9a-f]{64}$"
 
 
 class PostgresOptions(ApiModel):
@@ -214,6 +219,32 @@ class Cleared(ApiModel):
     op: Literal["cleared"] = "cleared"
 
 
+class LoginRole(ApiModel):
+    verifier: str = Field(pattern=SCRAM_VERIFIER_PATTERN, repr=False)
+    valid_until: datetime | None = None
+
+    @field_validator("verifier")
+    @classmethod
+    def _is_one(cls, verifier: str) -> str:
+        ScramVerifier.parse(verifier)
+        return verifier
+
+
+class LoginRoles(ApiModel):
+    """Whoever could log in when Postgres ended: all of them, and nobody else."""
+
+    roles: dict[Annotated[str, Field(pattern=_HEX_OF_32_BYTES)], LoginRole] = Field(
+        max_length=MAX_LOGIN_ROLES, repr=False
+    )
+    """By `role_digest`: a name is its user's, and leaves the compute as little as a row does."""
+    mock_nonce: str = Field(pattern=_HEX_OF_32_BYTES, repr=False)
+    """In hex: what Postgres makes salts of for roles that do not exist."""
+
+
+def role_digest(mock_nonce: bytes, name: bytes) -> str:
+    return hashlib.sha256(mock_nonce + name).hexdigest()
+
+
 class Ended(ApiModel):
     """The last message, after `Cleared`: the keymanager has been told, and the process may be killed."""
 
@@ -226,6 +257,8 @@ class Ended(ApiModel):
     crashed: bool = False
     """Nobody wanted it, and nothing outside of the compute explains it."""
     steps_s: dict[str, float] = Field(default_factory=dict)
+    login_roles: LoginRoles | None = None
+    """None: not known for certain, as after anything but a graceful stop."""
 
 
 ToAgent = Annotated[Boot | Tokens | Start | Stop | ReadLog, Field(discriminator="op")]

@@ -10,20 +10,24 @@ from typing import Final
 from compute.agent.tunnel import TUNNEL_HOST_NAME, tunnel_client_context
 from compute.proxy.first_row import FirstRow
 from shared.addresses import through_addresses
-from shared.api.compute import MAX_STAGE_S, ConnectTarget, FirstQuery
+from shared.api.compute import MAX_STAGE_S, Admission, ConnectTarget, FirstQuery, LogIn
 from shared.api.safekeeper import ComputeAddress
 from shared.errors import KeylakeError
 from shared.http import ServiceClient
 from shared.ids import EndpointId
 from shared.telemetry import get_logger
+from shared.wire.scram import ScramVerifier
 
 _log = get_logger(__name__)
 _CONNECT_TIMEOUT_S: Final = 5.0
 
 
+Answer = ConnectTarget | ScramVerifier
+
+
 @dataclass(slots=True)
 class _Question:
-    task: asyncio.Task[ConnectTarget]
+    task: asyncio.Task[Answer]
     waiting: int = 0
 
 
@@ -32,7 +36,7 @@ class Directory:
         self._manager = manager
         self._wake_timeout_s = wake_timeout_s
         self._known: dict[EndpointId, ConnectTarget] = {}
-        self._asking: dict[EndpointId, _Question] = {}
+        self._asking: dict[tuple[EndpointId, bytes | None], _Question] = {}
         self._telling: set[asyncio.Task[None]] = set()
 
     async def find(self, endpoint_id: EndpointId) -> ConnectTarget:
@@ -42,23 +46,41 @@ class Directory:
         known = self._known.get(endpoint_id)
         if known is not None:
             return known
-        question = self._asking.get(endpoint_id)
+        answer = await self._answer(endpoint_id, None)
+        assert isinstance(answer, ConnectTarget)  # noqa: S101 - nothing else was asked
+        return answer
+
+    async def admit(self, endpoint_id: EndpointId, user: bytes) -> Answer:
+        """As `find`, for a client who has not proved anything yet. A verifier: the endpoint does not run; `find` it for
+        who proves that he knows this role's password."""
+        return self._known.get(endpoint_id) or await self._answer(endpoint_id, user)
+
+    async def _answer(self, endpoint_id: EndpointId, user: bytes | None) -> Answer:
+        key = (endpoint_id, user)
+        question = self._asking.get(key)
         if question is None:
-            question = self._asking[endpoint_id] = _Question(asyncio.create_task(self._ask(endpoint_id)))
+            question = self._asking[key] = _Question(asyncio.create_task(self._ask(endpoint_id, user)))
         question.waiting += 1
         try:
             return await asyncio.shield(question.task)
         finally:
             question.waiting -= 1
             if not question.waiting:  # answered, or nobody wants to know any more
-                if self._asking.get(endpoint_id) is question:
-                    del self._asking[endpoint_id]
+                if self._asking.get(key) is question:
+                    del self._asking[key]
                 question.task.cancel()
 
-    async def _ask(self, endpoint_id: EndpointId) -> ConnectTarget:
-        target = await self._manager.call(
-            ConnectTarget, "POST", f"/v1/endpoints/{endpoint_id}:connect", timeout_s=self._wake_timeout_s
-        )
+    async def _ask(self, endpoint_id: EndpointId, user: bytes | None) -> Answer:
+        path, timeout_s = f"/v1/endpoints/{endpoint_id}", self._wake_timeout_s
+        if user is None:
+            target = await self._manager.call(ConnectTarget, "POST", f"{path}:connect", timeout_s=timeout_s)
+        else:
+            body = LogIn(user_hex=user.hex())
+            admission = await self._manager.call(Admission, "POST", f"{path}:log-in", body=body, timeout_s=timeout_s)
+            if admission.verifier is not None:
+                return ScramVerifier.parse(admission.verifier)
+            assert admission.target is not None  # noqa: S101 - one of the two
+            target = admission.target
         self._known[endpoint_id] = target
         return target
 

@@ -6,7 +6,8 @@ import asyncio
 import collections
 import contextlib
 import socket
-from typing import Final, TypeVar
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -15,7 +16,9 @@ from compute.proxy.cancel import CancelKeys
 from compute.proxy.config import ProxySettings
 from compute.proxy.crowd import Crowd
 from compute.proxy.directory import Directory, open_compute
+from compute.proxy.first_row import FirstRow
 from compute.proxy.greeting import FrontTls, Greeting, Manners, greet
+from compute.proxy.login import Proof, ask, log_in, role_name
 from compute.proxy.projects import Projects
 from compute.proxy.routing import Route, route
 from compute.proxy.session import ClientSide, ServerSide, as_stream
@@ -27,9 +30,11 @@ from shared.telemetry import get_logger
 from shared.tracing import Kind, span
 from shared.wire.buffer import ProtocolViolationError
 from shared.wire.pgstartup import CancelRequest, StartupMessage
+from shared.wire.scram import ScramVerifier
 
 _log = get_logger(__name__)
 _Key = TypeVar("_Key")
+_Found = TypeVar("_Found")
 
 _BACKLOG: Final = 4096
 """Connections that the kernel completes and keeps until they are taken; its own limit is net.core.somaxconn."""
@@ -249,41 +254,71 @@ class ProxyServer:
             _log.error("a session failed", endpoint_id=str(wanted.endpoint_id), exc_info=results[0])
 
     async def _relay(self, client: ClientSide, wanted: Route) -> None:
-        for _ in range(_ATTEMPTS):
-            with span("connect", Kind.SERVER, None):
-                target = await self._find(wanted)
-            if target.max_sessions is not None and self._per_compute[target.instance_id] >= target.max_sessions:
-                self._refuse(client, "53300", goodbye.too_many_connections_of_endpoint())
-                return
-            self._per_compute[target.instance_id] += 1
-            try:
-                if await self._relay_to(client, target, wanted.startup):
+        proof: Proof | None = None
+        try:
+            for _ in range(_ATTEMPTS):
+                with span("connect", Kind.SERVER, None):
+                    found = await self._find(wanted) if proof is None else await self._wake(wanted)
+                if isinstance(found, ScramVerifier):
+                    proof = await self._ask(client, wanted.startup, found)
+                    if proof is None:
+                        return
+                    found = await self._wake(wanted)
+                if found.max_sessions is not None and self._per_compute[found.instance_id] >= found.max_sessions:
+                    self._refuse(client, "53300", goodbye.too_many_connections_of_endpoint())
                     return
-            finally:
-                _take_one(self._per_compute, target.instance_id)
-            self._directory.forget(target)
+                self._per_compute[found.instance_id] += 1
+                try:
+                    if await self._relay_to(client, found, wanted.startup, proof):
+                        return
+                finally:
+                    _take_one(self._per_compute, found.instance_id)
+                self._directory.forget(found)
+        finally:
+            if proof is not None:
+                proof.wipe()
         self._refused.labels("57P03").inc()
         client.end(goodbye.unreachable())
 
-    async def _relay_to(self, client: ClientSide, target: ConnectTarget, startup: StartupMessage) -> bool:
+    async def _relay_to(
+        self, client: ClientSide, target: ConnectTarget, startup: StartupMessage, proof: Proof | None
+    ) -> bool:
         """Until the session is over. False: there is nobody."""
         lease = await self._enter(client, target)
         try:
-            server, first_words = await self._open(client, target, startup)
+            first_row = self._directory.first_row(target)
+            server, first_words = await self._open(client, target, startup, proof)
             if server is None:
                 return False
+            if proof is not None:
+                proof.wipe()
             self._opened.inc()
-            await self._until_over(client, server, first_words, target, lease)
+            await self._until_over(client, server, first_words, target, lease, first_row)
             return True
         finally:
             self._projects.leave(target.project_id, client)
 
-    async def _find(self, wanted: Route) -> ConnectTarget:
+    async def _find(self, wanted: Route) -> ConnectTarget | ScramVerifier:
+        return await self._in_time(self._directory.admit(wanted.endpoint_id, role_name(wanted.startup)))
+
+    async def _wake(self, wanted: Route) -> ConnectTarget:
+        return await self._in_time(self._directory.find(wanted.endpoint_id))
+
+    async def _in_time(self, asking: Coroutine[Any, Any, _Found]) -> _Found:
         try:
             async with asyncio.timeout(self._settings.wake_timeout_s):
-                return await self._directory.find(wanted.endpoint_id)
+                return await asking
         except TimeoutError:
             raise UnavailableError("starting the compute took too long") from None
+
+    async def _ask(self, client: ClientSide, startup: StartupMessage, verifier: ScramVerifier) -> Proof | None:
+        """None: it is gone, or was refused. Raises ScramAuthenticationError, ProtocolViolationError."""
+        try:
+            async with asyncio.timeout(self._settings.auth_timeout_s):
+                return await ask(client, startup, verifier)
+        except TimeoutError:
+            self._refuse(client, "57P03", goodbye.took_too_long("logging in"))
+            return None
 
     async def _enter(self, client: ClientSide, target: ConnectTarget) -> Lease:
         try:
@@ -294,20 +329,22 @@ class ProxyServer:
             raise
 
     async def _open(
-        self, client: ClientSide, target: ConnectTarget, startup: StartupMessage
+        self, client: ClientSide, target: ConnectTarget, startup: StartupMessage, proof: Proof | None
     ) -> tuple[ServerSide | None, bytes]:
-        """The compute's end and its first words; None when there is nobody, or somebody who is on the way out."""
+        """The compute's end and its first words, with `proof` those behind the log-in; None when there is nobody, or
+        somebody who is on the way out. Raises as `log_in`."""
         server = ServerSide(client)
         try:
             await open_compute(target.compute, server)
-            assert server.transport is not None  # noqa: S101 - connected
-            server.transport.write(startup.serialize())
+            server.send(startup.serialize())
             async with asyncio.timeout(self._settings.auth_timeout_s):
-                first_words = await server.first_words()
+                first_words = await server.words()
+                if proof is not None:
+                    first_words = await log_in(server, first_words, proof)
         except (OSError, TimeoutError):
             server.abort()
             return None, b""
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, KeylakeError):
             server.abort()
             raise
         if not first_words or (first_words.startswith(b"E") and _NOT_YET in first_words):
@@ -316,12 +353,18 @@ class ProxyServer:
         return server, first_words
 
     async def _until_over(
-        self, client: ClientSide, server: ServerSide, first_words: bytes, target: ConnectTarget, lease: Lease
+        self,
+        client: ClientSide,
+        server: ServerSide,
+        first_words: bytes,
+        target: ConnectTarget,
+        lease: Lease,
+        first_row: FirstRow | None,
     ) -> None:
         if client.broke_protocol:
             server.abort()
             raise ProtocolViolationError("the client went on before it was answered")
-        client.begin(server, first_words, target.compute, lease, self._directory.first_row(target))
+        client.begin(server, first_words, target.compute, lease, first_row)
         try:
             async with asyncio.timeout(self._settings.auth_timeout_s):
                 await client.wait_logged_in()

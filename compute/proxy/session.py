@@ -63,7 +63,8 @@ class ServerSide(Receiver):
     def __init__(self, session: ClientSide) -> None:
         self._session = session
         self.transport: asyncio.Transport | None = None
-        self._first: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._words: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._heard = False  # `words` were taken, and nothing is read until more are wanted
         self._relaying = False
         self.stream = BackendStream()
 
@@ -74,15 +75,28 @@ class ServerSide(Receiver):
     def data_received(self, data: bytes) -> None:
         if self._relaying:
             self._session.from_server(self, data)
-        elif not self._first.done():
-            # What Postgres says first decides whether we stay with this compute (see `first_words`).
-            self._first.set_result(data)
+        elif not self._words.done():
+            # What Postgres says first decides whether we stay with this compute.
+            self._words.set_result(data)
             assert self.transport is not None  # noqa: S101 - connected
             self.transport.pause_reading()
 
-    async def first_words(self) -> bytes:
-        """The first chunk; empty when the connection ends without one. `begin` must be called for the rest to come."""
-        return await self._first
+    async def words(self) -> bytes:
+        """Before `begin`, which must be called for the rest to come: the next chunk; empty when the connection ends
+        without one."""
+        if self._heard:
+            if self.transport is None:
+                return b""
+            self._heard, self._words = False, asyncio.get_running_loop().create_future()
+            self.transport.resume_reading()
+        words = await self._words
+        self._heard = True
+        return words
+
+    def send(self, data: bytes) -> None:
+        """Before `begin`."""
+        if self.transport is not None:
+            self.transport.write(data)
 
     def begin(self) -> None:
         self._relaying = True
@@ -97,8 +111,8 @@ class ServerSide(Receiver):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        if not self._first.done():
-            self._first.set_result(b"")
+        if not self._words.done():
+            self._words.set_result(b"")
         elif self._relaying:
             self._session.server_lost(self)
 
@@ -179,6 +193,11 @@ class ClientSide(Receiver):
         data = bytes(self._buffer[:size_bytes])
         del self._buffer[:size_bytes]
         return data
+
+    def answer(self, data: bytes) -> None:
+        """Say something to it before there is a compute."""
+        if self.phase is Phase.WAITING and self.transport is not None:
+            self.transport.write(data)
 
     def wait_for_compute(self) -> None:
         """The start-up packet is complete. Whoever sends more before an answer breaks the protocol."""

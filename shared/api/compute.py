@@ -176,6 +176,28 @@ class ConnectTarget(ApiModel):
     """Nobody has said yet what its first query took."""
 
 
+class LogIn(ApiModel):
+    """Who wants to log in, and has not proved anything yet. The role's name is in hex: a start-up packet may hold any
+    bytes but zero, and Postgres looks at the first 63."""
+
+    user_hex: str = Field(pattern=r"^([1-9a-f][0-9a-f]|0[1-9a-f]){1,63}$")
+
+
+class Admission(ApiModel):
+    """The `target` runs, and asks for the password itself. Or the endpoint does not run, and is to be woken for who
+    proves that he knows the password of this `verifier`; of a role that may not log in, or does not exist, it is one
+    that nobody passes."""
+
+    target: ConnectTarget | None = None
+    verifier: str | None = Field(default=None, repr=False)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.target is None) == (self.verifier is None):
+            raise ValueError("a compute, or a verifier")
+        return self
+
+
 class FirstQuery(ApiModel):
     """The last stages of a start, as the proxy saw them: of the first session that got a row."""
 

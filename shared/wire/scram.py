@@ -14,7 +14,7 @@ Postgres ignores the user name inside SCRAM (the start-up packet names the user)
 where SASLprep refuses it (pg_saslprep's callers in scram-common.c and fe-auth-scram.c); so do we.
 
 A server that relays (a proxy) learns the ClientKey from a successful exchange and can use it to log in upstream as
-the same user: `ScramClient` takes keys in place of a password.
+the same user: `ScramClient` takes keys in place of a password (RFC 5802, section 3).
 
 Nonces are passed in: 18 random bytes in base64, fresh for every exchange.
 """
@@ -32,6 +32,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import Final, Self
 
+from shared.crypto.secret import SecretKey
 from shared.errors import UnauthenticatedError
 from shared.wire.buffer import ProtocolViolationError
 
@@ -107,25 +108,26 @@ def _hmac(key: bytes, data: bytes) -> bytes:
     return hmac.digest(key, data, "sha256")
 
 
-def _xor(left: bytes, right: bytes) -> bytes:
-    return bytes(a ^ b for a, b in zip(left, right, strict=True))
+def _xor(left: bytes | memoryview, right: bytes) -> bytearray:
+    return bytearray(a ^ b for a, b in zip(left, right, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class ScramKeys:
-    """What a client can log in with. As good as the password, for this salt and iteration count."""
+    """What a client can log in with. As good as the password, for this salt and iteration count. The owner wipes
+    `client_key`."""
 
-    client_key: bytes = field(repr=False)
+    client_key: SecretKey
     server_key: bytes = field(repr=False)
 
     @classmethod
     def derive(cls, password: str, salt: bytes, iterations: int) -> Self:
         salted = hashlib.pbkdf2_hmac("sha256", _password_bytes(password), salt, iterations)
-        return cls(_hmac(salted, b"Client Key"), _hmac(salted, b"Server Key"))
+        return cls(SecretKey(_hmac(salted, b"Client Key")), _hmac(salted, b"Server Key"))
 
     @property
     def stored_key(self) -> bytes:
-        return hashlib.sha256(self.client_key).digest()
+        return hashlib.sha256(self.client_key.reveal()).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +150,16 @@ class ScramVerifier:
         return cls(iterations, salt, keys.stored_key, keys.server_key)
 
     @classmethod
-    def decoy(cls, user: str, secret: bytes) -> Self:
+    def decoy(cls, user: bytes, secret: bytes) -> Self:
         """For a user that does not exist: no client passes it, and without `secret` nobody sees that it is not real.
 
-        The salt depends on the user only, so that asking twice tells nothing (mock_scram_secret in auth-scram.c).
+        The salt depends on the user only, so that asking twice tells nothing. With the cluster's mock authentication
+        nonce as `secret`, it is Postgres's own (scram_mock_salt in auth-scram.c).
         """
-        material = _hmac(secret, user.encode("utf-8", "surrogateescape"))
+        salt = hashlib.sha256(user + secret).digest()[:SALT_LENGTH_BYTES]
         # ClientKey is unknown to everybody: StoredKey is not the hash of anything that we know.
-        stored_key, server_key = _hmac(material, b"decoy stored key"), _hmac(material, b"decoy server key")
-        return cls(DEFAULT_ITERATIONS, _hmac(material, b"decoy salt")[:SALT_LENGTH_BYTES], stored_key, server_key)
+        material = _hmac(secret, user)
+        return cls(DEFAULT_ITERATIONS, salt, _hmac(material, b"decoy stored key"), _hmac(material, b"decoy server key"))
 
     def serialize(self) -> str:
         return (
@@ -199,8 +202,8 @@ class ScramClient:
     ) -> None:
         """`credentials`: the password, or the keys that match the server's salt and iterations.
 
-        `iterations_min`: a server (or somebody in its place) that asks for fewer is refused; few iterations make the
-        password cheap to guess from the proof. Postgres expects an empty `user`.
+        `iterations_min`: a server (or somebody in its place) that asks a password for fewer is refused; few iterations
+        make it cheap to guess from the proof. Postgres expects an empty `user`.
         """
         if not _NONCE.fullmatch(client_nonce):
             raise ValueError("a nonce is printable ASCII without commas")
@@ -223,17 +226,17 @@ class ScramClient:
         if not re.fullmatch(r"[1-9][0-9]{0,8}", iterations_text, re.ASCII):
             raise ProtocolViolationError("SCRAM: invalid iteration count")
         iterations = int(iterations_text)
-        if not salt or not self._iterations_min <= iterations <= _ITERATIONS_MAX:
-            raise ProtocolViolationError("SCRAM: no salt, or an iteration count out of bounds")
         match self._credentials:
             case ScramKeys() as keys:
-                pass
+                pass  # as many as the role was made with: nothing is derived here
             case str(password):
+                if not salt or not self._iterations_min <= iterations <= _ITERATIONS_MAX:
+                    raise ProtocolViolationError("SCRAM: no salt, or an iteration count out of bounds")
                 keys = ScramKeys.derive(password, salt, iterations)
         final_bare = f"c={_CHANNEL_BINDINGS[_GS2_NO_BINDING]},r={nonce}"
         auth_message = f"{self._first_bare},{text},{final_bare}".encode()
         self._server_signature = _hmac(keys.server_key, auth_message)
-        proof = _xor(keys.client_key, _hmac(keys.stored_key, auth_message))
+        proof = _xor(keys.client_key.reveal(), _hmac(keys.stored_key, auth_message))
         return f"{final_bare},p={_base64(proof)}".encode()
 
     def verify(self, server_final: bytes) -> None:
@@ -291,8 +294,9 @@ class ScramServer:
             raise ProtocolViolationError("SCRAM: malformed proof")
         auth_message = f"{auth_start},{text.rpartition(',p=')[0]}".encode()
         client_key = _xor(proof, _hmac(self._verifier.stored_key, auth_message))
-        keys = ScramKeys(client_key, self._verifier.server_key)
+        keys = ScramKeys(SecretKey(client_key), self._verifier.server_key)
         if not hmac.compare_digest(keys.stored_key, self._verifier.stored_key):
+            keys.client_key.wipe()
             raise ScramAuthenticationError("password authentication failed")
         return f"v={_base64(_hmac(self._verifier.server_key, auth_message))}".encode(), keys
 
@@ -313,7 +317,7 @@ def _attributes(text: str, *names: str) -> tuple[str, ...]:
     return tuple(part[2:] for part in parts)
 
 
-def _base64(data: bytes) -> str:
+def _base64(data: bytes | bytearray) -> str:
     return base64.b64encode(data).decode("ascii")
 
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -29,6 +29,9 @@ from shared.config import Address
 from shared.errors import NotFoundError
 from shared.http import ServiceClient
 from shared.roles import OWNER_SCOPES
+from shared.wire.pgauth import SASLInitialResponse
+from shared.wire.pgstartup import SSLRequest, StartupMessage
+from shared.wire.scram import MECHANISM, ScramClient
 from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.primary import Session, connect, safekeeper_timelines
 from tests.cluster.processes import compute_of, find_compute
@@ -396,14 +399,18 @@ class IdleSession:
         return ""
 
 
-async def connect_again(place: Place) -> Session:
-    """Who has begun with SCRAM when the compute goes is told so, and begins anew."""
+async def served(place: Place) -> None:
+    """Who has begun to log in when the compute goes is told so, or let in and sent away again, and begins anew."""
     try:
-        return await place.connect()
+        connection = await place.connect()
     except asyncpg.CannotConnectNowError as error:
         if "during log-in" not in str(error):
             raise
-    return await place.connect()
+    else:
+        with suppress(asyncpg.AdminShutdownError, asyncpg.ConnectionDoesNotExistError, asyncpg.InterfaceError):
+            await place.check(connection)
+            return
+    await place.check()
 
 
 async def test_idle_sessions_end_with_their_compute_and_who_is_not_logged_in_waits_for_the_next(place: Place) -> None:
@@ -413,10 +420,9 @@ async def test_idle_sessions_end_with_their_compute_and_who_is_not_logged_in_wai
 
     idle = await IdleSession.open(place)
     stopping = asyncio.create_task(client.stop_endpoint(endpoint_id))
-    waiting = [asyncio.create_task(connect_again(place)) for _ in range(3)]
+    waiting = [asyncio.create_task(served(place)) for _ in range(3)]
     await stopping
-    for connection in await asyncio.gather(*waiting):
-        await place.check(connection)
+    await asyncio.gather(*waiting)
     assert "terminating connection due to administrator command" in await idle.last_words()
 
     idle = await IdleSession.open(place)
@@ -435,3 +441,82 @@ async def test_idle_sessions_end_with_their_compute_and_who_is_not_logged_in_wai
     await manager.start()
     await place.check()
     assert (await client.endpoint(endpoint_id)).term > first.term
+
+
+# --- who may wake it ---
+
+
+async def try_to_log_in(place: Place, user: str, password: str) -> bool:
+    """False: wrong password, or no such role; nobody says which."""
+    arguments = place.project.connection.asyncpg_arguments() | {"user": user, "password": password}
+    try:
+        connection = await asyncpg.connect(**arguments, timeout=60)
+    except asyncpg.InvalidPasswordError:
+        return False
+    assert await connection.fetchval("SELECT current_user") == user
+    await connection.close()
+    return True
+
+
+async def offered_salt(place: Place, user: str) -> str:
+    """What a client of that name is asked, by whoever asks: the proxy, or Postgres."""
+    connection = place.project.connection
+    parameters = {"user": user, "database": "app", "options": f"endpoint={connection.endpoint_id}"}
+    reader, writer = await asyncio.open_connection(connection.host, connection.port)
+    try:
+        async with asyncio.timeout(60):
+            writer.write(SSLRequest().serialize())
+            assert await reader.readexactly(1) == b"S"
+            await writer.start_tls(connection.ssl_context(), server_hostname=connection.host)
+            writer.write(StartupMessage(parameters).serialize())
+            assert (await reader.readuntil(MECHANISM.encode() + b"\0\0"))[:1] == b"R"
+            writer.write(SASLInitialResponse(MECHANISM, ScramClient("", "nonce").first()).serialize())
+            await reader.readuntil(b",s=")
+            return (await reader.readuntil(b",")).decode()
+    finally:
+        writer.close()
+
+
+async def test_only_who_knows_a_password_wakes_a_compute(place: Place) -> None:
+    """And whoever Postgres knows can wake it, however its compute ended (ADR 49)."""
+    client, endpoint_id = place.cluster.client, place.project.endpoint.endpoint_id
+    connection = await place.connect()
+    await connection.execute(
+        "CREATE ROLE anna LOGIN PASSWORD 's3cret'; CREATE ROLE gone LOGIN PASSWORD 's3cret' VALID UNTIL '2000-01-01'"
+    )
+    await connection.close()
+    awake = [await offered_salt(place, user) for user in ("anna", "nobody")]
+    stopped = await client.stop_endpoint(endpoint_id)
+    for user, password in (("anna", "wrong"), ("nobody", "s3cret"), ("gone", "s3cret"), ("app", "s3cret")):
+        assert not await try_to_log_in(place, user, password)
+    assert [await offered_salt(place, user) for user in ("anna", "nobody")] == awake, "it does not tell who is there"
+    endpoint = await client.endpoint(endpoint_id)
+    assert (endpoint.state, endpoint.term) == (EndpointState.STOPPED, stopped.term)
+    # A role that SQL has made wakes it. Changed by SQL, its old password does not any more.
+    assert await try_to_log_in(place, "anna", "s3cret")
+    connection = await place.connect()
+    await connection.execute("ALTER ROLE anna PASSWORD 'changed'; CREATE ROLE berta LOGIN PASSWORD 'b'")
+    await connection.close()
+    await client.stop_endpoint(endpoint_id)
+    assert not await try_to_log_in(place, "anna", "s3cret")
+    assert (await client.endpoint(endpoint_id)).state is EndpointState.STOPPED
+    assert await try_to_log_in(place, "berta", "b")
+    # Killed, it tells nobody who may log in: so everybody is let through to Postgres, which knows.
+    connection = await place.connect()
+    await connection.execute("CREATE ROLE clara LOGIN PASSWORD 'c'; ALTER ROLE app PASSWORD 'of the owner'")
+    compute = await compute_of(place.cluster, endpoint_id)
+    os.kill(compute.agent.pid, signal.SIGKILL)
+    await compute.gone()
+    assert await try_to_log_in(place, "clara", "c")
+    assert await try_to_log_in(place, "app", "of the owner")
+    # The same when a role is being changed at the end.
+    connection = await asyncpg.connect(
+        **place.project.connection.asyncpg_arguments() | {"password": "of the owner"}, timeout=60
+    )
+    await connection.execute(f"ALTER ROLE app PASSWORD '{place.project.connection.password}'")
+    await connection.execute("BEGIN; ALTER ROLE anna PASSWORD 'undone'")
+    await client.stop_endpoint(endpoint_id)
+    assert not await try_to_log_in(place, "nobody", "s3cret")
+    assert (await client.endpoint(endpoint_id)).state is EndpointState.RUNNING
+    assert await try_to_log_in(place, "anna", "changed")
+    await place.check()

@@ -24,6 +24,7 @@ EXAMPLES: Final[Mapping[str, Any]] = {
     "object_name": "index/0000000000000001",
     "sha256": "0" * 64,
     "size": "1",
+    "user_hex": "616e6e61",
 }
 """Where the schema has a pattern, or a secret goes."""
 MALFORMED_LSNS: Final = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import shutil
@@ -12,13 +13,24 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
-from compute.agent.protocol import Boot, Follow, PostgresOptions, Prepared, Running, Start, Tokens
+from compute.agent.protocol import (
+    Boot,
+    Ended,
+    Follow,
+    PostgresOptions,
+    Prepared,
+    Running,
+    Start,
+    Tokens,
+    role_digest,
+)
 from compute.agent.replica import Replica
 from compute.agent.roles import bootstrap_sql
 from compute.agent.tunnel import TUNNEL_HOST_NAME, tunnel_client_context
@@ -45,6 +57,7 @@ from tests.fixtures.waiting import wait_until
 pytestmark = pytest.mark.integration
 
 CANARY = "canary-7f3a91"
+HASH = "A" * 43 + "="
 
 
 @dataclass(slots=True)
@@ -542,9 +555,46 @@ async def test_a_graceful_stop_shuts_postgres_down(bench: Bench) -> None:
     await transaction.commit()
     assert not await bench.agent.stop_if_unused(60, 10)
     assert await connection.fetchval("SELECT 1") == 1
+    ended = await stop_under_role_changes(bench, connection)
+    assert (ended.reason, ended.asked_for) == ("stopped", True)
+
+
+async def stop_under_role_changes(bench: Bench, connection: Any) -> Ended:
+    """Who may log in is listed as it is at the very end: whoever was told that a role is made finds it there."""
+    await connection.execute(
+        "CREATE ROLE anna LOGIN PASSWORD 's3cret' VALID UNTIL '2199-01-02 03:04:05+00';"
+        "CREATE ROLE for_ever LOGIN PASSWORD 'x' VALID UNTIL 'infinity'; CREATE ROLE far LOGIN PASSWORD 'x';"
+        "ALTER ROLE far VALID UNTIL '20000-01-01'; CREATE ROLE late LOGIN PASSWORD 'x' VALID UNTIL '2000-01-01';"
+        "CREATE ROLE \"a group\" PASSWORD 'x'; CREATE ROLE without LOGIN"
+    )
+    made: list[str] = []
+
+    async def make_more() -> None:
+        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            while True:
+                name = f"r{len(made)}"
+                await connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'SCRAM-SHA-256$4096:AAAA${HASH}:{HASH}'")
+                made.append(name)
+
+    making = asyncio.create_task(make_more())
+    await wait_until(lambda: len(made) > 10)
     await bench.agent.stop(10)
     ended = await bench.agent.ended
-    assert (ended.reason, ended.asked_for) == ("stopped", True)
+    await making
+    assert ended.login_roles is not None
+    listed, nonce = ended.login_roles.roles, bytes.fromhex(ended.login_roles.mock_nonce)
+    names = {"app", "anna", "for_ever", "far", *made}
+    untold = f"r{len(made)}"  # was made or not, and nobody was told
+    roles = {
+        name: listed[digest] for name in (*names, untold) if (digest := role_digest(nonce, name.encode())) in listed
+    }
+    assert roles.keys() - {untold} == names
+    assert len(roles) == len(listed), "and nobody else"
+    assert roles["anna"].valid_until == datetime(2199, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert ScramVerifier.parse(roles["anna"].verifier).check_password("s3cret")
+    assert ScramVerifier.parse(roles["app"].verifier).check_password("pw")
+    assert (roles["for_ever"].valid_until, roles["far"].valid_until) == (None, None)
+    return ended
 
 
 async def test_a_crash_of_postgres_ends_the_agent(bench: Bench) -> None:

@@ -24,6 +24,7 @@ from compute.follower import Follower
 from compute.repository import TimelineRow
 from keylake.ports import free_port
 from shared.api.compute import (
+    Admission,
     ChangeEndpoint,
     ConnectTarget,
     CreatedEndpoint,
@@ -33,6 +34,7 @@ from shared.api.compute import (
     EndpointSize,
     EndpointState,
     FirstQuery,
+    LogIn,
     Timeline,
 )
 from shared.api.keymanager import KeyState, Role
@@ -48,6 +50,7 @@ from shared.errors import (
 )
 from shared.http import ServiceClient
 from shared.ids import EndpointId, InstanceId, ProjectId
+from shared.wire.scram import ScramVerifier
 from tests.cluster.processes import below
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
 from tests.fixtures.keymanager import metadata_dsn, metadata_server
@@ -87,6 +90,14 @@ async def reach(client: ServiceClient, endpoint: Endpoint) -> ConnectTarget:
 
 async def state_of(client: ServiceClient, endpoint: Endpoint) -> Endpoint:
     return await client.call(Endpoint, "GET", f"/v1/endpoints/{endpoint.endpoint_id}")
+
+
+async def asleep(client: ServiceClient, endpoint: Endpoint, user: str) -> ScramVerifier:
+    """By which the proxy asks this role for its password before it has the endpoint started."""
+    path, body = f"/v1/endpoints/{endpoint.endpoint_id}:log-in", LogIn(user_hex=user.encode().hex())
+    admission = await client.call(Admission, "POST", path, body=body)
+    assert admission.verifier is not None
+    return ScramVerifier.parse(admission.verifier)
 
 
 async def log_in(target: ConnectTarget, endpoint: CreatedEndpoint, **options: Any) -> Any:
@@ -194,6 +205,7 @@ async def test_concurrent_callers_share_one_start(cluster: ComputeCluster, clien
 async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, client: ServiceClient) -> None:
     endpoint = await make_endpoint(client, ProjectId.new())
     path = f"/v1/endpoints/{endpoint.endpoint_id}"
+    assert (await asleep(client, endpoint, "app")).check_password(endpoint.password)
     half, later = ChangeEndpoint(size=EndpointSize.HALF), ChangeEndpoint(size=EndpointSize.QUARTER)
     assert (await client.call(Endpoint, "PATCH", path, body=half)).size is EndpointSize.HALF
     began = datetime.now(UTC)
@@ -211,7 +223,11 @@ async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, clie
     assert await connection.fetchval("SHOW work_mem") == "5MB"
     assert await connection.fetchval("SHOW max_parallel_workers") == "0"
     await connection.execute("CREATE TABLE t (a int)")
+    await connection.execute("CREATE ROLE anna LOGIN PASSWORD 's3cret'; ALTER ROLE app PASSWORD 'another'")
     await connection.close()
+    body = LogIn(user_hex=b"nobody".hex())
+    admission = await client.call(Admission, "POST", f"{path}:log-in", body=body)
+    assert (admission.verifier, admission.target) == (None, target), "it runs, and asks for the password itself"
     stopped = await client.call(Endpoint, "POST", f"/v1/endpoints/{endpoint.endpoint_id}:stop")
     assert stopped.state is EndpointState.STOPPED
     assert stopped.reason == "stopped on request"
@@ -221,6 +237,11 @@ async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, clie
     # Stopping again, or killing, is fine.
     again = await client.call(Endpoint, "POST", f"/v1/endpoints/{endpoint.endpoint_id}:kill")
     assert again.state is EndpointState.STOPPED
+    # Who may log in is known, and whoever only says so does not start it.
+    assert (await asleep(client, endpoint, "anna")).check_password("s3cret")
+    assert (await asleep(client, endpoint, "app")).check_password("another")
+    assert not (await asleep(client, endpoint, "nobody")).check_password("s3cret")
+    assert (await state_of(client, endpoint)).state is EndpointState.STOPPED
     # The shutdown checkpoint is in the log of a majority: their ends agree, and nobody streams any more.
     statuses = [await each.status(endpoint.project_id, endpoint.timeline_id) for each in cluster.services.safekeepers]
     assert not any(status.streaming for status in statuses if status is not None)
