@@ -464,8 +464,18 @@ async def test_a_spare_agent_is_used_once_and_replaced(metadata_dsn: str) -> Non
             assert launcher._spares[0] is not spare
 
 
-async def test_the_process_and_what_its_death_takes_along(cluster: ComputeCluster) -> None:
-    """`python -m compute` with a configuration file; killed, it leaves no compute, and its successor no files."""
+IN_A_CONTAINER = """
+import runpy
+from shared import sandbox
+sandbox.detect_isolation = lambda: sandbox.Isolation.MOUNTS
+runpy.run_module("compute", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("program", [("-m", "compute"), ("-c", IN_A_CONTAINER)], ids=["best", "mounts"])
+async def test_the_process_and_what_its_death_takes_along(cluster: ComputeCluster, program: tuple[str, str]) -> None:
+    """`python -m compute` with a configuration file; killed, it leaves no compute, and its successor no files. Also
+    where no pid namespace ends with the agent."""
     port = free_port()
     settings = cluster.settings.model_dump(mode="json") | {
         "listen": {"port": port},
@@ -478,7 +488,7 @@ async def test_the_process_and_what_its_death_takes_along(cluster: ComputeCluste
     config.write_text(json.dumps(settings))
     log = config.with_suffix(".log")
     with log.open("wb") as output:
-        argv = [sys.executable, "-m", "compute", "--config", str(config)]
+        argv = [sys.executable, *program, "--config", str(config)]
         process = await asyncio.to_thread(subprocess.Popen, argv, stderr=output)
     try:
         await wait_until(lambda: "compute manager is up" in log.read_text() or process.poll() is not None)
