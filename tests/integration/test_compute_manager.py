@@ -578,3 +578,46 @@ async def test_an_unused_compute_is_suspended(metadata_dsn: str) -> None:
             assert (await state_of(client, endpoint)).reason == "suspended: nobody used it for 0.3 s"
             with pytest.raises(CONNECTION_LOST):
                 await connection.fetchval("SELECT 1")
+
+            # Nor while somebody waits without a transaction: for the time, for a lock, for a quorum.
+            reports: list[float] = []
+            agent = run._agent
+            assert agent is not None
+            on_idle = agent.on_idle
+
+            def reported(idle_s: float) -> None:
+                reports.append(idle_s)
+                on_idle(idle_s)
+
+            agent.on_idle = reported
+
+            async def is_kept_by(waiting: asyncio.Task[Any]) -> None:
+                await wait_until(lambda: reports and reports[-1] < 0.1)
+                reports.clear()
+                await suspend_after(0.3)
+                await wait_until(lambda: len(reports) > 8)  # much longer than that
+                assert not waiting.done()
+                now = await state_of(client, endpoint)
+                assert (now.state, now.instance_id) == (EndpointState.RUNNING, target.instance_id)
+                await suspend_after(0)
+
+            other = await log_in(target, endpoint)
+            waiting = asyncio.create_task(connection.execute("SELECT pg_sleep(60)"))
+            await is_kept_by(waiting)
+            await other.execute("SELECT pg_cancel_backend($1)", connection.get_server_pid())
+            with pytest.raises(asyncpg.QueryCanceledError):
+                await waiting
+            await other.execute("SELECT pg_advisory_lock(1)")  # its session is idle from here on
+            waiting = asyncio.create_task(connection.execute("SELECT pg_advisory_lock(1)"))
+            await is_kept_by(waiting)
+            await other.execute("SELECT pg_advisory_unlock(1)")
+            await waiting
+            for safekeeper in cluster.safekeepers[1:]:
+                await safekeeper.stop()
+            waiting = asyncio.create_task(connection.execute("INSERT INTO t VALUES (2)"))
+            await is_kept_by(waiting)
+            for safekeeper in cluster.safekeepers[1:]:
+                await safekeeper.start()
+            await asyncio.wait_for(waiting, 20)
+            assert await other.fetchval("SELECT count(*) FROM t") == 2
+            await other.close()
