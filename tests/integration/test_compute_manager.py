@@ -207,7 +207,7 @@ async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, clie
     connection = await log_in(target, endpoint)
     assert await connection.fetchval("SHOW shared_buffers") == "64MB"
     reserved = int(await connection.fetchval("SHOW superuser_reserved_connections"))
-    assert target.max_sessions == int(await connection.fetchval("SHOW max_connections")) - reserved == 97
+    assert target.max_sessions == int(await connection.fetchval("SHOW max_connections")) - reserved == 100
     assert await connection.fetchval("SHOW work_mem") == "5MB"
     assert await connection.fetchval("SHOW max_parallel_workers") == "0"
     await connection.execute("CREATE TABLE t (a int)")
