@@ -20,7 +20,7 @@ from compute.agent.postgres_conf import (
 from compute.agent.protocol import PostgresOptions, Start, Stop, pack_line, parse_from_agent, parse_to_agent
 from compute.agent.roles import bootstrap_sql
 from compute.branches import acknowledged
-from compute.crashes import SETTLED_S, Crashes, delay_s
+from compute.crashes import MAX_DELAY_S, SETTLED_S, Crashes, delay_s
 from compute.endpoint import Event, next_state
 from compute.proposer import check_members, majority
 from compute.sealed_log import MAX_BATCH_SIZE_BYTES, SealedLog, read_batches
@@ -116,10 +116,11 @@ def test_crashes_in_a_row_cost_more_and_more_and_a_good_run_ends_the_row() -> No
     assert [delay_s(count) for count in range(1, 12)] == [0, 0, 0, 0, 1, 2, 4, 8, 16, 32, 60]
     crashes = Crashes()
     for count in range(1, 7):
-        crashes.crashed(now_s=100.0, ran_s=SETTLED_S - 0.1, reason="x")
+        crashes = crashes.and_another(now_s=100.0, ran_s=SETTLED_S - 0.1, reason="x")
         assert crashes.count == count
     assert (crashes.wait_s(100.0), crashes.wait_s(101.5), crashes.wait_s(200.0)) == (2.0, 0.5, 0.0)
-    crashes.crashed(now_s=200.0, ran_s=SETTLED_S, reason="x")
+    assert crashes.wait_s(-1e6) == MAX_DELAY_S, "a clock that was set back"
+    crashes = crashes.and_another(now_s=200.0, ran_s=SETTLED_S, reason="x")
     assert (crashes.count, crashes.wait_s(200.0)) == (1, 0.0)
 
 
