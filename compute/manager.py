@@ -18,7 +18,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -91,7 +91,7 @@ class Manager:
         """Deletions of timelines and endpoints, and replacements of safekeepers, that have begun so far."""
         self._turns = asyncio.Semaphore(services.settings.max_starting)
         self._crashes: dict[EndpointId, Crashes] = {}
-        """Of endpoints whose last compute crashed."""
+        """As our own runs ended. The rows, which say how those of managers before us did, follow."""
         self._closing = False
 
     async def __aenter__(self) -> Manager:
@@ -390,8 +390,8 @@ class Manager:
         run = self._runs.get(row.endpoint_id)
         plan = None if run is None else run.plan
         reason = row.reason if run is None else run.reason
-        crashes = self._crashes.get(row.endpoint_id, Crashes())
-        wait_s = crashes.wait_s(asyncio.get_running_loop().time()) if run is None else 0.0
+        crashes = self._crashes_of(row)
+        wait_s = crashes.wait_s(time.time()) if run is None else 0.0
         replay_lsn = lag_bytes = None
         if run is not None and run.replayed is not None and run.replayed.replay_lsn is not None:
             replay_lsn = run.replayed.replay_lsn
@@ -481,16 +481,17 @@ class Manager:
 
     async def start(self, endpoint_id: EndpointId) -> Endpoint:
         """As `connect`, for who wants no connection; also when it crashed so often that those are refused."""
-        if crashes := self._crashes.get(endpoint_id):
-            crashes.next_start_s = 0.0
+        crashes = self._crashes_of(await self._repository.endpoint(endpoint_id))
+        if crashes.next_start_s:
+            self._crashes[endpoint_id] = replace(crashes, next_start_s=0.0)
         await self.connect(endpoint_id)
         return await self.endpoint(endpoint_id)
 
     async def _begin(self, endpoint_id: EndpointId) -> Run:
         """A new run, or the one that somebody else began while we looked."""
         row = await self._repository.endpoint(endpoint_id)
-        crashes = self._crashes.get(endpoint_id, Crashes())
-        wait_s = crashes.wait_s(asyncio.get_running_loop().time())
+        crashes = self._crashes_of(row)
+        wait_s = crashes.wait_s(time.time())
         if wait_s > PATIENCE_S:
             raise UnavailableError(
                 f"the compute crashed {crashes.count} times in a row ({crashes.reason}); it is not started for another "
@@ -538,7 +539,7 @@ class Manager:
         finally:
             del self._runs[row.endpoint_id]
             del self._tasks[row.endpoint_id]
-            self._count_crash(run, reason)
+            self._count_crash(run, row, reason)
             _log.info(
                 "run is over",
                 endpoint_id=str(row.endpoint_id),
@@ -550,7 +551,11 @@ class Manager:
             plan = run.plan
             try:
                 await self._repository.run_over(
-                    row.endpoint_id, reason, 0 if plan is None else plan.term, None if plan is None else plan.start_lsn
+                    row.endpoint_id,
+                    reason,
+                    0 if plan is None else plan.term,
+                    None if plan is None else plan.start_lsn,
+                    self._crashes_of(row),
                 )
             except UnavailableError as error:
                 _log.warning("the end of a run was not recorded", endpoint_id=str(row.endpoint_id), reason=str(error))
@@ -564,22 +569,25 @@ class Manager:
         except UnavailableError as error:
             _log.warning("who may log in was not recorded", endpoint_id=str(run.endpoint_id), reason=str(error))
 
-    def _count_crash(self, run: Run, reason: str) -> None:
-        now_s = asyncio.get_running_loop().time()
+    def _crashes_of(self, row: EndpointRow) -> Crashes:
+        return self._crashes.get(row.endpoint_id, row.crashes)
+
+    def _count_crash(self, run: Run, row: EndpointRow, reason: str) -> None:
         since_s = run.running_since_s
         if run.crashed:
-            crashes = self._crashes.setdefault(run.endpoint_id, Crashes())
-            crashes.crashed(now_s, 0.0 if since_s is None else now_s - since_s, reason)
+            ran_s = 0.0 if since_s is None else asyncio.get_running_loop().time() - since_s
+            crashes = self._crashes_of(row).and_another(time.time(), ran_s, reason)
+            self._crashes[run.endpoint_id] = crashes
             _log.warning(
                 "a compute crashed",
                 endpoint_id=str(run.endpoint_id),
                 project_id=str(run.project_id),
                 reason=reason,
                 crashes=crashes.count,
-                next_start_in_s=round(crashes.wait_s(now_s), 1),
+                next_start_in_s=round(crashes.wait_s(time.time()), 1),
             )
         elif since_s is not None:
-            self._crashes.pop(run.endpoint_id, None)
+            self._crashes[run.endpoint_id] = Crashes()
 
     async def stop(self, endpoint_id: EndpointId, *, graceful: bool) -> Endpoint:
         """Returns when the compute is gone. Does nothing to a stopped endpoint. Raises NotFoundError."""

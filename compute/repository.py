@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import asyncpg
 
 from compute.agent.protocol import LoginRole, LoginRoles
+from compute.crashes import Crashes
 from compute.proposer import Membership, Reservation
 from shared.api.compute import ChangeEndpoint, EndpointSize
 from shared.api.pageserver import AncestorInfo
@@ -58,6 +59,7 @@ class EndpointRow:
     """None: as the installation is set."""
     read_only_lsn: Lsn | None
     follows: bool
+    crashes: Crashes
     created_at: datetime
 
     @property
@@ -107,6 +109,11 @@ def _membership(row: Any) -> Membership:
     return Membership(row["generation"], json.loads(row["seats"]))
 
 
+def _crashes(row: Any) -> Crashes:
+    next_start_at = row["next_start_at"]
+    return Crashes(row["crashes"], 0.0 if next_start_at is None else next_start_at.timestamp(), row["crash_reason"])
+
+
 def _endpoint(row: Any) -> EndpointRow:
     return EndpointRow(
         endpoint_id=EndpointId.parse(row["endpoint_id"]),
@@ -123,6 +130,7 @@ def _endpoint(row: Any) -> EndpointRow:
         size=None if row["size"] is None else EndpointSize(row["size"]),
         read_only_lsn=None if row["read_only_lsn"] is None else Lsn(row["read_only_lsn"]),
         follows=row["follows"],
+        crashes=_crashes(row),
         created_at=row["created_at"],
     )
 
@@ -398,13 +406,18 @@ class Repository:
 
     # --- ends ---
 
-    async def run_over(self, endpoint_id: EndpointId, reason: str, term: int, start_lsn: Lsn | None) -> None:
-        """What is shown of a run that has ended."""
+    async def run_over(
+        self, endpoint_id: EndpointId, reason: str, term: int, start_lsn: Lsn | None, crashes: Crashes
+    ) -> None:
+        """What is known of a run that has ended, and when there may be another one."""
         await self._rows(
-            "UPDATE endpoints SET reason = $2, term = greatest(term, $3), start_lsn = coalesce($4, start_lsn)"
-            " WHERE endpoint_id = $1",
+            "UPDATE endpoints SET reason = $2, term = greatest(term, $3), start_lsn = coalesce($4, start_lsn),"
+            " crashes = $5, next_start_at = $6, crash_reason = $7 WHERE endpoint_id = $1",
             str(endpoint_id),
             reason,
             term,
             None if start_lsn is None else start_lsn.value,
+            crashes.count,
+            datetime.fromtimestamp(crashes.next_start_s, UTC) if crashes.next_start_s else None,
+            crashes.reason,
         )

@@ -151,6 +151,8 @@ IN_LOG = {"error", "warning", "statement"}
 """Kinds that only Postgres's log has."""
 VOLATILE = {"unlogged", "temporary", "sorted"}
 """Kinds that are on the compute's volume, and nowhere else."""
+ON_REPLICA = {"replicasorted"}
+"""Kinds that are on a replica's volume, and nowhere else."""
 
 
 class Planted:
@@ -199,6 +201,15 @@ async def plant_again(canaries: Canaries, arguments: dict[str, Any]) -> Planted:
     return Planted(connection)
 
 
+async def plant_on_replica(canaries: Canaries, arguments: dict[str, Any]) -> Planted:
+    """What one writes of its own; returns as `plant` does."""
+    connection = await asyncpg.connect(**arguments, timeout=60, command_timeout=60)
+    await _log(canaries, connection)
+    await connection.execute("set work_mem = '64kB'")
+    await _sort(connection, canaries.word("replicasorted"))
+    return Planted(connection)
+
+
 async def _spill(canaries: Canaries, connection: asyncpg.Connection[asyncpg.Record]) -> None:
     """A temporary table that does not fit into memory, and an open cursor over a sort that does not either."""
     # Last: a cursor that is open ends with its transaction.
@@ -206,9 +217,12 @@ async def _spill(canaries: Canaries, connection: asyncpg.Connection[asyncpg.Reco
     numbers = "from generate_series(1, 40000) n"
     word = canaries.word
     await connection.execute(f"create temp table temporaries as select '{word('temporary')}' || n as body {numbers}")
-    await connection.execute(
-        f"begin; declare sorting cursor for select '{word('sorted')}' || n {numbers} order by md5(n::text)"
-    )
+    await _sort(connection, word("sorted"))
+
+
+async def _sort(connection: asyncpg.Connection[asyncpg.Record], word: str) -> None:
+    query = f"select '{word}' || n from generate_series(1, 40000) n order by md5(n::text)"  # noqa: S608
+    await connection.execute(f"begin; declare sorting cursor for {query}")
     await connection.fetch("fetch 10 from sorting")
 
 

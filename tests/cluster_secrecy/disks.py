@@ -6,13 +6,14 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from keylake.cluster import Cluster
 from shared.sandbox import SHARED_MEMORY_DIR, Isolation, detect_isolation
+from tests.cluster_secrecy.canaries import spellings
 
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "mqueue", "proc", "sysfs", "devpts"}
 OTHERS = 0o077
@@ -85,6 +86,17 @@ def processes(cluster: Cluster) -> list[Process]:
                 if error.errno != errno.EINVAL:  # what the kernel says of the mounts of one that is just ending
                     raise
     return found
+
+
+def told(cluster_processes: Iterable[Process], secrets_by_name: Mapping[str, bytes]) -> list[str]:
+    """Secrets in an argv, which anybody on the machine may read, or in an environ, which is inherited."""
+    return [
+        f"{name} ({spelling}) of process {process.pid}"
+        for process in cluster_processes
+        for name, secret in secrets_by_name.items()
+        for spelling, needle in spellings(secret).items()
+        if needle in process.argv or needle in process.environ
+    ]
 
 
 def _with_descendants(roots: list[int]) -> set[int]:

@@ -46,17 +46,18 @@ class Server:
     """Its file, which has no name: the link in /proc is the only way to it."""
 
 
-def server_of(processes: Iterable[Process], cluster: Cluster) -> Server:
-    """Of the one compute that runs. A spare agent's has no file yet. Raises LookupError."""
+def servers(processes: Iterable[Process], cluster: Cluster) -> list[Server]:
+    """Of all computes that run. A spare agent's has no file yet."""
     directory = cluster.layout.data / "compute-logs"
+    found = []
     for process in processes:
         if b"compute.volume" in process.argv.split(b"\0"):
             for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
                 name = os.readlink(descriptor)
                 if name.startswith(f"{directory}/"):
                     assert name.endswith("(deleted)")
-                    return Server(process.pid, descriptor)
-    raise LookupError("no compute on a lazy volume runs")
+                    found.append(Server(process.pid, descriptor))
+    return found
 
 
 def flush(path: Path) -> None:

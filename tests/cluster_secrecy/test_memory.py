@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import asyncpg
@@ -33,6 +33,7 @@ from shared.crypto.secret import SecretKey
 from shared.errors import IntegrityError, KeyAccessError, KeylakeError, UnavailableError
 from tests.cluster.people import shred_by_two
 from tests.cluster_secrecy import disks, lazy, memory
+from tests.cluster_secrecy.canaries import search
 from tests.cluster_secrecy.keys import plaintext_keys
 from tests.cluster_secrecy.storage import Place
 from tests.fixtures.waiting import wait_until
@@ -149,23 +150,31 @@ def opens_a_log(key: bytes, cluster: Cluster) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class BootKeys:
-    """Of the one compute that runs, found as a thief with root would: every slot of the key arenas is tried."""
+    """Of a compute that runs, found as a thief with root would: every slot of the key arenas is tried."""
 
     keys: dict[str, bytes]
     """Name → 32 bytes. Two of the agent; on a lazy volume two more, of its server."""
 
     @classmethod
     def find(cls, cluster: Cluster) -> BootKeys:
+        """Of the one compute that runs."""
+        [found] = cls.find_all(cluster)
+        return found
+
+    @classmethod
+    def find_all(cls, cluster: Cluster) -> list[BootKeys]:
         pids = process_names(cluster)
         agents = {key for pid, name in pids.items() if name == "compute.agent" for key in memory.key_slots(pid)}
-        pairs = {(key, derived(key, LOG_KEY_LABEL)) for key in agents}
-        [(boot_key, log_key)] = [pair for pair in pairs if pair[1] in agents and opens_a_log(pair[1], cluster)]
-        found = {"boot key": boot_key, "log key": log_key}
         servers = {key for pid, name in pids.items() if name == "compute.volume" for key in memory.key_slots(pid)}
-        volume_key = derived(boot_key, VOLUME_KEY_LABEL)
-        if volume_key in servers:
-            found |= {"volume key": volume_key, "block key": block_key(SecretKey(volume_key), 0).copied()}
-        return cls(found)
+        computes = []
+        for boot_key in agents:
+            log_key, volume_key = derived(boot_key, LOG_KEY_LABEL), derived(boot_key, VOLUME_KEY_LABEL)
+            if log_key in agents and opens_a_log(log_key, cluster):
+                found = {"boot key": boot_key, "log key": log_key}
+                if volume_key in servers:
+                    found |= {"volume key": volume_key, "block key": block_key(SecretKey(volume_key), 0).copied()}
+                computes.append(cls(found))
+        return computes
 
     @property
     def patterns(self) -> dict[tuple[str, str], bytes]:
@@ -282,23 +291,65 @@ async def test_nothing_is_left_when_the_last_lease_has_run_out(tenant: Tenant) -
         await keymanager.start()
 
 
-async def test_a_boot_key_is_in_its_agent_and_dies_with_it(tenant: Tenant) -> None:
+async def test_a_boot_key_is_in_its_agent_and_dies_with_it(tenant: Tenant, tmp_path: Path) -> None:
+    """On no disk, in no log, argument or environment, not even while it is in use. A replica has its own."""
+    cluster, client = tenant.cluster, tenant.cluster.client
     await tenant.work()
-    connection = await asyncpg.connect(**tenant.project.connection.asyncpg_arguments(), timeout=60)
-    await connection.execute("do $$ begin raise warning 'for the log'; end $$")
-    patterns = BootKeys.find(tenant.cluster).patterns
-    before = memory.search(process_names(tenant.cluster), patterns)
+    replica = await client.create_endpoint(tenant.project.timeline, "replica", follows=True)
+    connections = [
+        await asyncpg.connect(**each.asyncpg_arguments(), timeout=60)
+        for each in (tenant.project.connection, replace(tenant.project.connection, endpoint_id=replica.endpoint_id))
+    ]
+    for connection in connections:
+        assert await connection.fetchval("select count(*) from t") > 0
+        await connection.execute("do $$ begin raise warning 'for the log'; end $$")
+    computes = BootKeys.find_all(cluster)
+    assert len(computes) == 2
+    keys = {f"{name} {number}": key for number, each in enumerate(computes) for name, key in each.keys.items()}
+    assert len(set(keys.values())) == len(keys)
+    assert await asyncio.to_thread(outside_of_memory, cluster, keys, []) == []
+    (tmp_path / "control").write_bytes(b"x" * 1001 + b"y".join(keys.values()))
+    assert search([tmp_path], keys).words == keys.keys()
+    environ = b"".join(b"KEY=" + key.hex().encode() + b"\0" for key in keys.values())
+    assert len(disks.told([disks.Process(1, b"sh", environ, (), ())], keys)) == len(keys)
+
+    both = BootKeys(keys)
     expected = AGENTS_KEYS | (set() if lazy.why_not() else VOLUMES_KEYS)
-    assert {(each.process, each.key, each.form) for each in before} == expected
-    await tenant.cluster.client.kill_endpoint(tenant.project.endpoint.endpoint_id)
-    await connection.close(timeout=5)
+    found = memory.search(process_names(cluster), both.patterns)
+    assert {(each.process, each.key, each.form) for each in found} == {
+        (process, f"{key} {number}", form) for number in (0, 1) for process, key, form in expected
+    }
+    await client.kill_endpoint(tenant.project.endpoint.endpoint_id)
 
     async def stopped() -> bool:
-        endpoint = await tenant.cluster.client.endpoint(tenant.project.endpoint.endpoint_id)
-        return endpoint.state is EndpointState.STOPPED
+        return (await client.endpoint(tenant.project.endpoint.endpoint_id)).state is EndpointState.STOPPED
 
     await wait_until(stopped)
-    assert memory.search(process_names(tenant.cluster), patterns) == []
+    left = {each.key for each in memory.search(process_names(cluster), both.patterns)}
+    assert left in [{name for name in keys if name.endswith(number)} for number in ("0", "1")], "the replica's, all"
+    everywhere = [path for paths in disks.persistent(cluster).values() for path in paths]
+    assert await asyncio.to_thread(outside_of_memory, cluster, keys, everywhere) == []
+
+    await cluster.customer.disable(tenant.key_arn)
+    try:
+        await tenant.project_is(KeyState.REVOKED)
+        await tenant.sealed()
+        assert memory.search(process_names(cluster), both.patterns) == []
+    finally:
+        for connection in connections:
+            connection.terminate()
+        await cluster.customer.enable(tenant.key_arn)
+        await tenant.project_is(KeyState.ACTIVE)
+        await client.delete_endpoint(replica.endpoint_id)
+
+
+def outside_of_memory(cluster: Cluster, keys: dict[str, bytes], paths: list[Path]) -> list[str]:
+    """Where these keys stand: below `paths`, in the files that lazy volumes lie in, in an argv or environ."""
+    processes = disks.processes(cluster)
+    blocks = [] if lazy.why_not() else [server.blocks for server in lazy.servers(processes, cluster)]
+    result = search([*paths, *blocks], keys)
+    assert not blocks or result.size_bytes > 1_000_000
+    return [*map(str, result.found), *disks.told(processes, keys)]
 
 
 async def test_nothing_is_left_after_a_revocation_on_tmpfs(tenant: Tenant) -> None:

@@ -10,13 +10,17 @@ import os
 import signal
 import tempfile
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
+from compute.sealed_log import read_batches
 from shared import sandbox
 from shared.api.compute import CreatedEndpoint, Endpoint, EndpointState
 from shared.api.keymanager import Role
@@ -24,7 +28,8 @@ from shared.http import ServiceClient
 from shared.ids import ProjectId
 from shared.postgres import PG_BIN_VARIABLE, find_postgres
 from shared.sandbox import Isolation
-from tests.cluster.processes import below
+from tests.cluster.processes import Process, below
+from tests.cluster_secrecy import lazy
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
 from tests.fixtures.contrib import postgres_with_contrib
 from tests.fixtures.fuse import why_no_fuse
@@ -45,6 +50,7 @@ __all__ = ["metadata_dsn", "metadata_server"]  # fixtures
 pytestmark = pytest.mark.integration
 
 _BLOCK = 8192
+_PIECE = 16
 _STEPS = {"kill_postgres", "wipe_boot_key", "remove_volume", "remove_log_and_socket"}
 CANARY = b"canary-5c1f77e0"
 
@@ -75,12 +81,47 @@ async def client(cluster: ComputeCluster) -> AsyncIterator[ServiceClient]:
         yield client
 
 
-async def restarted(client: ServiceClient, endpoint: CreatedEndpoint, ending: str = "stop") -> tuple[Any, Endpoint]:
-    await client.request("POST", f"/v1/endpoints/{endpoint.endpoint_id}:{ending}")
+async def restarted(client: ServiceClient, endpoint: CreatedEndpoint, connection: Any) -> tuple[Any, Endpoint]:
+    """With the files that there were, and as long as they were."""
+    before = await files(connection)
+    await client.request("POST", f"/v1/endpoints/{endpoint.endpoint_id}:stop")
     connection = await log_in(await reach(client, endpoint), endpoint)
     state = await state_of(client, endpoint)
     assert state.volume.startswith("FUSE, pages on demand")
+    assert await files(connection) == as_booted(before)
     return connection, state
+
+
+async def files(connection: Any) -> dict[str, int]:
+    """Name → size, of the database and of what all databases share, and both stay as they are.
+
+    Without what a start leaves out and Postgres makes again: free space maps, and caches of the catalogs."""
+    await connection.execute("ALTER SYSTEM SET autovacuum = off")
+    await connection.execute("SELECT pg_reload_conf()")
+
+    async def quiet() -> bool:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'autovacuum %'"
+        return not await connection.fetchval(query)
+
+    await wait_until(quiet)
+    await connection.execute("CHECKPOINT")  # what was dropped is unlinked
+    found = await connection.fetch(
+        """
+        SELECT directory || '/' || name AS path, (pg_stat_file(directory || '/' || name)).size
+          FROM (SELECT 'global' UNION SELECT 'base/' || oid FROM pg_database WHERE datname = current_database())
+               AS directories (directory), pg_ls_dir(directory) AS name
+         WHERE name NOT LIKE '%\\_fsm' AND name <> 'pg_internal.init'
+        """
+    )
+    return {each["path"]: each["size"] for each in found}
+
+
+def as_booted(before: dict[str, int]) -> dict[str, int]:
+    """The same, but for unlogged relations: empty, as their init forks have it."""
+    unlogged = {name.removesuffix("_init") for name in before if name.endswith("_init")}
+    assert unlogged
+    kept = {name: size for name, size in before.items() if name.removesuffix("_vm") not in unlogged}
+    return kept | {name: before[f"{name}_init"] for name in unlogged}
 
 
 async def content(connection: Any, *tables: str) -> dict[str, Any]:
@@ -128,6 +169,9 @@ async def amcheck(endpoint: CreatedEndpoint, host: str, *arguments: str) -> tupl
 async def test_postgres_does_all_that_it_does_to_files(
     cluster: ComputeCluster, client: ServiceClient, no_amcheck: NotHereError | None
 ) -> None:
+    # What Postgres has no room for it has to read again.
+    settings = cluster.settings.model_copy(update={"shared_buffers_mb": 2})
+    cluster.manager._services = replace(cluster.services, settings=settings)
     endpoint = await make_endpoint(client, ProjectId.new())
     target = await reach(client, endpoint)
     await pgbench(endpoint, target.compute.host, "-i", "-s", "1", "-q")
@@ -141,13 +185,15 @@ async def test_postgres_does_all_that_it_does_to_files(
         CREATE TABLE gone AS SELECT i FROM generate_series(1, 10000) i;
         """
     )
-    connection, small = await restarted(client, endpoint)
+    connection, small = await restarted(client, endpoint, connection)
     assert await connection.fetchval("SELECT count(*) FROM scratch") == 0  # from its init fork
     await connection.execute("INSERT INTO scratch SELECT generate_series(1, 500)")
     before = await content(connection, "pgbench_accounts", "big")
     assert before["big"][0] == 20000
 
     async def check(*arguments: str) -> None:
+        """All of it is in order as it lies in the volume, not in somebody's cache."""
+        await forget(cluster)
         if no_amcheck is None:
             host = (await reach(client, endpoint)).compute.host
             assert await amcheck(endpoint, host, *(arguments or ("--schema", "public"))) == (0, "")
@@ -163,6 +209,13 @@ async def test_postgres_does_all_that_it_does_to_files(
     await connection.execute("VACUUM FULL big")
     await connection.execute("VACUUM pgbench_accounts")
     await check()
+    if not lazy.why_not():
+        # And it is the blocks' file that all of the table came from, but for the 2 MiB of Postgres's own buffers.
+        await forget(cluster)
+        read = bytes_read(cluster)
+        assert await connection.fetchval("SELECT count(*) FROM big") == 20000
+        size = await connection.fetchval("SELECT pg_relation_size('big')")
+        assert bytes_read(cluster) - read > size - (2 << 20) > 2 << 20
     await connection.execute("CREATE DATABASE wal_logged")
     await connection.execute("CREATE DATABASE copied STRATEGY file_copy")
     await check("--database", "wal_logged", "--database", "copied")
@@ -170,12 +223,19 @@ async def test_postgres_does_all_that_it_does_to_files(
     await connection.execute("SET work_mem = '64kB'")
     assert await connection.fetchval("SELECT count(*) FROM (SELECT f FROM big ORDER BY f OFFSET 10) x") == 19990
     await wait_until(lambda: _has_spilled(connection))
+    async with connection.transaction():
+        sort = await connection.cursor("SELECT i, m FROM big ORDER BY reverse(m)")
+        rows = await sort.fetch(10)
+        await forget(cluster)
+        rows += await sort.fetch(20000)
+    assert [m[::-1] for _, m in rows] == sorted(m[::-1] for _, m in rows)
+    assert sorted(i for i, _ in rows) == list(range(1, 20001))
     await connection.execute("CREATE TEMPORARY TABLE t AS SELECT * FROM big; DROP TABLE t")
     assert await connection.fetchval("SELECT count(*) FROM scratch") == 500
     after = await content(connection, "pgbench_accounts", "pgbench_history", "big", "gone")
     await check()
 
-    connection, large = await restarted(client, endpoint)
+    connection, large = await restarted(client, endpoint, connection)
     assert await content(connection, "pgbench_accounts", "pgbench_history", "big", "gone") == after
     assert await connection.fetchval("SELECT i FROM big WHERE m = md5('777')") == 777
 
@@ -184,7 +244,7 @@ async def test_postgres_does_all_that_it_does_to_files(
         "INSERT INTO big SELECT i, md5(i::text), repeat('g', 900) FROM generate_series(20001, 35000) i"
     )
     blocks = await connection.fetchval("SELECT sum(pg_relation_size(oid)) / 8192 FROM pg_class")
-    connection, larger = await restarted(client, endpoint)
+    connection, larger = await restarted(client, endpoint, connection)
     assert await connection.fetchval("SELECT count(*) FROM big") == 35000
     starts = [each.pages_at_start for each in (small, large, larger)]
     assert all(pages is not None for pages in starts)
@@ -270,17 +330,54 @@ def _inner_pid(pid: int) -> int:
     return int(next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1])
 
 
+def server_of(cluster: ComputeCluster) -> Process:
+    """Of the one compute that runs: who serves its volume."""
+    [run] = cluster.manager._runs.values()
+    assert run._agent is not None
+    return next(each for each in below(run._agent.pid) if Volume.is_server(each.pid))
+
+
+async def forget(cluster: ComputeCluster) -> None:
+    """The kernel keeps no page of the volume: what is read from here on, its server is asked for."""
+    if lazy.why_not():
+        return
+    [run] = cluster.manager._runs.values()
+    assert run._agent is not None
+    # In a thread: the pageserver that it may wait for is in this process.
+    await asyncio.to_thread(_drop_caches, Volume.root(server_of(cluster).pid, run._agent.directory))
+
+
+def _drop_caches(pgdata: Path) -> None:
+    """All databases but the templates, which nobody writes to."""
+    lazy.flush(pgdata)
+    for directory in (pgdata / "base").iterdir():
+        if directory.name not in ("1", "4", "5"):
+            for path in directory.iterdir():
+                with suppress(FileNotFoundError), path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_read(cluster: ComputeCluster) -> int:
+    """By the volume's server, of its blocks and of /dev/fuse; pages come over a socket, which do not count here."""
+    counts = Path(f"/proc/{server_of(cluster).pid}/io").read_text()
+    return int(next(line for line in counts.splitlines() if line.startswith("rchar:")).split()[1])
+
+
 class Volume:
     """What somebody with all rights on the machine sees of a running compute's volume."""
 
     def __init__(self, agent_pid: int, directory: Path, blocks_dir: Path) -> None:
         self.server = next(each for each in below(agent_pid) if self.is_server(each.pid))
-        self.pgdata = Path(f"/proc/{self.server.pid}/root{directory}/pgdata")
+        self.pgdata = self.root(self.server.pid, directory)
         opened = Path(f"/proc/{self.server.pid}/fd").iterdir()
         # Without a name: the link in /proc is the only way to it.
         [found] = [each for each in opened if os.readlink(each).startswith(f"{blocks_dir}/")]
         assert os.readlink(found).endswith("(deleted)")
         self.blocks = os.open(found, os.O_RDWR)
+
+    @staticmethod
+    def root(server_pid: int, directory: Path) -> Path:
+        return Path(f"/proc/{server_pid}/root{directory}/pgdata")
 
     @staticmethod
     def is_server(pid: int) -> bool:
@@ -298,6 +395,7 @@ class Volume:
 
     def alter(self, path: Path) -> None:
         """One bit of each block. Then read `path`, past the kernel's cache."""
+        lazy.flush(self.pgdata)
         sealed = self.sealed()
         for at in range(100, len(sealed), 4096):
             os.pwrite(self.blocks, bytes([sealed[at] ^ 1]), at)
@@ -306,14 +404,18 @@ class Volume:
             os.pread(file.fileno(), _BLOCK, 0)
 
 
-def look_for_anything(known: bytes, sealed: bytes) -> None:
-    """Known plaintext, words, page headers: none of it. And nothing repeats, or can be made shorter."""
-    pieces = {known[at : at + 24] for at in range(0, 64 * _BLOCK, 24)}
-    assert not any(piece in sealed for piece in [CANARY, b"k" * 12, bytes(12), *list(pieces)[:100]])
-    sample = sealed[: 4 << 20]
-    assert len(zlib.compress(sample, 1)) >= len(sample) * 0.999
-    blocks = [sample[at : at + 16] for at in range(0, len(sample), 16)]
-    assert len(set(blocks)) == len(blocks)
+def look_for_anything(known: Iterable[bytes], left: bytes) -> None:
+    """Known plaintext, wherever it begins; words. And nothing in it repeats, or can be made shorter."""
+    pieces = {text[at : at + _PIECE] for text in known for at in range(len(text) - _PIECE + 1)}
+    assert not [word for word in (CANARY, b"k" * 12, bytes(12)) if word in left]
+    for start in range(0, len(left), 4 << 20):
+        part = left[start : start + (4 << 20)]
+        found = [part[at : at + _PIECE] for at in range(0, len(part), _PIECE)]
+        assert pieces.isdisjoint(found)
+        assert len(set(found)) == len(found)
+    for start in range(0, len(left), 64 << 10):  # so little that one block in the clear shows
+        part = left[start : start + (64 << 10)]
+        assert len(zlib.compress(part, 1)) >= len(part)
 
 
 @pytest.fixture
@@ -326,29 +428,41 @@ def without_pid_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     cluster: ComputeCluster, client: ServiceClient
 ) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("a FUSE mount of a user namespace lets nobody in from outside, and the control looks in")
+    if why := lazy.why_not():
+        pytest.skip(why)
     endpoint = await make_endpoint(client, ProjectId.new())
     connection: Any = await log_in(await reach(client, endpoint), endpoint)
     await connection.execute(
         "CREATE TABLE t AS SELECT i, 'canary-5c1f77e0' || i AS c, repeat('k', 500) FROM generate_series(1, 40000) i"
     )
     await connection.execute("CREATE INDEX ON t (c)")
+    logged = CANARY.decode() + " ".join(sha256(str(i).encode()).hexdigest() for i in range(2000))
+    await connection.execute(f"DO $$ BEGIN RAISE WARNING '{logged}'; END $$")
     [run] = cluster.manager._runs.values()
     assert run._agent is not None
     agent_pid, agent_directory = run._agent.pid, run._agent.directory
     volume = Volume(agent_pid, agent_directory, cluster.settings.blocks.directory)
     path = volume.pgdata / await connection.fetchval("SELECT pg_relation_filepath('t')")
+    full = await connection.fetchval("SELECT pg_walfile_name(pg_current_wal_lsn() - (8 << 20))")
 
-    # The control: it is there, in plain text, for Postgres. And all of it reaches the file.
-    known = await asyncio.to_thread(volume.flushed, path)  # the pageserver that it may wait for is in this process
-    assert known.count(CANARY) > 30000  # the rest is in Postgres's own buffers
+    # The control: it is there, in plain text, for Postgres. And all of it reaches the files.
+    table = await asyncio.to_thread(volume.flushed, path)  # the pageserver that it may wait for is in this process
+    assert table.count(CANARY) > 30000  # the rest is in Postgres's own buffers
+    wal = await asyncio.to_thread(volume.flushed, volume.pgdata / "pg_wal" / full)
+    assert logged in await run.read_log()
+    known = [table[: 16 * _BLOCK], wal[: 16 * _BLOCK], logged.encode()]
+    assert min(map(len, known)) > 64 << 10
     sealed = volume.sealed()
-    assert len(sealed) > len(known)
+    assert len(sealed) > len(table)
     await asyncio.to_thread(look_for_anything, known, sealed)
+    for text in known:  # and one block in the clear would be seen
+        spoiled = sealed[:_BLOCK] + text[:_BLOCK] + sealed[_BLOCK : 8 * _BLOCK]
+        with pytest.raises(AssertionError):
+            await asyncio.to_thread(look_for_anything, [text], spoiled)
 
     # Altered on the disk: Postgres gets an I/O error, and the compute goes on.
     assert await connection.fetchval("SELECT count(*) FROM t") == 40000
+    await connection.execute("CHECKPOINT")  # a write that needs a block which is lost ends the compute
     with pytest.raises(OSError, match="Input/output error"):
         await asyncio.to_thread(volume.alter, path)
     with pytest.raises(asyncpg.PostgresError) as refused:
@@ -363,10 +477,16 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     os.kill(agent_pid, signal.SIGKILL)
     await wait_until(lambda: _stopped(client, endpoint))
     await wait_until(lambda: not any(each.exists for each in tree))
-    await asyncio.to_thread(look_for_anything, known, volume.sealed())
     assert not [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(agent_directory) in line]
     assert not agent_directory.exists()
-    assert not list(cluster.settings.blocks.directory.glob("*.blocks"))
+    # All that is left: the log, and what no name leads to any more.
+    left = [path for path in cluster.settings.log_dir.rglob("*") if path.is_file()]
+    assert {path.name.rpartition(".log.")[0] for path in left} == {str(run.instance_id)}
+    assert not [path for path in cluster.settings.runtime_dir.rglob("*") if path.is_file()]
+    log = b"".join(sealed for path in left for _, sealed in read_batches(path.read_bytes()))
+    assert len(log) > 64 << 10
+    for noise in (volume.sealed(), log):
+        await asyncio.to_thread(look_for_anything, known, noise)
     with pytest.raises(CONNECTION_LOST):
         await connection.fetchval("SELECT 1")
     os.close(volume.blocks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ import pytest
 
 from compute.crashes import Crashes
 from compute.follower import Follower
+from compute.manager import Manager
 from compute.repository import TimelineRow
 from keylake.ports import free_port
 from shared.api.compute import (
@@ -50,6 +50,7 @@ from shared.errors import (
 )
 from shared.http import ServiceClient
 from shared.ids import EndpointId, InstanceId, ProjectId
+from shared.postgres import PG_BIN_VARIABLE, find_postgres
 from shared.wire.scram import ScramVerifier
 from tests.cluster.processes import below
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
@@ -219,7 +220,7 @@ async def test_stop_is_graceful_and_leaves_nothing(cluster: ComputeCluster, clie
     connection = await log_in(target, endpoint)
     assert await connection.fetchval("SHOW shared_buffers") == "64MB"
     reserved = int(await connection.fetchval("SHOW superuser_reserved_connections"))
-    assert target.max_sessions == int(await connection.fetchval("SHOW max_connections")) - reserved == 97
+    assert target.max_sessions == int(await connection.fetchval("SHOW max_connections")) - reserved == 100
     assert await connection.fetchval("SHOW work_mem") == "5MB"
     assert await connection.fetchval("SHOW max_parallel_workers") == "0"
     await connection.execute("CREATE TABLE t (a int)")
@@ -318,10 +319,9 @@ async def test_who_starts_waits_for_a_turn_and_may_give_up(
 async def test_an_agent_that_is_dead_or_hangs_ends_the_run(
     cluster: ComputeCluster, client: ServiceClient, number: signal.Signals, reason: str
 ) -> None:
-    """And too many in a row are not followed by another one at once."""
+    """And is a crash."""
     be_impatient(cluster)
     endpoint = await make_endpoint(client, ProjectId.new())
-    cluster.manager._crashes[endpoint.endpoint_id] = Crashes(7)
     await reach(client, endpoint)
     [run] = cluster.manager._runs.values()
     assert run._agent is not None
@@ -335,14 +335,43 @@ async def test_an_agent_that_is_dead_or_hangs_ends_the_run(
     await wait_until(stopped)
     dead = await state_of(client, endpoint)
     assert reason in dead.reason
-    assert dead.crashes == 8
-    assert dead.next_start_at is not None
-    with pytest.raises(UnavailableError, match=rf"crashed 8 times in a row \(.*{reason}"):
+    assert (dead.crashes, dead.next_start_at) == (1, None)
+
+
+async def test_too_many_crashes_in_a_row_are_not_followed_by_another_start_whoever_is_asked(
+    cluster: ComputeCluster, client: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = cluster.services.repository
+    endpoint = await make_endpoint(client, ProjectId.new())
+    # As a manager before this one has left it; then it goes on.
+    await repository.run_over(endpoint.endpoint_id, "", 0, None, Crashes(5))
+    with tempfile.TemporaryDirectory(prefix="kl-") as directory:
+        broken = Path(directory) / "postgres"
+        real = find_postgres().program("postgres")
+        broken.write_text(f'#!/bin/sh\ncase "$1" in --*) exec {real} "$@" ;; esac\nexit 1\n')
+        for path in (broken, broken.parent):
+            path.chmod(0o755)
+        monkeypatch.setenv(PG_BIN_VARIABLE, directory)
+        for crashes in (6, 7, 8):
+            with pytest.raises(UnavailableError, match="Postgres did not start"):
+                await client.request("POST", f"/v1/endpoints/{endpoint.endpoint_id}:start")  # it waits for nothing
+            assert (await state_of(client, endpoint)).crashes == crashes
+    monkeypatch.undo()
+    refused = r"crashed 8 times in a row \(Postgres did not start\); it is not started for another [5-8] s"
+    with pytest.raises(UnavailableError, match=refused):
         await reach(client, endpoint)
-    # Somebody who knows better does not have to wait. (Whether there is a basebackup depends on what was streamed.)
-    with contextlib.suppress(ConflictError, UnavailableError):
-        await client.call(Endpoint, "POST", f"/v1/endpoints/{endpoint.endpoint_id}:start")
-    assert (await state_of(client, endpoint)).next_start_at is None
+    assert (await state_of(client, endpoint)).next_start_at is not None
+    manager = cluster.manager
+    async with Manager(cluster.services, manager._pageserver, manager._keys, "compute-2") as successor:
+        with pytest.raises(UnavailableError, match=refused):
+            await successor.connect(endpoint.endpoint_id)
+        seen = await successor.endpoint(endpoint.endpoint_id)
+        assert (seen.crashes, seen.next_start_at is None) == (8, False)
+        # Somebody who knows better does not have to wait.
+        seen = await successor.start(endpoint.endpoint_id)
+        assert (seen.state, seen.crashes, seen.next_start_at) == (EndpointState.RUNNING, 8, None)
+        await successor.stop(endpoint.endpoint_id, graceful=True)
+    assert (await repository.endpoint(endpoint.endpoint_id)).crashes == Crashes()
 
 
 async def test_a_newer_term_deposes_the_compute(cluster: ComputeCluster, client: ServiceClient) -> None:
@@ -485,8 +514,18 @@ async def test_a_spare_agent_is_used_once_and_replaced(metadata_dsn: str) -> Non
             assert launcher._spares[0] is not spare
 
 
-async def test_the_process_and_what_its_death_takes_along(cluster: ComputeCluster) -> None:
-    """`python -m compute` with a configuration file; killed, it leaves no compute, and its successor no files."""
+IN_A_CONTAINER = """
+import runpy
+from shared import sandbox
+sandbox.detect_isolation = lambda: sandbox.Isolation.MOUNTS
+runpy.run_module("compute", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("program", [("-m", "compute"), ("-c", IN_A_CONTAINER)], ids=["best", "mounts"])
+async def test_the_process_and_what_its_death_takes_along(cluster: ComputeCluster, program: tuple[str, str]) -> None:
+    """`python -m compute` with a configuration file; killed, it leaves no compute, and its successor no files. Also
+    where no pid namespace ends with the agent."""
     port = free_port()
     settings = cluster.settings.model_dump(mode="json") | {
         "listen": {"port": port},
@@ -499,7 +538,7 @@ async def test_the_process_and_what_its_death_takes_along(cluster: ComputeCluste
     config.write_text(json.dumps(settings))
     log = config.with_suffix(".log")
     with log.open("wb") as output:
-        argv = [sys.executable, "-m", "compute", "--config", str(config)]
+        argv = [sys.executable, *program, "--config", str(config)]
         process = await asyncio.to_thread(subprocess.Popen, argv, stderr=output)
     try:
         await wait_until(lambda: "compute manager is up" in log.read_text() or process.poll() is not None)
@@ -583,6 +622,49 @@ async def test_an_unused_compute_is_suspended(metadata_dsn: str) -> None:
             await transaction.commit()
             await asyncio.sleep(1)
             assert await connection.fetchval("SELECT count(*) FROM t") == 1, "it was told never to"
+
+            # Nor while somebody waits without a transaction: for the time, for a lock, for a quorum.
+            reports: list[float] = []
+            agent = run._agent
+            assert agent is not None
+            on_idle = agent.on_idle
+
+            def reported(idle_s: float) -> None:
+                reports.append(idle_s)
+                on_idle(idle_s)
+
+            agent.on_idle = reported
+
+            async def is_kept_by(waiting: asyncio.Task[Any]) -> None:
+                await wait_until(lambda: reports and reports[-1] < 0.1)
+                reports.clear()
+                await suspend_after(0.3)
+                await wait_until(lambda: len(reports) > 8)  # much longer than that
+                assert not waiting.done()
+                now = await state_of(client, endpoint)
+                assert (now.state, now.instance_id) == (EndpointState.RUNNING, target.instance_id)
+                await suspend_after(0)
+
+            other = await log_in(target, endpoint)
+            waiting = asyncio.create_task(connection.execute("SELECT pg_sleep(60)"))
+            await is_kept_by(waiting)
+            await other.execute("SELECT pg_cancel_backend($1)", connection.get_server_pid())
+            with pytest.raises(asyncpg.QueryCanceledError):
+                await waiting
+            await other.execute("SELECT pg_advisory_lock(1)")  # its session is idle from here on
+            waiting = asyncio.create_task(connection.execute("SELECT pg_advisory_lock(1)"))
+            await is_kept_by(waiting)
+            await other.execute("SELECT pg_advisory_unlock(1)")
+            await waiting
+            for safekeeper in cluster.safekeepers[1:]:
+                await safekeeper.stop()
+            waiting = asyncio.create_task(connection.execute("INSERT INTO t VALUES (2)"))
+            await is_kept_by(waiting)
+            for safekeeper in cluster.safekeepers[1:]:
+                await safekeeper.start()
+            await asyncio.wait_for(waiting, 20)
+            assert await other.fetchval("SELECT count(*) FROM t") == 2
+            await other.close()
             await suspend_after(0.3)
 
             await wait_until(stopped, 20)  # although the session is still connected

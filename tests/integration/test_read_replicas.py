@@ -273,7 +273,7 @@ async def test_it_follows_whoever_writes_and_whichever_safekeeper_is_there(place
             await place.act(primary, "kill")
             await place.change(primary, size=EndpointSize.TWO)
             async with place.sessions(primary) as (writer,):
-                assert await writer.fetchval("SHOW max_connections") == "400"
+                assert await writer.fetchval("SHOW max_connections") == "403"
                 await writer.execute("INSERT INTO followed SELECT generate_series(1001, 2000)")
                 await wait_until(shows(follower, 2000, count))
                 for safekeeper in place.cluster.safekeepers:

@@ -20,11 +20,11 @@ from compute.agent.postgres_conf import (
 from compute.agent.protocol import PostgresOptions, Start, Stop, pack_line, parse_from_agent, parse_to_agent
 from compute.agent.roles import bootstrap_sql
 from compute.branches import acknowledged
-from compute.crashes import SETTLED_S, Crashes, delay_s
+from compute.crashes import MAX_DELAY_S, SETTLED_S, Crashes, delay_s
 from compute.endpoint import Event, next_state
 from compute.proposer import check_members, majority
 from compute.sealed_log import MAX_BATCH_SIZE_BYTES, SealedLog, read_batches
-from compute.sizes import MAX_CONNECTIONS, resources
+from compute.sizes import MAX_CONNECTIONS, RESERVED_CONNECTIONS, resources
 from shared.api.compute import ChangeEndpoint, EndpointSize, EndpointState
 from shared.crypto.aead import AeadKey
 from shared.crypto.secret import KeyWipedError, SecretKey
@@ -92,7 +92,9 @@ def test_memory_is_shared_out_and_never_oversold(volume_mib: int) -> None:
 def test_sizes_grow_and_fit_into_their_memory(size: EndpointSize) -> None:
     sized, smaller = resources(size), [resources(each) for each in EndpointSize if float(each) < float(size)]
     memory_mb = 4096 * float(size)
-    sorts_mb = sized.work_mem_mb * sized.max_connections
+    sessions = sized.max_connections - RESERVED_CONNECTIONS
+    assert sessions == {"0.25": 100, "0.5": 100, "1": 200, "2": 400, "4": 800, "8": 1000}[size.value]
+    sorts_mb = sized.work_mem_mb * sessions
     assert 0 < sized.volume_mb + sized.shared_buffers_mb <= memory_mb
     assert 0 < sorts_mb <= memory_mb / 4
     assert all(getattr(each, name) <= getattr(sized, name) for each in smaller for name in each.__slots__)
@@ -114,10 +116,11 @@ def test_crashes_in_a_row_cost_more_and_more_and_a_good_run_ends_the_row() -> No
     assert [delay_s(count) for count in range(1, 12)] == [0, 0, 0, 0, 1, 2, 4, 8, 16, 32, 60]
     crashes = Crashes()
     for count in range(1, 7):
-        crashes.crashed(now_s=100.0, ran_s=SETTLED_S - 0.1, reason="x")
+        crashes = crashes.and_another(now_s=100.0, ran_s=SETTLED_S - 0.1, reason="x")
         assert crashes.count == count
     assert (crashes.wait_s(100.0), crashes.wait_s(101.5), crashes.wait_s(200.0)) == (2.0, 0.5, 0.0)
-    crashes.crashed(now_s=200.0, ran_s=SETTLED_S, reason="x")
+    assert crashes.wait_s(-1e6) == MAX_DELAY_S, "a clock that was set back"
+    crashes = crashes.and_another(now_s=200.0, ran_s=SETTLED_S, reason="x")
     assert (crashes.count, crashes.wait_s(200.0)) == (1, 0.0)
 
 
