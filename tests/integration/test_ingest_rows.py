@@ -5,7 +5,7 @@ names what shows it: raw pages, SLRU bytes, files. With all of ingest they are t
 taken out, and nothing else, they are not.
 
 Not here, but in tests/unit/test_ingest_state.py: HEAP2_LOCK_UPDATED that clears a map bit, which no client can bring
-about at will; and what is refused.
+about at will; and what is refused. Nowhere: what happens to free space maps, which are not kept (ADR 5).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from shared.wal.rmgr_multixact import MultixactOp
 from shared.wal.rmgr_relmap import UPDATE as RELMAP_UPDATE
 from shared.wal.rmgr_replorigin import ReplOriginOp, ReplOriginSet, parse_checkpoint_file
 from shared.wal.rmgr_smgr import SmgrOp, TruncateFlag
+from shared.wal.rmgr_standby import StandbyOp
 from shared.wal.rmgr_xact import XactOp
 from shared.wal.rmgr_xlog import XlogOp
 from tests.fixtures import special_cases
@@ -141,6 +142,9 @@ def lacks(tip: Tip, logged: CheckPoint) -> list[str]:
     for name in ("next_multi", "next_multi_offset", "newest_commit_ts_xid"):
         if not follows_or_equals(getattr(mine, name), getattr(logged, name)):
             names.append(name)
+    # Nothing begins or ends between the list of who runs and the checkpoint's record. When shut down, nobody does.
+    if logged.oldest_active_xid and mine.oldest_active_xid != logged.oldest_active_xid:
+        names.append("oldestActiveXid")
     # Horizons may stay behind as long as nothing is cut: what they point at must be there.
     for kind, number, per_page in (
         (Slru.CLOG, mine.oldest_xid, native.CLOG_XACTS_PER_PAGE),
@@ -309,6 +313,20 @@ class WithoutVisibilityClears(WalIngest):
         pass
 
 
+class WithoutClearsOfOldBlocks(WalIngest):
+    """Of updates that go to another block, which clear bits of both, the old one's first."""
+
+    kept = slice(1, 2)
+
+    def _clear_visibility(self, clears: Iterable[VisibilityClear], end: int) -> None:
+        clears = tuple(clears)
+        super()._clear_visibility(clears if len(clears) == 1 else clears[self.kept], end)
+
+
+class WithoutClearsOfNewBlocks(WithoutClearsOfOldBlocks):
+    kept = slice(0, 1)
+
+
 class WithoutSubtransactions(WalIngest):
     def _set_clog(self, xids: tuple[int, ...], *, committed: bool, end: int) -> None:
         super()._set_clog(xids[:1], committed=committed, end=end)
@@ -378,6 +396,8 @@ MAIN, VM, INIT = Fork.MAIN, Fork.VISIBILITY_MAP, Fork.INIT
 ROWS: dict[str, tuple[type[WalIngest], Shows]] = {
     **{f"visibility map clear, {name}": (WithoutVisibilityClears, pages_of(f"vm_{name}", VM))
        for name in special_cases.VM_TABLES},
+    "visibility map clear, update, the old block's": (WithoutClearsOfOldBlocks, pages_of("vm_update_new", VM)),
+    "visibility map clear, update, the new block's": (WithoutClearsOfNewBlocks, pages_of("vm_update_new", VM)),
     "smgr create, main fork": (without(RmgrId.SMGR, SmgrOp.CREATE), pages_of("empty_rel", MAIN)),
     "smgr create, init fork": (without(RmgrId.SMGR, SmgrOp.CREATE), pages_of("unlogged", INIT)),
     "smgr truncate, main fork": (WithoutTruncation, pages_of("shrunk", MAIN)),
@@ -412,6 +432,7 @@ ROWS: dict[str, tuple[type[WalIngest], Shows]] = {
     "nextXid": (WithoutNextXid, behind_in("nextXid")),
     "nextOid": (without(XLOG, XlogOp.NEXT_OID), behind_in("nextOid")),
     "nextMulti": (WithoutNextMultixact, behind_in("next_multi")),
+    "who runs": (without(RmgrId.STANDBY, StandbyOp.RUNNING_XACTS), behind_in("oldestActiveXid")),
     "oldestXid, by clog truncate": (WithoutHorizons, behind_in(Slru.CLOG.name)),
     "oldestMulti, by multixact truncate": (WithoutHorizons, behind_in(Slru.MULTIXACT_OFFSETS.name)),
     "oldestCommitTsXid, by its truncate": (WithoutHorizons, behind_in(Slru.COMMIT_TS.name)),
