@@ -11,15 +11,19 @@ about at will; and what is refused. Nowhere: what happens to free space maps, wh
 from __future__ import annotations
 
 import functools
+import random
 import shutil
+import struct
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import lz4.block
 import pytest
 import pytest_asyncio
+import zstandard
 
 from pageserver import native
 from pageserver.ingest import WalIngest
@@ -31,8 +35,9 @@ from shared.keyspace import CONTROL_FILE_KEY, Fork, Slru, rel_map_key, two_phase
 from shared.postgres import PostgresServer, initdb
 from shared.wal import rmgr_dbase, rmgr_smgr, rmgr_xact, rmgr_xlog
 from shared.wal.control import CheckPoint, ControlFile
-from shared.wal.reader import RawRecord
-from shared.wal.record import ImageFlag, Rel, parse_blocks
+from shared.wal.image import uncompressed
+from shared.wal.reader import RECORD_HEADER_SIZE_BYTES, RawRecord
+from shared.wal.record import ImageFlag, Rel, parse_blocks, parse_header
 from shared.wal.rmgr import RmgrId
 from shared.wal.rmgr_clog import ClogOp
 from shared.wal.rmgr_commit_ts import CommitTsOp
@@ -44,6 +49,7 @@ from shared.wal.rmgr_smgr import SmgrOp, TruncateFlag
 from shared.wal.rmgr_standby import StandbyOp
 from shared.wal.rmgr_xact import XactOp
 from shared.wal.rmgr_xlog import XlogOp
+from shared.wal.writer import build_record
 from tests.fixtures import special_cases
 from tests.fixtures.replay import (
     PAGE,
@@ -59,6 +65,10 @@ from tests.fixtures.replay import (
 )
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+
+
+IMAGE_HEADER = struct.Struct("<HHB")
+"""XLogRecordBlockImageHeader: length, hole_offset, bimg_info."""
 
 
 @dataclass(slots=True)
@@ -472,6 +482,51 @@ async def test_compressed_images_are_of_both_kinds(world: World) -> None:
     assert by_log == {True, False}
     for name in ("far", "far_g_idx"):
         assert not await pages_of(name, Fork.MAIN)(world, world.whole, [])
+
+
+async def test_images_compressed_by_another_build_come_to_the_same_pages(world: World) -> None:
+    """Ours has neither lz4 nor zstd, so the primary's own images are compressed anew, as theirs would be; its redo
+    knows neither, too. Some of a record's images stay as they are."""
+    rng, counts = random.Random(3), Counter[tuple[int, bool]]()
+    batches = [[(start, end, compressed_anew(record, rng, counts)) for start, end, record in b] for b in world.batches]
+    assert all(counts[method, by_log] > 5 for method in (0, ImageFlag.LZ4, ImageFlag.ZSTD) for by_log in (True, False)), counts
+    whole = world.whole
+    replayed = await replay(whole.pgdata, world.imported, batches, whole.end_lsn, whole.redo)
+    replayed.access_methods = whole.access_methods
+    assert not await relation_differences(replayed, world.files)
+
+
+def compressed_anew(record: bytes, rng: random.Random, counts: Counter[tuple[int, bool]]) -> bytes:
+    made = bytearray(record)
+    blocks, _ = parse_blocks(record)
+    images = [block.image for block in blocks if block.image is not None and block.image.flags & ImageFlag.PGLZ]
+    limit = min((block.image.start if block.image else block.data_start for block in blocks), default=0)
+    for image in reversed(images):
+        described = IMAGE_HEADER.pack(image.end - image.start, image.hole_offset, image.flags)
+        limit = at = made.rindex(described, RECORD_HEADER_SIZE_BYTES, limit)
+        content = uncompressed(record, image)
+        method = rng.choice([0, ImageFlag.LZ4, ImageFlag.ZSTD])
+        counts[method, record[17] == RmgrId.XLOG] += 1
+        match method:
+            case ImageFlag.LZ4:
+                content = lz4.block.compress(content, store_size=False)
+            case ImageFlag.ZSTD:
+                content = zstandard.ZstdCompressor().compress(content)
+            case _:
+                continue
+        made[image.start : image.end] = content
+        flags = image.flags & ~ImageFlag.PGLZ | method
+        made[at : at + len(described)] = IMAGE_HEADER.pack(len(content), image.hole_offset, flags)
+    if made == record:
+        return record
+    header = parse_header(record)
+    return build_record(
+        rmgr_id=header.rmgr_id,
+        info=header.info,
+        prev_lsn=header.prev_lsn,
+        xid=header.xid,
+        fragments=bytes(made[RECORD_HEADER_SIZE_BYTES:]),
+    )
 
 
 async def test_logical_messages_leave_nothing(world: World) -> None:
