@@ -489,7 +489,8 @@ async def test_images_compressed_by_another_build_come_to_the_same_pages(world: 
     knows neither, too. Some of a record's images stay as they are."""
     rng, counts = random.Random(3), Counter[tuple[int, bool]]()
     batches = [[(start, end, compressed_anew(record, rng, counts)) for start, end, record in b] for b in world.batches]
-    assert all(counts[method, by_log] > 5 for method in (0, ImageFlag.LZ4, ImageFlag.ZSTD) for by_log in (True, False)), counts
+    assert len(counts) == 6, "each method, by ingest and by redo"
+    assert min(counts.values()) > 5
     whole = world.whole
     replayed = await replay(whole.pgdata, world.imported, batches, whole.end_lsn, whole.redo)
     replayed.access_methods = whole.access_methods
