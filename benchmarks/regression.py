@@ -3,10 +3,11 @@
 
 Neither is ours or shipped with the wheel: the directory is that of a PostgreSQL source tree, for the isolation tests
 one in which `isolationtester` was built. Files run in the order of the schedule, those of a group side by side, as a
-superuser owner (docs/conformance.md). What they
-answer is compared with what the suite expects for information only: the suite may be of another major version, and its
-C library is not built. What counts: nothing breaks the compute or the pageserver, and after it all every page of every
-database is the one that the compute had on its own volume.
+superuser owner (docs/conformance.md). What they answer is compared with what the suite expects for information only:
+the suite may be of another major version, and its C library is not built; nobody has sorted out why which file differs.
+The volume is the one that the machine offers. What counts: nothing breaks the compute or the pageserver, and after it
+all every page of every database, the commit log, the multixacts, two-phase files and relation maps are what the compute
+had on its own volume.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ from shared.wal import (
     rmgr_xact,
     rmgr_xlog,
 )
-from shared.wal.image import require_readable, restore_image, with_page_lsn
+from shared.wal.image import restore_image, with_page_lsn
+from shared.wal.readable import is_readable, readable_for
 from shared.wal.reader import RECORD_HEADER_SIZE_BYTES, RawRecord
 from shared.wal.record import SINGLE_END, BlockFlag, Rel, parse_blocks
 from shared.wal.rmgr import RmgrId
@@ -213,20 +214,21 @@ class WalIngest(StateIngest):
                 continue
             rmid, info = divmod(operation, 256)
             blocks, main_start = parse_blocks(record)
-            for _, rel, fork, block, flags, image, _, _ in blocks:
+            readable = is_readable(blocks)
+            for block_id, rel, fork, block, flags, image, _, _ in blocks:
                 if fork == _FSM:
                     continue
+                payload = record if readable else readable_for(record, block_id)
                 if image is not None and image.is_applied:
                     if rmid == 0:
                         page = with_page_lsn(restore_image(record, image), end)
                         kind, payload = _IMAGE, page
                     else:
-                        require_readable(image)
-                        kind, payload = _WAL_INIT, record
+                        kind = _WAL_INIT
                 elif flags & 0x40:
-                    kind, payload = _WAL_INIT, record
+                    kind = _WAL_INIT
                 else:
-                    kind, payload = _WAL, record
+                    kind = _WAL
                 if block >= sizes.get((rel, fork), 0):
                     self._extend(rel, fork, block, end, initialised=kind != _WAL)
                     full = len(values) > _MANY_VALUES

@@ -1,9 +1,10 @@
 """Named places where a test may kill the process: before and after each step that persists or sends.
 
     KEYLAKE_UNSAFE_FAILPOINTS=control-renamed:3 python -m safekeeper …      SIGKILL the third time it gets there
+    KEYLAKE_UNSAFE_FAILPOINTS= python -m safekeeper …                       none yet: POST /v1/failpoints arms them
 
-There is no other way to arm one, and none from outside of the process. Without the variable `failpoint` is a call that
-does nothing. A service that listens to more than its own machine refuses to start with it (`refuse_failpoints`).
+Without the variable `failpoint` is a call that does nothing, and there is no such route (shared/service.py). With it,
+empty or not, a service that listens to more than its own machine refuses to start (`refuse_failpoints`).
 """
 
 from __future__ import annotations
@@ -44,17 +45,31 @@ class Failpoints:
 
 
 _failpoints: Failpoints | None = None
+"""None: this is no process of a test, and none can be armed."""
 
 
 def arm(environment: Mapping[str, str]) -> None:
     """Once per process, at its start. Raises InvalidInputError for an order that cannot be read."""
     global _failpoints
-    order = environment.get(VARIABLE, "")
-    _failpoints = Failpoints(order) if order else None
+    order = environment.get(VARIABLE)
+    _failpoints = None if order is None else Failpoints(order)
+
+
+def may_arm() -> bool:
+    """Was the process started with the variable?"""
+    return _failpoints is not None
+
+
+def arm_instead(order: str) -> None:
+    """Of what is armed now. Raises InvalidInputError for an order that cannot be read, or when nothing may be armed."""
+    global _failpoints
+    if not may_arm():
+        raise InvalidInputError(f"{VARIABLE} is not set")
+    _failpoints = Failpoints(order)
 
 
 def refuse_failpoints(listen_host: str) -> None:
-    """Raises InvalidInputError when failpoints are armed in a service that others can reach."""
+    """Raises InvalidInputError when failpoints are, or can be, armed in a service that others can reach."""
     if _failpoints is not None and not _is_loopback(listen_host):
         raise InvalidInputError(f"{VARIABLE} is for tests: this service listens on {listen_host}")
 

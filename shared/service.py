@@ -35,11 +35,12 @@ from starlette.types import Scope as AsgiScope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from shared.api.common import ErrorBody, problem
+from shared.api.common import ArmFailpoints, ErrorBody, problem
 from shared.auth import Scope, Service, TokenVerifier
 from shared.authorize import Authorizer, OnRefusal, authenticate
 from shared.config import Address
 from shared.errors import InvalidInputError, KeyAccessError, KeylakeError, NotFoundError
+from shared.failpoints import arm_instead, may_arm
 from shared.receiver import ReceivingFor
 from shared.telemetry import get_logger
 from shared.tls import CertificateFiles
@@ -197,12 +198,19 @@ def create_service_app(
 
     # From here on: whoever comes with a token.
     app.router.route_class = _token_first(verifier)
-    status_reader = Depends(Authorizer(verifier, on_refusal)(Scope.STATUS_READ))
+    authorize = Authorizer(verifier, on_refusal)
+    status_reader = Depends(authorize(Scope.STATUS_READ))
 
     @app.get("/metrics", dependencies=[status_reader], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus, which can be given a token."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    if may_arm():
+
+        @app.post("/v1/failpoints", dependencies=[Depends(authorize(Scope.STORAGE_ADMIN))], status_code=204)
+        async def arm_failpoints(body: ArmFailpoints) -> None:
+            arm_instead(body.order)
 
     return app
 

@@ -10,6 +10,8 @@
  *     compute is lost before a quorum holds it.
  *   - The WARNING that says so always reaches the client, whatever client_min_messages is, and before the wait goes on.
  *     The proxy ends the client's session there (compute/proxy/backend_stream.py), so nobody has to wait.
+ *   - CREATE TABLESPACE says that there are none. It would fail all the same, superusers included, as nobody may write
+ *     pg_tblspc: with an error of the file system.
  *
  * Postgres logs that WARNING before it leaves the queue of those who wait, and nothing of it can be seen before it has:
  * so the hook of the log is the place to wait in.
@@ -23,10 +25,12 @@
 #include "fmgr.h"
 #include "libpq/libpq-be.h"
 #include "miscadmin.h"
+#include "nodes/parsenodes.h"
 #include "replication/syncrep.h"
 #include "storage/latch.h"
 #include "storage/proc.h"
 #include "tcop/tcopprot.h"
+#include "tcop/utility.h"
 #include "utils/elog.h"
 #include "utils/guc_tables.h"
 #include "utils/wait_event.h"
@@ -37,6 +41,7 @@ PGDLLEXPORT void _PG_init(void);
 
 static emit_log_hook_type next_log_hook;
 static GucEnumCheckHook next_check;
+static ProcessUtility_hook_type next_utility;
 
 /* Until a quorum holds the commit. The rest of SyncRepWaitForLSN, without its ways out. */
 static void
@@ -94,6 +99,21 @@ check_synchronous_commit(int *newval, void **extra, GucSource source)
 	return next_check == NULL || next_check(newval, extra, source);
 }
 
+static void
+refuse_tablespaces(PlannedStmt *statement, const char *text, bool is_shared, ProcessUtilityContext context,
+				   ParamListInfo parameters, QueryEnvironment *environment, DestReceiver *destination,
+				   QueryCompletion *completion)
+{
+	ProcessUtility_hook_type go_on = next_utility != NULL ? next_utility : standard_ProcessUtility;
+
+	if (IsA(statement->utilityStmt, CreateTableSpaceStmt))
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("tablespaces are not supported: all data is kept in one place, the project's storage"),
+				 errhint("Leave out CREATE TABLESPACE, and TABLESPACE where objects are made.")));
+	go_on(statement, text, is_shared, context, parameters, environment, destination, completion);
+}
+
 void
 _PG_init(void)
 {
@@ -106,4 +126,6 @@ _PG_init(void)
 	setting->check_hook = check_synchronous_commit;
 	next_log_hook = emit_log_hook;
 	emit_log_hook = guard_wait;
+	next_utility = ProcessUtility_hook;
+	ProcessUtility_hook = refuse_tablespaces;
 }

@@ -47,6 +47,13 @@ class ErrorBody(ApiModel):
     """When it is the key: what to do."""
 
 
+class ArmFailpoints(ApiModel):
+    """Of a process of a test, `shared.failpoints`."""
+
+    order: str
+    """name:count, separated by commas; empty: none."""
+
+
 def problem(error: ErrorDetails) -> str:
     """Where a validation failed and why, without any value: it may be a secret. Pydantic's own text holds one when a
     tagged union has no such tag."""

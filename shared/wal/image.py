@@ -5,7 +5,10 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from shared.errors import CorruptedError, InvalidInputError
+import lz4.block
+import zstandard
+
+from shared.errors import CorruptedError
 from shared.wal.record import PAGE_SIZE_BYTES, BlockImage, ImageFlag
 
 _PAGE_LSN: Final = struct.Struct("<II")
@@ -13,34 +16,52 @@ _PD_UPPER: Final = struct.Struct("<H")
 _PD_UPPER_OFFSET: Final = 14
 
 
-class UnsupportedCompressionError(InvalidInputError):
-    """The image is compressed with a method other than pglz: set wal_compression to off, on or pglz."""
-
-
-def require_readable(image: BlockImage) -> None:
-    """Raises UnsupportedCompressionError for an image that neither we nor the redo worker can decompress: its Postgres
-    is built without lz4 and zstd."""
-    if image.flags & (ImageFlag.LZ4 | ImageFlag.ZSTD):
-        raise UnsupportedCompressionError(
-            "WAL holds a page image compressed with lz4 or zstd; use wal_compression=pglz"
-        )
-
-
 def restore_image(record: bytes, image: BlockImage) -> bytes:
     """The page of `image` in `record`, its hole filled with zeros. The page LSN is not yet that of the record.
 
-    Raises CorruptedError, UnsupportedCompressionError.
+    Raises CorruptedError.
     """
-    stored = record[image.start : image.end]
-    length = PAGE_SIZE_BYTES - image.hole_length
-    require_readable(image)
-    if image.flags & ImageFlag.PGLZ:
-        stored = pglz_decompress(stored, length)
-    if len(stored) != length or not 0 <= image.hole_offset <= length:
-        raise CorruptedError(f"page image of {len(stored)} bytes where {length} are expected")
+    stored = uncompressed(record, image)
     if not image.hole_length:
         return stored
     return stored[: image.hole_offset] + bytes(image.hole_length) + stored[image.hole_offset :]
+
+
+def uncompressed(record: bytes, image: BlockImage) -> bytes:
+    """The bytes of `image` as they would stand in `record` without compression: the page without its hole.
+
+    Raises CorruptedError, before it has more than a page in memory: whoever has the compute may write any image.
+    """
+    stored = record[image.start : image.end]
+    length = PAGE_SIZE_BYTES - image.hole_length
+    if image.flags & ImageFlag.PGLZ:
+        stored = pglz_decompress(stored, length)
+    elif image.flags & ImageFlag.LZ4:
+        stored = _lz4_decompress(stored, length)
+    elif image.flags & ImageFlag.ZSTD:
+        stored = _zstd_decompress(stored, length)
+    if len(stored) != length or not 0 <= image.hole_offset <= length:
+        raise CorruptedError(f"page image of {len(stored)} bytes where {length} are expected")
+    return stored
+
+
+def _lz4_decompress(source: bytes, raw_size_bytes: int) -> bytes:
+    """One block without a header, as LZ4_compress_default makes it."""
+    try:
+        content: bytes = lz4.block.decompress(source, uncompressed_size=raw_size_bytes)
+    except lz4.block.LZ4BlockError:
+        raise CorruptedError("lz4 data does not decompress to the size of its page") from None
+    return content
+
+
+def _zstd_decompress(source: bytes, raw_size_bytes: int) -> bytes:
+    """One frame, as ZSTD_compress makes it: with its content's size, which is what the library allocates."""
+    try:
+        if zstandard.frame_content_size(source) != raw_size_bytes:
+            raise CorruptedError("zstd data is not of the size of its page")
+        return zstandard.ZstdDecompressor().decompress(source, allow_extra_data=False)
+    except zstandard.ZstdError:
+        raise CorruptedError("zstd data does not decompress to the size of its page") from None
 
 
 def with_page_lsn(page: bytes, lsn: int) -> bytes:

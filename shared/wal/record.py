@@ -52,10 +52,11 @@ class ImageFlag(IntEnum):
     ZSTD = 0x10
 
 
-_COMPRESSED = ImageFlag.PGLZ | ImageFlag.LZ4 | ImageFlag.ZSTD
+COMPRESSED: Final = int(ImageFlag.PGLZ | ImageFlag.LZ4 | ImageFlag.ZSTD)
 _HAS_IMAGE, _HAS_DATA, _WILL_INIT, _SAME_REL = (int(flag) for flag in BlockFlag)
 _HAS_HOLE, _APPLY = int(ImageFlag.HAS_HOLE), int(ImageFlag.APPLY)
-_DATA_SHORT, _DATA_LONG, _ORIGIN, _TOPLEVEL_XID = 255, 254, 253, 252
+DATA_SHORT, DATA_LONG, ORIGIN, TOPLEVEL_XID = 255, 254, 253, 252
+"""Ids of fragments that are no blocks: XLR_BLOCK_ID_DATA_SHORT, …"""
 
 
 class BlockImage(NamedTuple):
@@ -202,8 +203,8 @@ def _parse_fragment_headers(record: bytes) -> tuple[tuple[Block, ...], int, int 
 
     while size - pos > payload:
         fragment_id = record[pos]
-        if fragment_id in (_DATA_SHORT, _DATA_LONG):
-            if fragment_id == _DATA_SHORT:
+        if fragment_id in (DATA_SHORT, DATA_LONG):
+            if fragment_id == DATA_SHORT:
                 main_length = record[pos + 1] if pos + 1 < size else 0
                 pos += 2
             else:
@@ -211,10 +212,10 @@ def _parse_fragment_headers(record: bytes) -> tuple[tuple[Block, ...], int, int 
                 pos += 5
             payload += main_length
             break  # by convention the main data fragment is the last
-        if fragment_id == _ORIGIN:
+        if fragment_id == ORIGIN:
             (origin_id,) = _U16.unpack_from(record, pos + 1)
             pos += 3
-        elif fragment_id == _TOPLEVEL_XID:
+        elif fragment_id == TOPLEVEL_XID:
             (toplevel_xid,) = _U32.unpack_from(record, pos + 1)
             pos += 5
         elif fragment_id <= MAX_BLOCK_ID:
@@ -260,7 +261,7 @@ def _parse_image_header(record: bytes, pos: int, block_id: int) -> tuple[BlockIm
     """The image as if it started at 0, and the position behind its header."""
     length, hole_offset, flags = _IMAGE_HEADER.unpack_from(record, pos)
     pos += _IMAGE_HEADER.size
-    compressed = flags & _COMPRESSED != 0
+    compressed = flags & COMPRESSED != 0
     if not compressed:
         hole_length = PAGE_SIZE_BYTES - length
     elif flags & _HAS_HOLE:

@@ -29,12 +29,12 @@ from shared.wal.page import (
     segment_file_name,
 )
 from shared.wal.reader import RECORD_HEADER, RECORD_HEADER_SIZE_BYTES, RECORD_MAX_SIZE_BYTES, record_crc
+from shared.wal.record import DATA_SHORT
 from shared.wal.rmgr import RmgrId
 from shared.wal.rmgr_xlog import XlogOp
 
 _CRC: Final = struct.Struct("<I")
 _CRC_OFFSET: Final = 20
-_DATA_SHORT: Final = 255
 
 
 def build_record(*, rmgr_id: int, info: int, prev_lsn: int, xid: int = 0, fragments: bytes = b"") -> bytes:
@@ -124,7 +124,7 @@ def mint_shutdown_checkpoint(
         rmgr_id=RmgrId.XLOG,
         info=XlogOp.CHECKPOINT_SHUTDOWN,
         prev_lsn=last_record_start,
-        fragments=bytes((_DATA_SHORT, CHECKPOINT_SIZE_BYTES)) + checkpoint.serialize(),
+        fragments=bytes((DATA_SHORT, CHECKPOINT_SIZE_BYTES)) + checkpoint.serialize(),
     )
     placed = lay_out_record(record, end_lsn, old.system_identifier)
     new = dataclasses.replace(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import PurePosixPath
 
+from compute.agent.basebackup import ArchiveReader
 from keylake.cluster import Cluster, RunningProject
 from shared.auth import Scope, Service, TokenIssuer
 from shared.config import Address
@@ -15,12 +17,14 @@ from shared.keyspace import RelTag
 from shared.tls import client_context
 from shared.wire.frames import ERROR, ErrorFrame
 from shared.wire.pagestream import (
+    BASEBACKUP_BARE_READ_ONLY,
     GET_PAGE,
     MAX_FRAME_SIZE_BYTES,
     NO_SUCH_FORK,
     PAGE,
     REL_SIZE,
     SIZE,
+    BasebackupRequest,
     BlockRequest,
     Open,
     parse_request_id,
@@ -101,6 +105,47 @@ class PageClient:
 
 @asynccontextmanager
 async def page_client(cluster: Cluster, project: RunningProject, port: int = 0) -> AsyncIterator[PageClient]:
+    async with page_connection(cluster, project, port) as connection:
+        client = PageClient(connection)
+        reading = asyncio.create_task(client.run())
+        try:
+            yield client
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+
+class _Files:
+    """Of a basebackup, in memory."""
+
+    def __init__(self) -> None:
+        self.contents: dict[str, bytearray] = {}
+        self._open = bytearray()
+
+    def directory(self, path: PurePosixPath) -> None:
+        pass
+
+    def start(self, path: PurePosixPath) -> None:
+        self._open = self.contents[str(path)] = bytearray()
+
+    def data(self, data: memoryview) -> None:
+        self._open += data
+
+    def end(self) -> None:
+        pass
+
+
+async def bare_basebackup(cluster: Cluster, project: RunningProject, lsn: int) -> dict[str, bytes]:
+    """Every file that a compute would get at `lsn`, but for relations."""
+    files = _Files()
+    async with page_connection(cluster, project) as connection:
+        await connection.send(BasebackupRequest(1, lsn).pack(BASEBACKUP_BARE_READ_ONLY))
+        await ArchiveReader(files).take_all(connection)
+    return {name: bytes(content) for name, content in files.contents.items()}
+
+
+@asynccontextmanager
+async def page_connection(cluster: Cluster, project: RunningProject, port: int = 0) -> AsyncIterator[FramedConnection]:
     """One authenticated connection for one project's timeline; `port`: of another instance than the cluster's."""
     issuer = TokenIssuer.load(cluster.layout.keys / "compute.json")
     project_id = project.project.project_id
@@ -108,13 +153,9 @@ async def page_client(cluster: Cluster, project: RunningProject, port: int = 0) 
     context = client_context(cluster.layout.ca_certificate)
     address = Address(port=port or cluster.ports.pages)
     connection = await connect(Service.PAGESERVER, address, context, token, MAX_FRAME_SIZE_BYTES)
-    client = PageClient(connection)
-    reading = asyncio.create_task(client.run())
     try:
         await connection.send(Open(project_id, project.timeline.timeline_id).pack())
-        yield client
+        yield connection
     finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
         connection.abort()
         await connection.close()

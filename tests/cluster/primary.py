@@ -41,6 +41,8 @@ M = TypeVar("M", bound=BaseModel)
 _FORKS = {None: Fork.MAIN, "_vm": Fork.VISIBILITY_MAP, "_init": Fork.INIT, "_fsm": Fork.FSM}
 _FILE = re.compile(r"([0-9]+)(_fsm|_vm|_init)?(?:\.([0-9]+))?")
 
+STATE = ("pg_xact/*", "pg_multixact/*/*", "pg_twophase/*", "global/pg_filenode.map", "base/*/pg_filenode.map")
+
 ACCESS_METHODS = """
 select case when c.relisshared then 0 else d.oid end as db, pg_relation_filenode(c.oid) as rel,
        coalesce(a.amname, c.relkind::text) as method
@@ -59,6 +61,8 @@ class Primary:
     """Without FSMs; of unlogged relations only the init forks: nothing else of them outlives a compute."""
     methods: Mapping[tuple[int, int], str]
     """(database, relfilenumber) → access method, S for sequences."""
+    state: Mapping[str, bytes]
+    """Files outside of relations that have a history, by their names below the data directory (STATE)."""
 
 
 async def connect(project: RunningProject, database: str | None = None) -> Session:
@@ -95,6 +99,7 @@ async def shut_down(cluster: Cluster, project: RunningProject, databases: list[s
         os.kill(compute.postmaster.pid, signal.SIGINT)
         await wait_until(lambda: not compute.postmaster.exists)
         forks = await asyncio.to_thread(read_forks, compute.pgdata_from_here)
+        state = await asyncio.to_thread(read_state, compute.pgdata_from_here)
         control = ControlFile.parse((compute.pgdata_from_here / "global/pg_control").read_bytes())
     finally:
         compute.resume()
@@ -103,7 +108,7 @@ async def shut_down(cluster: Cluster, project: RunningProject, databases: list[s
     assert control.state is DbState.SHUTDOWNED
     info = await caught_up(cluster, project)
     assert info.prev_record_lsn.value == control.checkpoint_lsn, "the log must end with the shutdown checkpoint"
-    return Primary(info.last_record_lsn.value, term, forks, methods)
+    return Primary(info.last_record_lsn.value, term, forks, methods, state)
 
 
 def read_forks(pgdata: Path) -> dict[RelTag, bytes]:
@@ -123,6 +128,10 @@ def read_forks(pgdata: Path) -> dict[RelTag, bytes]:
             if fork is Fork.INIT or (fork is not Fork.FSM and f"{rel}_init" not in names):
                 forks[RelTag(spc, db, int(rel), fork)] = (directory / name).read_bytes()
     return forks
+
+
+def read_state(pgdata: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(pgdata)): file.read_bytes() for pattern in STATE for file in pgdata.glob(pattern)}
 
 
 async def stopped(cluster: Cluster, project: RunningProject) -> bool:

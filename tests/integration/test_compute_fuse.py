@@ -66,11 +66,20 @@ def no_amcheck(monkeypatch: pytest.MonkeyPatch) -> NotHereError | None:
 
 
 @pytest.fixture
-async def cluster(metadata_dsn: str, no_amcheck: NotHereError | None) -> AsyncIterator[ComputeCluster]:
+def shared_buffers_mb() -> int:
+    """A test may have another size."""
+    return 64
+
+
+@pytest.fixture
+async def cluster(
+    metadata_dsn: str, no_amcheck: NotHereError | None, shared_buffers_mb: int
+) -> AsyncIterator[ComputeCluster]:
     if why := why_no_fuse():
         pytest.skip(why)
     with tempfile.TemporaryDirectory(prefix="kl-") as scratch:
-        options = {"volume": "fuse", "superuser_owners": True}  # amcheck is not for everybody
+        # amcheck is not for everybody.
+        options = {"volume": "fuse", "superuser_owners": True, "shared_buffers_mb": shared_buffers_mb}
         async with compute_cluster(Path(scratch), metadata_dsn, pageserver=True, **options) as running:
             yield running
 
@@ -386,6 +395,13 @@ class Volume:
     def sealed(self) -> bytes:
         return os.pread(self.blocks, os.fstat(self.blocks).st_size, 0)
 
+    @classmethod
+    def forgotten(cls, path: Path) -> None:
+        """By the kernel: who reads it next asks the volume's server."""
+        cls.flushed(path)
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     @staticmethod
     def flushed(path: Path) -> bytes:
         """The file as Postgres sees it, once the kernel has written all of it."""
@@ -402,6 +418,41 @@ class Volume:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             os.pread(file.fileno(), _BLOCK, 0)
+
+
+async def check_combo_cids(connection: Any, volume: Volume) -> None:
+    """Which command of a transaction made or ended a row is on the page, and in no record of WAL: cursors see by it
+    what was there when they were opened. So a page that has left Postgres's memory must come back as it was written,
+    and not as the pageserver has it. `cids` is of before this compute; `t` is much larger than shared_buffers."""
+    async with connection.transaction():
+        await connection.execute(
+            """
+            DECLARE base CURSOR FOR SELECT id, v FROM cids;
+            UPDATE cids SET v = 'made';
+            DECLARE made CURSOR FOR SELECT id, v FROM cids;
+            UPDATE cids SET v = 'changed' WHERE id % 2 = 0;
+            DECLARE changed CURSOR FOR SELECT id, v FROM cids;
+            DELETE FROM cids WHERE id % 5 = 0;
+            DECLARE deleted CURSOR FOR SELECT id, v FROM cids;
+            UPDATE cids SET v = 'changed again';
+            """
+        )
+        changed = {(i, "made" if i % 2 else "changed") for i in range(1, 5001)}
+        seen = {name: {(i, name) for i in range(1, 5001)} for name in ("base", "made")}
+        seen |= {"changed": changed, "deleted": {(i, v) for i, v in changed if i % 5}}
+        path = volume.pgdata / await connection.fetchval("SELECT pg_relation_filepath('cids')")
+        read = "SELECT pg_stat_get_xact_blocks_fetched(oid) - pg_stat_get_xact_blocks_hit(oid) FROM pg_class"
+        read += " WHERE relname = 'cids'"
+        for name, rows in seen.items():
+            # By the index: a sequential scan would go through a ring of a few buffers.
+            await connection.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off")
+            assert await connection.fetchval("SELECT count(k) FROM (SELECT k FROM t ORDER BY c LIMIT 4000) x") == 4000
+            await connection.execute("RESET enable_seqscan; RESET enable_bitmapscan")
+            await asyncio.to_thread(volume.forgotten, path)
+            before = await connection.fetchval(read)
+            assert {tuple(row) for row in await connection.fetch(f"FETCH ALL FROM {name}")} == rows
+            assert await connection.fetchval(read) - before >= path.stat().st_size // _BLOCK
+    assert await connection.fetchval("SELECT count(*) FROM cids WHERE v = 'changed again'") == 4000
 
 
 def look_for_anything(known: Iterable[bytes], left: bytes) -> None:
@@ -425,6 +476,7 @@ def without_pid_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_pid_namespaces")
+@pytest.mark.parametrize("shared_buffers_mb", [2])
 async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     cluster: ComputeCluster, client: ServiceClient
 ) -> None:
@@ -433,9 +485,15 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     endpoint = await make_endpoint(client, ProjectId.new())
     connection: Any = await log_in(await reach(client, endpoint), endpoint)
     await connection.execute(
-        "CREATE TABLE t AS SELECT i, 'canary-5c1f77e0' || i AS c, repeat('k', 500) FROM generate_series(1, 40000) i"
+        "CREATE TABLE t AS SELECT i, 'canary-5c1f77e0' || i AS c, repeat('k', 500) k FROM generate_series(1, 40000) i"
     )
     await connection.execute("CREATE INDEX ON t (c)")
+    await connection.execute(
+        """
+        CREATE TABLE cids (id int, v text) WITH (fillfactor = 20, autovacuum_enabled = off);
+        INSERT INTO cids SELECT i, 'base' FROM generate_series(1, 5000) i;
+        """
+    )
     logged = CANARY.decode() + " ".join(sha256(str(i).encode()).hexdigest() for i in range(2000))
     await connection.execute(f"DO $$ BEGIN RAISE WARNING '{logged}'; END $$")
     [run] = cluster.manager._runs.values()
@@ -494,6 +552,11 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     # From storage: nothing was lost, and the copy that was altered is forgotten.
     connection = await log_in(await reach(client, endpoint), endpoint)
     assert await connection.fetchval("SELECT count(*) FROM t WHERE c LIKE 'canary-%'") == 40000
+    [run] = cluster.manager._runs.values()
+    assert run._agent is not None
+    volume = Volume(run._agent.pid, run._agent.directory, cluster.settings.blocks.directory)
+    await check_combo_cids(connection, volume)
+    os.close(volume.blocks)
 
     # Without its server the volume is dead, so the compute ends, and says why.
     [run] = cluster.manager._runs.values()

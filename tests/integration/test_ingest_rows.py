@@ -5,21 +5,25 @@ names what shows it: raw pages, SLRU bytes, files. With all of ingest they are t
 taken out, and nothing else, they are not.
 
 Not here, but in tests/unit/test_ingest_state.py: HEAP2_LOCK_UPDATED that clears a map bit, which no client can bring
-about at will; and what is refused.
+about at will; and what is refused. Nowhere: what happens to free space maps, which are not kept (ADR 5).
 """
 
 from __future__ import annotations
 
 import functools
+import random
 import shutil
+import struct
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import lz4.block
 import pytest
 import pytest_asyncio
+import zstandard
 
 from pageserver import native
 from pageserver.ingest import WalIngest
@@ -31,8 +35,9 @@ from shared.keyspace import CONTROL_FILE_KEY, Fork, Slru, rel_map_key, two_phase
 from shared.postgres import PostgresServer, initdb
 from shared.wal import rmgr_dbase, rmgr_smgr, rmgr_xact, rmgr_xlog
 from shared.wal.control import CheckPoint, ControlFile
-from shared.wal.reader import RawRecord
-from shared.wal.record import ImageFlag, Rel, parse_blocks
+from shared.wal.image import uncompressed
+from shared.wal.reader import RECORD_HEADER_SIZE_BYTES, RawRecord
+from shared.wal.record import ImageFlag, Rel, parse_blocks, parse_header
 from shared.wal.rmgr import RmgrId
 from shared.wal.rmgr_clog import ClogOp
 from shared.wal.rmgr_commit_ts import CommitTsOp
@@ -41,8 +46,10 @@ from shared.wal.rmgr_multixact import MultixactOp
 from shared.wal.rmgr_relmap import UPDATE as RELMAP_UPDATE
 from shared.wal.rmgr_replorigin import ReplOriginOp, ReplOriginSet, parse_checkpoint_file
 from shared.wal.rmgr_smgr import SmgrOp, TruncateFlag
+from shared.wal.rmgr_standby import StandbyOp
 from shared.wal.rmgr_xact import XactOp
 from shared.wal.rmgr_xlog import XlogOp
+from shared.wal.writer import build_record
 from tests.fixtures import special_cases
 from tests.fixtures.replay import (
     PAGE,
@@ -58,6 +65,10 @@ from tests.fixtures.replay import (
 )
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+
+
+IMAGE_HEADER = struct.Struct("<HHB")
+"""XLogRecordBlockImageHeader: length, hole_offset, bimg_info."""
 
 
 @dataclass(slots=True)
@@ -141,6 +152,9 @@ def lacks(tip: Tip, logged: CheckPoint) -> list[str]:
     for name in ("next_multi", "next_multi_offset", "newest_commit_ts_xid"):
         if not follows_or_equals(getattr(mine, name), getattr(logged, name)):
             names.append(name)
+    # Nothing begins or ends between the list of who runs and the checkpoint's record. When shut down, nobody does.
+    if logged.oldest_active_xid and mine.oldest_active_xid != logged.oldest_active_xid:
+        names.append("oldestActiveXid")
     # Horizons may stay behind as long as nothing is cut: what they point at must be there.
     for kind, number, per_page in (
         (Slru.CLOG, mine.oldest_xid, native.CLOG_XACTS_PER_PAGE),
@@ -309,6 +323,20 @@ class WithoutVisibilityClears(WalIngest):
         pass
 
 
+class WithoutClearsOfOldBlocks(WalIngest):
+    """Of updates that go to another block, which clear bits of both, the old one's first."""
+
+    kept = slice(1, 2)
+
+    def _clear_visibility(self, clears: Iterable[VisibilityClear], end: int) -> None:
+        clears = tuple(clears)
+        super()._clear_visibility(clears if len(clears) == 1 else clears[self.kept], end)
+
+
+class WithoutClearsOfNewBlocks(WithoutClearsOfOldBlocks):
+    kept = slice(0, 1)
+
+
 class WithoutSubtransactions(WalIngest):
     def _set_clog(self, xids: tuple[int, ...], *, committed: bool, end: int) -> None:
         super()._set_clog(xids[:1], committed=committed, end=end)
@@ -378,6 +406,8 @@ MAIN, VM, INIT = Fork.MAIN, Fork.VISIBILITY_MAP, Fork.INIT
 ROWS: dict[str, tuple[type[WalIngest], Shows]] = {
     **{f"visibility map clear, {name}": (WithoutVisibilityClears, pages_of(f"vm_{name}", VM))
        for name in special_cases.VM_TABLES},
+    "visibility map clear, update, the old block's": (WithoutClearsOfOldBlocks, pages_of("vm_update_new", VM)),
+    "visibility map clear, update, the new block's": (WithoutClearsOfNewBlocks, pages_of("vm_update_new", VM)),
     "smgr create, main fork": (without(RmgrId.SMGR, SmgrOp.CREATE), pages_of("empty_rel", MAIN)),
     "smgr create, init fork": (without(RmgrId.SMGR, SmgrOp.CREATE), pages_of("unlogged", INIT)),
     "smgr truncate, main fork": (WithoutTruncation, pages_of("shrunk", MAIN)),
@@ -412,6 +442,7 @@ ROWS: dict[str, tuple[type[WalIngest], Shows]] = {
     "nextXid": (WithoutNextXid, behind_in("nextXid")),
     "nextOid": (without(XLOG, XlogOp.NEXT_OID), behind_in("nextOid")),
     "nextMulti": (WithoutNextMultixact, behind_in("next_multi")),
+    "who runs": (without(RmgrId.STANDBY, StandbyOp.RUNNING_XACTS), behind_in("oldestActiveXid")),
     "oldestXid, by clog truncate": (WithoutHorizons, behind_in(Slru.CLOG.name)),
     "oldestMulti, by multixact truncate": (WithoutHorizons, behind_in(Slru.MULTIXACT_OFFSETS.name)),
     "oldestCommitTsXid, by its truncate": (WithoutHorizons, behind_in(Slru.COMMIT_TS.name)),
@@ -451,6 +482,52 @@ async def test_compressed_images_are_of_both_kinds(world: World) -> None:
     assert by_log == {True, False}
     for name in ("far", "far_g_idx"):
         assert not await pages_of(name, Fork.MAIN)(world, world.whole, [])
+
+
+async def test_images_compressed_by_another_build_come_to_the_same_pages(world: World) -> None:
+    """Ours has neither lz4 nor zstd, so the primary's own images are compressed anew, as theirs would be; its redo
+    knows neither, too. Some of a record's images stay as they are."""
+    rng, counts = random.Random(3), Counter[tuple[int, bool]]()
+    batches = [[(start, end, compressed_anew(record, rng, counts)) for start, end, record in b] for b in world.batches]
+    assert len(counts) == 6, "each method, by ingest and by redo"
+    assert min(counts.values()) > 5
+    whole = world.whole
+    replayed = await replay(whole.pgdata, world.imported, batches, whole.end_lsn, whole.redo)
+    replayed.access_methods = whole.access_methods
+    assert not await relation_differences(replayed, world.files)
+
+
+def compressed_anew(record: bytes, rng: random.Random, counts: Counter[tuple[int, bool]]) -> bytes:
+    made = bytearray(record)
+    blocks, _ = parse_blocks(record)
+    images = [block.image for block in blocks if block.image is not None and block.image.flags & ImageFlag.PGLZ]
+    limit = min((block.image.start if block.image else block.data_start for block in blocks), default=0)
+    for image in reversed(images):
+        described = IMAGE_HEADER.pack(image.end - image.start, image.hole_offset, image.flags)
+        limit = at = made.rindex(described, RECORD_HEADER_SIZE_BYTES, limit)
+        content = uncompressed(record, image)
+        method = rng.choice([0, ImageFlag.LZ4, ImageFlag.ZSTD])
+        counts[method, record[17] == RmgrId.XLOG] += 1
+        match method:
+            case ImageFlag.LZ4:
+                content = lz4.block.compress(content, store_size=False)
+            case ImageFlag.ZSTD:
+                content = zstandard.ZstdCompressor().compress(content)
+            case _:
+                continue
+        made[image.start : image.end] = content
+        flags = image.flags & ~ImageFlag.PGLZ | method
+        made[at : at + len(described)] = IMAGE_HEADER.pack(len(content), image.hole_offset, flags)
+    if made == record:
+        return record
+    header = parse_header(record)
+    return build_record(
+        rmgr_id=header.rmgr_id,
+        info=header.info,
+        prev_lsn=header.prev_lsn,
+        xid=header.xid,
+        fragments=bytes(made[RECORD_HEADER_SIZE_BYTES:]),
+    )
 
 
 async def test_logical_messages_leave_nothing(world: World) -> None:

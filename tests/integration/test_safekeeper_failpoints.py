@@ -17,8 +17,12 @@ import pytest
 import safekeeper
 from safekeeper.control_file import FILE_NAME
 from safekeeper.remote_wal import RemotePiece
-from shared.errors import InvalidInputError, KeylakeError
-from shared.failpoints import VARIABLE, Failpoints, arm, refuse_failpoints
+from shared.api.common import ArmFailpoints
+from shared.auth import Scope, Service
+from shared.config import Address
+from shared.errors import InvalidInputError, KeylakeError, NotFoundError, PermissionDeniedError
+from shared.failpoints import VARIABLE, Failpoints, arm, arm_instead, refuse_failpoints
+from shared.http import ServiceClient
 from shared.lsn import Lsn
 from shared.wire.walstream import Feedback, SubscribeFlags
 from tests.fixtures.safekeeper_postgres import Primary, primary_postgres
@@ -64,6 +68,8 @@ MORE_TRIMMING_STEPS = [
     "offloaded-pieces-removed:1",  # of the object store; their envelopes are still there
     "trim-objects-removed:1",
 ]
+BY_API = {"frame-written:3", "acknowledge-sent:2"}
+"""Armed while it runs: every commit gets there. Others may be passed once and for all before anybody can ask."""
 ALL = os.environ.get("KEYLAKE_ALL_FAILPOINTS") == "1"  # make crash-anywhere
 
 
@@ -112,8 +118,10 @@ class Cluster:
 
     async def kill_at(self, step: str) -> None:
         """Under load."""
-        self.victim.environment = {VARIABLE: step}
+        self.victim.environment = {VARIABLE: "" if step in BY_API else step}
         await self.victim.start()
+        if step in BY_API:
+            await self.arm(step)
         await self.lead()
         async with asyncio.timeout(20):
             while not self.victim_is_dead:
@@ -121,6 +129,12 @@ class Cluster:
                 await self.feed_back()
         assert self.victim.process is not None
         assert self.victim.process.returncode == -signal.SIGKILL, step
+
+    async def arm(self, order: str) -> None:
+        """Raises the victim's error."""
+        async with self.victim.client() as client:
+            path = "/v1/failpoints"
+            await client.request("POST", path, body=ArmFailpoints(order=order))
 
     async def have_heard(self) -> None:
         """Each trims by what it has heard, and until it has heard the same it looks in vain for what peers trimmed."""
@@ -197,8 +211,20 @@ async def test_it_dies_at_every_step_and_nothing_is_lost(tmp_path: Path) -> None
             await made.commit()  # it will lack this
             await made.kill_at(step)
 
+        victim.environment = {VARIABLE: ""}
+        await victim.start()
+        with pytest.raises(InvalidInputError, match="name:count"):
+            await made.arm("frame-written")
+        issuer = victim.realm.issuers[Service.COMPUTE]
+        address, ca = Address(port=victim.http_port), victim.realm.ca_certificate
+        async with ServiceClient(Service.SAFEKEEPER, address, ca, issuer, frozenset({Scope.STATUS_READ})) as stranger:
+            with pytest.raises(PermissionDeniedError):
+                await stranger.request("POST", "/v1/failpoints", body=ArmFailpoints(order="frame-written:1"))
+        victim.kill()
         victim.environment = {}
         await victim.start()
+        with pytest.raises(NotFoundError):
+            await made.arm("frame-written:1")
         await made.lead()
         await made.commit()
         await made.have_all()
@@ -262,12 +288,15 @@ def test_an_order_that_cannot_be_read_or_is_not_for_this_machine_alone_is_refuse
         False,
         True,
     ]
-    refuse_failpoints("0.0.0.0")  # noqa: S104 - none is armed
-    arm({VARIABLE: "here:1"})
+    refuse_failpoints("0.0.0.0")  # noqa: S104 - none is armed, or can be
+    with pytest.raises(InvalidInputError):
+        arm_instead("here:1")
     try:
-        refuse_failpoints("127.0.0.1")
-        for host in ("0.0.0.0", "10.1.2.3", "safekeeper-1", "::"):  # noqa: S104
-            with pytest.raises(InvalidInputError):
-                refuse_failpoints(host)
+        for order in ("here:1", ""):
+            arm({VARIABLE: order})
+            refuse_failpoints("127.0.0.1")
+            for host in ("0.0.0.0", "10.1.2.3", "safekeeper-1", "::"):  # noqa: S104
+                with pytest.raises(InvalidInputError):
+                    refuse_failpoints(host)
     finally:
         arm({})

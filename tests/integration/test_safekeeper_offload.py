@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import hashlib
 import random
 from collections.abc import AsyncIterator
@@ -35,6 +36,7 @@ from shared.storage.faulty import FaultyObjectStore, Moment, Operation
 from shared.storage.memory import MemoryObjectStore
 from shared.wire.walstream import Feedback
 from tests.fixtures.safekeeper_nodes import NodeBench, elect, nodes
+from tests.fixtures.waiting import in_the_end
 from tests.fixtures.wal import SYSTEM_IDENTIFIER, WalBuilder
 
 START = WAL_SEGMENT_SIZE_BYTES + 40
@@ -258,6 +260,50 @@ async def test_a_donor_that_has_not_heard_what_was_trimmed_hears_it_before_its_t
         await following
         assert behind.timeline.start_lsn == trimmed_lsn
         assert await behind.log() == bench.data[trimmed_lsn - START :]
+
+
+@pytest.mark.parametrize("moment", list(Moment))
+async def test_whatever_operation_fails_at_first_is_done_in_the_end(tmp_path: Path, moment: Moment) -> None:
+    """Offload, read back, re-wrap, re-key and trim. What a safekeeper does not use: pieces are read as a whole, and
+    objects go by the many."""
+    used = [each for each in Operation if each not in (Operation.GET_RANGE, Operation.DELETE)]
+    async with bench_of(tmp_path) as bench:
+        first, second, _ = bench.nodes
+        for node in (first, second):
+            await node.stop()
+            node.offload = OffloadTuning(interval_s=3600, keep_size_bytes=0, history_size_bytes=40_000)
+            await node.start()
+        for _ in range(3):
+            await bench.reign()
+        for number, operation in enumerate(used):
+            for _ in range(2):
+                await bench.reign()
+            begun_at = first.timeline.start_lsn
+            bench.store.fail(operation, times=3, moment=moment)
+            for node in (first, second):
+                await in_the_end(functools.partial(bench.offload, node))
+                assert set(places(node)[:-1]) == {Place.REMOTE}
+                node.timeline._store.drop_keys()
+                assert await in_the_end(node.log) == bench.data[node.timeline.start_lsn - START :]
+            assert (first.timeline.start_lsn > begun_at) == (number > 0), "from the second time on, WAL is trimmed"
+
+            version = first.keys.rotate(first.project_id, rekey=bool(number % 2))
+            for node in bench.nodes:
+                node.keys._grant(node.keys._held[node.project_id])
+            lease = second.keys._held[second.project_id].lease
+            upkeep = second.timeline.key_upkeep
+            await in_the_end(functools.partial(upkeep.rekey, lease.dek_floor, FAST))
+            await in_the_end(functools.partial(upkeep.rewrap, version, FAST))
+            assert bench.store.quiet, f"{operation} failed as often as was ordered"
+            assert {envelope.kek_version for _, envelope, _ in await bench.remote().envelopes()} == {version}
+            for node in (first, second):
+                node.timeline._store.drop_keys()
+                assert await node.log() == bench.data[node.timeline.start_lsn - START :]
+                assert not node.timeline.fault
+        # What failed deletes left is gone, too.
+        assert {piece.start_lsn >= first.timeline.start_lsn for piece in await bench.remote().pieces()} == {True}
+        for node in (first, second):
+            assert (await node.timeline.scrub()).findings == []
 
 
 async def test_an_object_store_that_fails_is_slow_or_shows_old_lists(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import struct
 from itertools import pairwise
 
 import google_crc32c
+import lz4.block
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,10 +34,11 @@ from shared.wal import (
     rmgr_xlog,
 )
 from shared.wal.control import CHECKPOINT_SIZE_BYTES, CheckPoint, ControlFile
-from shared.wal.image import UnsupportedCompressionError, pglz_decompress, restore_image
+from shared.wal.image import pglz_decompress, restore_image
 from shared.wal.page import is_record_boundary, record_start
+from shared.wal.readable import is_readable, readable_for
 from shared.wal.reader import EndOfWal, RawRecord, WalStreamDecoder, find_end_of_wal
-from shared.wal.record import BlockImage, parse_blocks, parse_record
+from shared.wal.record import BlockImage, ImageFlag, parse_blocks, parse_record
 from shared.wal.rmgr import RmgrId
 from shared.wal.writer import build_record
 from tests.fixtures.wal import SYSTEM_IDENTIFIER, WalBuilder
@@ -176,7 +179,7 @@ def fragments(draw: st.DrawFn) -> bytes:
         image_header = image = b""
         if draw(st.integers(0, 3)) == 3:
             flags |= 0x10
-            info = draw(st.sampled_from([0, 1, 2, 3, 3, 3, 7, 6, 5, 0x0B]))
+            info = draw(st.sampled_from([0, 1, 2, 3, 3, 3, 7, 6, 5, 0x0B, 0x13, 0x08]))
             image = draw(st.binary(max_size=200))
             hole_length = struct.pack("<H", draw(st.integers(0, 9000))) if info & 1 and info & 0x1C else b""
             image_header = struct.pack("<HHB", len(image), draw(st.integers(0, 200)), info) + hole_length
@@ -226,8 +229,13 @@ def test_records_parse_inside_their_bounds_or_raise(body: bytes, changes: list[t
         reached = block.data_end
         if block.image:
             assert block.image.end == block.data_start
-            with contextlib.suppress(CorruptedError, UnsupportedCompressionError):
+            with contextlib.suppress(CorruptedError):
                 assert len(restore_image(record, block.image)) == 8192
+        with contextlib.suppress(CorruptedError):
+            made = parse_record(readable_for(record, block.block_id))
+            assert is_readable(made.blocks)
+            assert (made.main_data, made.origin_id) == (slow.main_data, slow.origin_id)
+            assert [each[:4] for each in made.blocks] == [each[:4] for each in blocks]
     assert reached is None or reached == main_start
 
 
@@ -325,8 +333,35 @@ def test_pglz_of_anything_has_the_size_asked_for_or_raises(data: bytes, size: in
 
 @given(st.binary(max_size=300), st.integers(0, 9000), st.integers(0, 9000), st.integers(0, 31))
 def test_restored_images_are_pages_or_raise(data: bytes, offset: int, length: int, flags: int) -> None:
-    with contextlib.suppress(CorruptedError, UnsupportedCompressionError):
+    with contextlib.suppress(CorruptedError):
         assert len(restore_image(data, BlockImage(0, len(data), offset, length, flags))) == 8192
+
+
+@given(
+    st.lists(st.tuples(st.binary(min_size=1, max_size=300), st.integers(1, 60)), min_size=1, max_size=8),
+    st.sampled_from([ImageFlag.LZ4, ImageFlag.ZSTD]),
+    st.integers(-2, 2),
+    st.lists(st.tuples(st.integers(0, 8191), st.integers(0, 255)), max_size=3),
+)
+def test_altered_images_of_other_compression_are_pages_or_raise(
+    runs: list[tuple[bytes, int]], method: ImageFlag, longer: int, changes: list[tuple[int, int]]
+) -> None:
+    page = b"".join(piece * count for piece, count in runs)[:8192].ljust(8192, b"\0")
+    content = page[:longer] if longer < 0 else page + bytes(longer)
+    if method is ImageFlag.LZ4:
+        stored = bytearray(lz4.block.compress(content, store_size=False))
+    else:
+        stored = bytearray(zstandard.ZstdCompressor().compress(content))
+    for position, value in changes:
+        stored[position % len(stored)] = value
+    image = BlockImage(0, len(stored), 0, 0, method)
+    try:
+        restored = restore_image(bytes(stored), image)
+    except CorruptedError:
+        assert longer or changes
+    else:
+        assert len(restored) == 8192
+        assert changes or (restored == page and not longer)
 
 
 @given(st.binary(min_size=CHECKPOINT_SIZE_BYTES, max_size=CHECKPOINT_SIZE_BYTES))

@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
+from pageserver.removal import Mark, Removal
 from pageserver.timeline import Timeline
-from shared.errors import KeylakeError, UnavailableError
+from shared.errors import KeylakeError
 from shared.key_upkeep import Pace
 from shared.storage.faulty import FaultyObjectStore, Moment, Operation
 from shared.storage.memory import MemoryObjectStore
 from tests.fixtures.pageserver import REL, WAL, Engine, engine, record
+from tests.fixtures.waiting import in_the_end
 from tests.unit.test_pageserver_compaction import BLOCKS, EAGER, filled, grow, only_listed_layers, pages
 from tests.unit.test_pageserver_key_upkeep import FAST
 from tests.unit.test_pageserver_scrub import scrub
 from tests.unit.test_pageserver_timeline import put
 
 TIMES = 3
-T = TypeVar("T")
-USED = set(Operation) - {Operation.HEAD, Operation.DELETE}
-"""By a pageserver. The others are the safekeepers' (tests/integration/test_safekeeper_offload.py)."""
-
-
-async def in_the_end(work: Callable[[], Awaitable[T]]) -> T:
-    """As all who ask do: again, while the error says that it may pass."""
-    for _ in range(100):
-        try:
-            return await work()
-        except UnavailableError:
-            continue
-    raise AssertionError("it does not converge")
+ONLY_REMOVAL = Operation.DELETE
+"""The mark of a timeline that is deleted goes by itself."""
 
 
 async def more(timeline: Timeline) -> None:
@@ -65,7 +54,7 @@ async def test_whatever_fails_at_first_is_done_in_the_end(tmp_path: Path, moment
     store.reorder(random.Random(moment.value), 0.001)
     async with engine(tmp_path / "a", store=store, config=EAGER) as one:
         timeline, _ = await filled(one, layers=2)
-        for number, operation in enumerate(sorted(USED, key=lambda each: each.value)):
+        for number, operation in enumerate(each for each in Operation if each is not ONLY_REMOVAL):
             store.fail(operation, times=TIMES, moment=moment)
             for _ in range(2):
                 await more(timeline)
@@ -77,17 +66,21 @@ async def test_whatever_fails_at_first_is_done_in_the_end(tmp_path: Path, moment
             assert told == timeline.last_record_lsn
             await check_on_an_empty_disk(one, tmp_path / f"empty disk {number}", told, want)
             assert not timeline.fault
-        assert {call.operation for call in store.calls} >= USED
-        failures = [fault for fault in store._faults if fault.error is not None]
-        assert [fault.times_left for fault in failures] == [0] * len(USED), (
-            "each of them failed as often as was ordered"
-        )
+            assert store.quiet, f"{operation} failed as often as was ordered"
         # What failed deletes left is gone with the next versions of the index.
         await more(timeline)
         await everything(one, timeline, 0)
         await more(timeline)
         assert await only_listed_layers(one, timeline)
         assert (await scrub(one, timeline)).findings == []
+    for operation in (Operation.PUT_IF_ABSENT, Operation.GET, Operation.LIST, Operation.DELETE_MANY, ONLY_REMOVAL):
+        store.fail(operation, moment=moment)  # once: what is gone is not deleted again
+    removal = Removal(store, one.project_id, one.timeline_id)
+    await in_the_end(lambda: removal.begin(Mark(None)))
+    await in_the_end(removal.remove_objects)
+    await in_the_end(removal.end)
+    assert store.quiet
+    assert [info.key async for info in store.list()] == []
 
 
 async def test_old_listings_lose_nothing(tmp_path: Path) -> None:

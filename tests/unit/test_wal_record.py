@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
+import lz4.block
 import pytest
+import zstandard
 
 from shared.errors import CorruptedError
 from shared.keyspace import Fork
-from shared.wal.image import UnsupportedCompressionError, page_lsn, pglz_decompress, restore_image, with_page_lsn
-from shared.wal.record import BlockImage, parse_blocks, parse_header, parse_record
+from shared.wal.image import page_lsn, pglz_decompress, restore_image, with_page_lsn
+from shared.wal.readable import is_readable, readable_for
+from shared.wal.record import BlockImage, ImageFlag, parse_blocks, parse_header, parse_record
 from shared.wal.rmgr import RmgrId
 from shared.wal.writer import build_record
 
@@ -141,10 +145,80 @@ def test_a_record_of_another_length_than_it_says_is_refused() -> None:
         parse_blocks(b"short")
 
 
-@pytest.mark.parametrize("method", [0x08, 0x10])
-def test_other_compression_methods_are_named(method: int) -> None:
-    with pytest.raises(UnsupportedCompressionError, match="wal_compression"):
-        restore_image(bytes(100), BlockImage(0, 100, 0, 0, method | 2))
+def _compressed(method: ImageFlag, data: bytes) -> bytes:
+    if method is ImageFlag.LZ4:
+        packed: bytes = lz4.block.compress(data, store_size=False)
+        return packed
+    return zstandard.ZstdCompressor().compress(data)
+
+
+METHODS = [ImageFlag.LZ4, ImageFlag.ZSTD]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_of_a_postgres_with_other_compression_are_pages(method: ImageFlag) -> None:
+    page = b"begin" * 20 + bytes(4000) + b"end!" * 1023
+    stored = _compressed(method, page[:100] + page[4100:])
+    assert restore_image(b"xx" + stored, BlockImage(2, 2 + len(stored), 100, 4000, method | 3)) == page
+    stored = _compressed(method, page)
+    assert restore_image(stored, BlockImage(0, len(stored), 0, 0, method | 2)) == page
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compressed_images_that_are_no_page_are_refused_before_they_take_memory(method: ImageFlag) -> None:
+    page, bomb = bytes(range(256)) * 32, bytes(64 << 20)
+    whole = _compressed(method, page)
+    lying = _compressed(method, bomb)
+    wrong = [whole[:-1], whole + b"x", whole + whole, b"", b"x" * 40, whole[1:], lying]
+    wrong += [_compressed(method, content) for content in (page[:-1], page + b"x", b"x", b"")]
+    if method is ImageFlag.ZSTD:
+        # One that says a page and holds more, and one that does not say.
+        assert struct.pack("<I", len(bomb)) in lying[4:10]
+        wrong.append(lying.replace(struct.pack("<I", len(bomb)), struct.pack("<I", len(page)), 1))
+        wrong.append(zstandard.ZstdCompressor(write_content_size=False).compress(page))
+    tracemalloc.start()
+    for stored in wrong:
+        with pytest.raises(CorruptedError):
+            restore_image(stored, BlockImage(0, len(stored), 0, 0, method | 2))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_record_is_made_readable_for_one_block(method: ImageFlag) -> None:
+    """Whose image is plain; foreign ones of others go, and everything else stays."""
+    pages = [bytes([fill]) * 8192 for fill in (1, 2)]
+    stored = [_compressed(method, pages[0]), _compressed(method, pages[1][:8000])]
+    headers = (
+        _block(0, 0x30, 4, REL, 42, IMAGE.pack(len(stored[0]), 0, method | ImageFlag.APPLY))
+        + _block(1, 0xB0, 4, None, 43, IMAGE.pack(len(stored[1]), 100, method | 3) + struct.pack("<H", 192))
+        + _block(2, 0x10, 0, (1, 2, 3), 44, IMAGE.pack(50, 100, ImageFlag.PGLZ | 3) + struct.pack("<H", 192))
+        + _block(3, 0x90, 0, None, 45, IMAGE.pack(50, 20, 3))
+        + _block(4, 0x90, 0, None, 46, IMAGE.pack(len(stored[0]), 0, method))  # for a check of consistency only
+        + b"\xfd\x07\x00" + b"\xfc\x08\x00\x00\x00" + b"\xfe" + struct.pack("<I", 300)
+    )  # fmt: skip
+    payload = stored[0] + b"zero" + stored[1] + b"one!" + bytes(100) + stored[0]
+    record = _record(headers + payload + b"m" * 300)
+    before = parse_record(record)
+    assert not is_readable(before.blocks)
+    for target, page in ((0, pages[0]), (1, pages[1][:100] + bytes(192) + pages[1][:7900]), (2, b""), (4, b"")):
+        made = readable_for(record, target)
+        after = parse_record(made)
+        assert is_readable(after.blocks)
+        assert (after.main_data, after.origin_id, after.toplevel_xid) == (b"m" * 300, 7, 8)
+        assert after.header[1:5] == before.header[1:5]
+        for was, now in zip(before.blocks, after.blocks, strict=True):
+            assert (was.block_id, was.rel, was.fork, was.block_number) == (
+                now.block_id, now.rel, now.fork, now.block_number
+            )  # fmt: skip
+            assert made[now.data_start : now.data_end] == record[was.data_start : was.data_end]
+        kept = {block.block_id for block in after.blocks if block.image is not None}
+        assert kept == {2, 3} | ({target} if page else set())
+        if page:
+            image = after.blocks[target].image
+            assert image is not None
+            assert restore_image(made, image) == page
 
 
 def test_an_image_of_a_wrong_size_is_refused() -> None:
