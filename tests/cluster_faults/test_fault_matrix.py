@@ -26,12 +26,10 @@ from tests.cluster_faults.place import (
     LEASE_TTL_S,
     Place,
     Tenant,
-    eventually,
-    is_over,
     new_tenant,
     open_place,
-    play,
 )
+from tests.cluster_faults.rounds import eventually, is_over, play
 from tests.cluster_faults.schedule import COVERING, WORKSPACES, Condition, Event, Part, Round, full
 
 ROUNDS = {
