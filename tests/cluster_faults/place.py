@@ -42,7 +42,7 @@ from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.pages import page_client
 from tests.cluster.primary import Session, caught_up, tag_of
 from tests.cluster.processes import ComputeProcesses, compute_of
-from tests.cluster.wal import first_wal
+from tests.cluster.wal import wal_reader
 from tests.cluster_faults.history import History
 from tests.cluster_faults.schedule import Event
 from tests.fixtures.forked_cluster import ForkedCluster, ForkedService
@@ -54,6 +54,7 @@ LEADER_TTL_S: Final = 2.5
 word is noticed by its clients two renewals later, at two thirds of the lease."""
 PROBE_INTERVAL_S: Final = 0.5
 BYSTANDER_GRACE_S: Final = 600.0
+BYSTANDERS_WAY: Final = "the bystander's proxy"
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "keymanager": {
         "lease_ttl_s": LEASE_TTL_S,
@@ -69,7 +70,8 @@ _ACCOUNT: Final = "111122223333"
 
 
 class Place:
-    """The cluster, a second proxy that nothing happens to, and the faults of the customers' keys."""
+    """The cluster, a second proxy that nothing happens to, and the faults of the customers' keys. And the bystander's
+    compute manager and proxy: who cuts a manager off ends what runs under it, whoever's it is."""
 
     def __init__(self, cluster: Cluster, ways: Mapping[str, int]) -> None:
         self.cluster = cluster
@@ -109,27 +111,37 @@ async def open_place() -> AsyncIterator[Place]:
         await asyncio.to_thread(
             admin.put_user, "444455556666", "keylake", UserRequest(policies={"bootstrap": document})
         )
-        second, port = clone(cluster, "proxy", "proxy-2", node_id="proxy-2")
-        stack.push_async_callback(second.stop)
-        await second.start()
-        place = Place(cluster, {"proxy": cluster.ports.proxy, "proxy-2": port})
+        ways = {"proxy": cluster.ports.proxy}
+        second, ways["proxy-2"] = clone(cluster, "proxy", "proxy-2", node_id="proxy-2")
+        manager, manager_port = clone(cluster, "compute", "compute-2", node_id="compute-2")
+        of_bystander, ways[BYSTANDERS_WAY] = clone(cluster, "proxy", "proxy-3", node_id="proxy-3", manager=manager_port)
+        for service in (second, manager, of_bystander):
+            stack.push_async_callback(service.stop)
+            await service.start()
+        place = Place(cluster, ways)
         stack.push_async_callback(place.keymanager.aclose)
         yield place
 
 
-def clone(cluster: Cluster, name: str, as_name: str, node_id: str) -> tuple[ServiceProcess, int]:
+def clone(
+    cluster: Cluster, name: str, as_name: str, node_id: str, *, manager: int | None = None
+) -> tuple[ServiceProcess, int]:
     """A second instance of a service on ports of its own, not started: with a copy of its disk as it is now. Returns
-    its port for data, too. It is not behind a link: nothing cuts it off."""
+    its port for data, too; of a compute manager, its only one. The keymanagers are not behind links: nothing cuts it
+    off. `manager`: the port of a proxy's compute manager, if it is not the cluster's."""
     layout = cluster.layout
     values = json.loads((layout.config / f"{name}.json").read_text())
-    values |= {"node_id": node_id, "listen": {"host": "127.0.0.1", "port": free_port()}}
+    port = free_port()
+    values |= {"node_id": node_id, "listen": {"host": "127.0.0.1", "port": port}}
     values["keymanager"] = [{"host": "127.0.0.1", "port": port} for port in cluster.ports.keymanagers.values()]
-    data_port = free_port()
+    data_port = port if name == "compute" else free_port()
     for field_name in ("postgres_listen", "pages_listen", "wal_listen"):
         if field_name in values:
             values[field_name] = {"host": "127.0.0.1", "port": data_port}
     if name == "proxy":
-        values["compute"] = {"host": "127.0.0.1", "port": cluster.ports.manager}
+        values["compute"] = {"host": "127.0.0.1", "port": manager or cluster.ports.manager}
+    if name == "compute":
+        values |= {"runtime_dir": f"{values['runtime_dir']}2", "log_dir": f"{values['log_dir']}-2", "spare_agents": 0}
     for field_name in ("data_dir", "cache_dir"):
         if field_name in values:
             copy = layout.data / as_name
@@ -197,6 +209,7 @@ class Tenant:
         self.page = (tag, 0, info.last_record_lsn.value)
         self._tasks = [asyncio.create_task(self._read(way)) for way in self.ways]
         self._tasks.append(asyncio.create_task(self._read_pages()))
+        self._tasks.append(asyncio.create_task(self._read_wal()))
         await self.open_bank()
 
     async def open_bank(self) -> None:
@@ -225,7 +238,7 @@ class Tenant:
 
         def works() -> bool:
             commits = sum(at > since for at in self.ledger.acknowledged.values())
-            return commits >= 5 and {*self.ways, "pages"} <= set(self.history.ways_since(since))
+            return commits >= 5 and {*self.ways, "pages", "wal"} <= set(self.history.ways_since(since))
 
         await wait_until(works, 60.0)
 
@@ -295,15 +308,18 @@ class Tenant:
                         await asyncio.sleep(_READ_EVERY_S)
             await asyncio.sleep(_RETRY_S)
 
-    async def _read_wal(self, way: str, port: int) -> None:
-        """The same at a safekeeper's: what another pageserver would be given."""
+    async def _read_wal(self, way: str = "wal", port: int = 0) -> None:
+        """The same at a safekeeper's: what another pageserver would be given. It follows the log, and asks again from
+        the last that it got, so there is always something to be had."""
+        port = port or self.place.cluster.ports.safekeepers_wal[0]
         _, _, lsn = self.page
         while True:
             with suppress(KeylakeError, OSError, TimeoutError):
-                await first_wal(self.place.cluster, self.project, port, lsn)
-                self.history.answered(monotonic(), way)
-                await asyncio.sleep(_READ_EVERY_S)
-                continue
+                async with wal_reader(self.place.cluster, self.project, port) as reader:
+                    await reader.ask(lsn)
+                    while True:
+                        lsn, _ = await reader.read()
+                        self.history.answered(monotonic(), way)
             await asyncio.sleep(_RETRY_S)
 
     @asynccontextmanager

@@ -13,7 +13,7 @@ from shared.api.keymanager import KeyState, WorstCase
 from shared.errors import KeylakeError
 from tests.cluster_faults.place import Place, Tenant
 from tests.cluster_faults.schedule import Condition, Event, Part, Round
-from tests.cluster_faults.troubles import Trouble, troubles
+from tests.cluster_faults.troubles import Trouble, somebody_unheard, troubles
 from tests.fixtures.waiting import wait_until
 
 AFTERMATH_S: Final = 0.7
@@ -81,13 +81,15 @@ async def _take_away(
     """From the first trouble until everybody is back, with the keys gone. Returns when the customers had said no."""
     try:
         await asyncio.gather(*(trouble.prepare() for trouble in faults))
-        await asyncio.gather(*(trouble.before() for trouble in faults))
-        await asyncio.gather(*(_say_no(tenant, event, bounds[tenant.name]) for tenant, event in pairs))
-        said_no = monotonic()
-        await asyncio.gather(*(trouble.after_no() for trouble in faults))
-        tenants = [tenant for tenant, _ in pairs]
-        await eventually(partial(_any_inactive, tenants), f"{each}: no project is touched")
-        await asyncio.gather(*(trouble.in_fan_out() for trouble in faults))
+        async with somebody_unheard(place.cluster, each):
+            await asyncio.gather(*(trouble.before() for trouble in faults))
+            await asyncio.gather(*(_say_no(tenant, event, bounds[tenant.name]) for tenant, event in pairs))
+            said_no = monotonic()
+            await asyncio.gather(*(trouble.after_no() for trouble in faults))
+            tenants = [tenant for tenant, _ in pairs]
+            begun = partial(_in_fan_out, tenants, each.kills)
+            await eventually(begun, f"{each}: no project is touched, or nothing was left of the fan-out")
+            await asyncio.gather(*(trouble.in_fan_out() for trouble in faults))
         for tenant, event in pairs:
             await eventually(partial(is_over, tenant, event), f"{each}: {tenant.name} is not sealed after {event}")
     finally:
@@ -139,8 +141,12 @@ def _bound_s(case: WorstCase, conditions: Mapping[Part, Condition]) -> float:
     return bound_s
 
 
-async def _any_inactive(tenants: Sequence[Tenant]) -> bool:
-    return any([await tenant.state() is not KeyState.ACTIVE for tenant in tenants])
+async def _in_fan_out(tenants: Sequence[Tenant], is_under_way: bool) -> bool:
+    """Of a project, or more. `is_under_way`: and somebody has not acknowledged it yet."""
+    for tenant in tenants:
+        if await tenant.state() is not KeyState.ACTIVE and (not is_under_way or await tenant.unsealed()):
+            return True
+    return False
 
 
 async def is_over(tenant: Tenant, event: Event) -> bool:

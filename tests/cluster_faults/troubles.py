@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from time import monotonic
 from typing import Final
 
+from keylake.cluster import Cluster
 from keylake.process import ServiceProcess
 from shared.auth import Service
 from tests.cluster.processes import ComputeProcesses
 from tests.cluster_faults.place import LEASE_TTL_S, Place, Tenant, clone
-from tests.cluster_faults.schedule import Condition, Part
+from tests.cluster_faults.schedule import Condition, Part, Round
 
 RESTART_AFTER_S: Final = 0.5
 
@@ -95,7 +96,9 @@ class ServiceTrouble(Trouble):
 
 
 class ComputeTrouble(Trouble):
-    """Of the agents of some workspaces' computes. They end with their keys, so there is nothing to bring back."""
+    """Of the agents of some workspaces' computes. They end with their keys, so there is nothing to bring back.
+
+    Partitioned: their manager, too, which would hear for them, and kill them."""
 
     def __init__(self, place: Place, computes: Sequence[ComputeProcesses], condition: Condition) -> None:
         self._place = place
@@ -107,9 +110,9 @@ class ComputeTrouble(Trouble):
         cluster = self._place.cluster
         match self._condition:
             case Condition.PARTITIONED:
-                agents = [compute.agent.pid for compute in self._computes]
+                pids = [cluster.service("compute").pid, *(compute.agent.pid for compute in self._computes)]
                 for keymanager in cluster.ports.keymanagers:
-                    await cluster.partition("compute", keymanager, pids=agents)
+                    await cluster.partition("compute", keymanager, pids=pids)
             case Condition.PAUSED:
                 for compute in self._computes:
                     compute.pause()
@@ -134,6 +137,23 @@ class ComputeTrouble(Trouble):
             for compute in self._computes:
                 compute.resume()
         await asyncio.gather(*(compute.gone() for compute in self._computes))
+
+
+@asynccontextmanager
+async def somebody_unheard(cluster: Cluster, each: Round) -> AsyncIterator[None]:
+    """If somebody is to be killed in the middle of the fan-out, then it is not over before: who is cut off or stopped
+    acknowledges nothing. Where nobody is, a safekeeper that is in no other trouble is stopped within the block."""
+    silent = {Condition.PARTITIONED, Condition.PAUSED}
+    others = {condition for part, condition in each.conditions.items() if part is not Part.KEYMANAGER}
+    if not each.kills or silent & others:
+        yield
+        return
+    sleeper = cluster.service("safekeeper-3")
+    sleeper.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        sleeper.send_signal(signal.SIGCONT)
 
 
 async def troubles(place: Place, conditions: Mapping[Part, Condition], tenants: Sequence[Tenant]) -> list[Trouble]:
