@@ -10,7 +10,8 @@ import os
 import signal
 import tempfile
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from shared.ids import ProjectId
 from shared.postgres import PG_BIN_VARIABLE, find_postgres
 from shared.sandbox import Isolation
 from tests.cluster.processes import below
+from tests.cluster_secrecy import lazy, memory
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
 from tests.fixtures.contrib import postgres_with_contrib
 from tests.fixtures.fuse import why_no_fuse
@@ -301,9 +303,21 @@ class Volume:
         sealed = self.sealed()
         for at in range(100, len(sealed), 4096):
             os.pwrite(self.blocks, bytes([sealed[at] ^ 1]), at)
+        self.read(path)
+
+    def read(self, path: Path, block: int = 0) -> bytes:
+        """Of a file, past the kernel's cache."""
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            os.pread(file.fileno(), _BLOCK, 0)
+            return os.pread(file.fileno(), _BLOCK, block * _BLOCK)
+
+    def readable(self, path: Path) -> int:
+        """So many blocks of a file have canaries in them; others are empty, or I/O errors."""
+        found = 0
+        for block in range(path.stat().st_size // _BLOCK):
+            with suppress(OSError):
+                found += CANARY in self.read(path, block)
+        return found
 
 
 def look_for_anything(known: bytes, sealed: bytes) -> None:
@@ -314,6 +328,18 @@ def look_for_anything(known: bytes, sealed: bytes) -> None:
     assert len(zlib.compress(sample, 1)) >= len(sample) * 0.999
     blocks = [sample[at : at + 16] for at in range(0, len(sample), 16)]
     assert len(set(blocks)) == len(blocks)
+
+
+@contextmanager
+def standing_still(pids: list[int]) -> Iterator[None]:
+    """These processes are stopped (SIGSTOP) within the block."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture
@@ -338,6 +364,8 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     assert run._agent is not None
     agent_pid, agent_directory = run._agent.pid, run._agent.directory
     volume = Volume(agent_pid, agent_directory, cluster.settings.blocks.directory)
+    keys = memory.key_slots(volume.server.pid)
+    assert len(keys) >= 2  # the volume's, and that of its blocks
     path = volume.pgdata / await connection.fetchval("SELECT pg_relation_filepath('t')")
 
     # The control: it is there, in plain text, for Postgres. And all of it reaches the file.
@@ -374,6 +402,23 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     # From storage: nothing was lost, and the copy that was altered is forgotten.
     connection = await log_in(await reach(client, endpoint), endpoint)
     assert await connection.fetchval("SELECT count(*) FROM t WHERE c LIKE 'canary-%'") == 40000
+
+    # A disk that was put back to a copy of before: what the compute of then has sealed opens in no other one. Postgres
+    # and the kernel write nothing meanwhile: a write into what does not open would end the compute.
+    [run] = cluster.manager._runs.values()
+    assert run._agent is not None
+    volume = Volume(run._agent.pid, run._agent.directory, cluster.settings.blocks.directory)
+    assert memory.key_slots(volume.server.pid).isdisjoint(keys)
+    await connection.execute("CREATE TABLE u AS SELECT * FROM t")
+    path = volume.pgdata / await connection.fetchval("SELECT pg_relation_filepath('u')")
+    with standing_still([each.pid for each in below(run._agent.pid) if each.command == "postgres"]):
+        await asyncio.to_thread(lazy.flush, path.parent)
+        assert await asyncio.to_thread(volume.readable, path) > 100
+        newer = volume.sealed()
+        os.pwrite(volume.blocks, sealed[: len(newer)], 0)
+        assert await asyncio.to_thread(volume.readable, path) == 0
+        os.pwrite(volume.blocks, newer, 0)
+    os.close(volume.blocks)
 
     # Without its server the volume is dead, so the compute ends, and says why.
     [run] = cluster.manager._runs.values()
