@@ -301,7 +301,8 @@ async def test_safekeepers_that_slept_through_a_revocation_acknowledge_and_send_
         client = await stack.enter_async_context(page_client(cluster, tenant.project))
         _, _, lsn = tenant.page
         came_at: list[float] = []
-        askers, followers = [], []
+        askers: list[WalReader] = []
+        followers: list[asyncio.Task[KeylakeError]] = []
         for port in cluster.ports.safekeepers_wal:
             askers.append(await stack.enter_async_context(wal_reader(cluster, tenant.project, port)))
             follower = await stack.enter_async_context(wal_reader(cluster, tenant.project, port))

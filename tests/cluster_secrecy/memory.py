@@ -67,7 +67,8 @@ class Arena:
 
 
 def key_arenas(pid: int) -> list[Arena]:
-    found, start, end = [], 0, 0
+    found: list[Arena] = []
+    start = end = 0
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if (match := _MAPPING.fullmatch(line)) is not None:
             start, end = int(match[1], 16), int(match[2], 16)
