@@ -87,6 +87,25 @@ class ComputeProcesses:
         with suppress(ProcessLookupError):
             os.kill(self.agent.pid, signal.SIGCONT)
 
+    def pause_all(self) -> None:
+        """SIGSTOP to everything of it, what was started since it was looked at included."""
+        paused: set[int] = set()
+        while running := [pid for pid in self._pids() if pid not in paused]:
+            for pid in running:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            paused.update(running)
+
+    def resume_all(self, *, but_the_agent: bool = False) -> None:
+        for pid in self._pids():
+            if not (but_the_agent and pid == self.agent.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def _pids(self) -> list[int]:
+        """Of all that runs now. The agent's first: it would kill the others."""
+        return [process.pid for process in (self.agent, *below(self.agent.pid)) if process.exists]
+
     async def gone(self, timeout_s: float = 20.0) -> None:
         """Returns when none of its processes runs any more. Raises TimeoutError."""
         await wait_until(lambda: not self.alive(), timeout_s)

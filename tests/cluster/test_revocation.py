@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from itertools import product
 from time import monotonic
 
 import asyncpg
@@ -19,13 +20,22 @@ from keylake.cluster import Cluster, RunningProject
 from keylake.demo.ledger import CLIENT_ERRORS, describe
 from keylake.layout import SAFEKEEPERS
 from shared.api.keymanager import KeyState, NoCause
-from shared.errors import KeyAccessError, KeylakeError, LeaseExpiredError, RevokedError, ShreddedError, SuspendedError
+from shared.errors import (
+    KeyAccessError,
+    KeylakeError,
+    LeaseExpiredError,
+    NotFoundError,
+    RevokedError,
+    ShreddedError,
+    SuspendedError,
+    UnavailableError,
+)
 from shared.wire.pagestream import GET_PAGE
 from tests.cluster.bank import Bank
 from tests.cluster.pages import page_client
 from tests.cluster.people import shred_by_two
 from tests.cluster.primary import Session, connect, stopped
-from tests.cluster.processes import compute_of
+from tests.cluster.processes import ComputeProcesses, compute_of
 from tests.cluster.tenants import (
     LEASE_TTL_S,
     PROBE_INTERVAL_S,
@@ -41,19 +51,22 @@ from tests.cluster.tenants import (
     schedule_deletion,
     sqlstate_of_connecting,
 )
+from tests.cluster.wal import WalReader, first_wal, wal_reader
 from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 
 OUTAGE_GRACE_S = 3.0
+RESTORE_HOLD_S = 2.0
 QUIET_S = 1.0
 """Clients of a live database commit hundreds of times in this time."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster() -> AsyncIterator[Cluster]:
-    settings = {"keymanager": {"lease_ttl_s": LEASE_TTL_S}, "compute": {"poll_interval_s": 0.2}}
+    keymanager = {"lease_ttl_s": LEASE_TTL_S, "restore_hold_s": RESTORE_HOLD_S}
+    settings = {"keymanager": keymanager, "compute": {"poll_interval_s": 0.2}}
     async with ForkedCluster(settings=settings, links=True) as cluster:
         yield cluster
 
@@ -160,6 +173,18 @@ async def test_a_read_replica_ends_and_comes_back_with_the_key(cluster: Cluster)
         await cluster.client.stop_endpoint(endpoint.endpoint_id)
 
 
+async def connect_directly(tenant: Tenant, compute: ComputeProcesses) -> Session:
+    """To its socket, around the proxy."""
+    connection = tenant.project.connection
+    return await asyncpg.connect(
+        host=str(compute.socket_dir),
+        port=5432,
+        user=connection.user,
+        password=connection.password,
+        database=connection.database,
+    )
+
+
 @asynccontextmanager
 async def deaf_compute(tenant: Tenant) -> AsyncIterator[Bank]:
     """Clients of a compute that hears of nothing: its manager and its agent are stopped (SIGSTOP) within the block.
@@ -168,18 +193,7 @@ async def deaf_compute(tenant: Tenant) -> AsyncIterator[Bank]:
     """
     manager = tenant.cluster.service("compute")
     compute = await tenant.compute()
-    connection = tenant.project.connection
-
-    async def connect_directly() -> Session:
-        return await asyncpg.connect(
-            host=str(compute.socket_dir),
-            port=5432,
-            user=connection.user,
-            password=connection.password,
-            database=connection.database,
-        )
-
-    async with tenant.bank(by=connect_directly) as bank:
+    async with tenant.bank(by=lambda: connect_directly(tenant, compute)) as bank:
         await bank.commits(50)
         manager.send_signal(signal.SIGSTOP)
         compute.pause()
@@ -216,21 +230,106 @@ async def test_a_compute_that_does_not_hear_of_it_commits_nothing(cluster: Clust
         await restored(tenant)
 
 
-async def test_safekeepers_that_slept_through_a_revocation_acknowledge_nothing(cluster: Cluster) -> None:
-    """The WAL of commits lies in their sockets when they wake up, and the compute waits for one word."""
-    async with new_tenant(cluster, "sleeping quorum") as tenant, page_client(cluster, tenant.project) as client:
+class Copied:
+    """Rows of a query that does not end, and when they came."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.came_at: list[float] = []
+
+    async def run(self) -> None:
+        """Raises what ends it."""
+        slow = "select repeat('row', 3000), pg_sleep(0.01) from generate_series(1, 1000000)"
+        await self._session.copy_from_query(slow, output=self._take)
+
+    async def _take(self, data: bytes) -> None:
+        self.came_at.append(monotonic())
+
+    async def goes_on(self) -> None:
+        seen = len(self.came_at)
+        await wait_until(lambda: len(self.came_at) > seen)
+
+
+async def test_of_a_compute_that_was_stopped_as_a_whole_no_row_arrives_when_it_goes_on(cluster: Cluster) -> None:
+    """Its Postgres goes on first, with nobody there yet who would kill it, and has rows to send: the proxy takes none.
+    (Who has got at its own socket is sent them: docs/honesty.md.)"""
+    async with new_tenant(cluster, "frozen") as tenant, AsyncExitStack() as stack:
+        manager, compute = cluster.service("compute"), await tenant.compute()
+        through_proxy = Copied(await tenant.connect())
+        directly = Copied(await connect_directly(tenant, compute))
+        query = asyncio.create_task(through_proxy.run())
+        other = asyncio.create_task(directly.run())
+        await asyncio.gather(through_proxy.goes_on(), directly.goes_on())
+        manager.send_signal(signal.SIGSTOP)
+        stack.callback(manager.send_signal, signal.SIGCONT)
+        compute.pause_all()
+        stack.callback(compute.resume_all)
+
+        await disable(cluster.customer, tenant.key_arn)
+        revocation = await tenant.sealed()
+        sealed = monotonic()
+        outcomes = {i.role.value: i.outcome for i in revocation.instances}
+        assert outcomes["compute"] == "fenced", "its lease was over before it woke up"
+        assert outcomes["proxy"] == "acknowledged"
+        compute.resume_all(but_the_agent=True)
+        await directly.goes_on()
+        await stack.aclose()
+        await compute.gone()
+        with pytest.raises(CLIENT_ERRORS) as told:
+            await query
+        assert describe(told.value)[0] == RevokedError.sqlstate
+        assert through_proxy.came_at[-1] < sealed
+        with pytest.raises(CLIENT_ERRORS):
+            await other
+        await restored(tenant)
+
+
+async def follow(reader: WalReader, came_at: list[float]) -> KeylakeError:
+    """Reads what follows, and remembers when it came. Returns why there is no more."""
+    try:
+        while True:
+            await reader.read()
+            came_at.append(monotonic())
+    except KeylakeError as error:
+        return error
+
+
+async def test_safekeepers_that_slept_through_a_revocation_acknowledge_and_send_nothing(cluster: Cluster) -> None:
+    """The WAL of commits lies in their sockets when they wake up, and the compute waits for one word. So do those who
+    follow the log, and a question from who asks for it while they sleep."""
+    async with new_tenant(cluster, "sleeping quorum") as tenant, AsyncExitStack() as stack:
+        client = await stack.enter_async_context(page_client(cluster, tenant.project))
+        _, _, lsn = tenant.page
+        came_at: list[float] = []
+        askers: list[WalReader] = []
+        followers: list[asyncio.Task[KeylakeError]] = []
+        for port in cluster.ports.safekeepers_wal:
+            askers.append(await stack.enter_async_context(wal_reader(cluster, tenant.project, port)))
+            follower = await stack.enter_async_context(wal_reader(cluster, tenant.project, port))
+            await follower.ask(lsn)
+            await follower.read()
+            followers.append(asyncio.create_task(follow(follower, came_at)))
         async with deaf_compute(tenant) as bank:
             async with asleep(cluster, "safekeeper-1", "safekeeper-2", "safekeeper-3"):
                 stopped_at = monotonic()
+                assert came_at, "there are commits, so there is WAL"
                 await disable(cluster.customer, tenant.key_arn)
+                for asker in askers:
+                    await asker.ask(lsn)
                 revocation = await tenant.sealed()
                 assert {i.outcome for i in revocation.instances if i.role.value == "safekeeper"} == {"fenced"}
                 # What was answered before the signal took effect may still have been on its way.
                 assert not tenant.acknowledged_since(stopped_at + 0.5)
                 sealed = monotonic()
+            for asker in askers:
+                with pytest.raises((KeyAccessError, UnavailableError)):  # cut off, with or without a word
+                    await asker.read()
             with pytest.raises(TimeoutError):
                 await bank.commits(1, timeout_s=QUIET_S)
             assert not tenant.acknowledged_since(sealed)
+            reasons = await asyncio.gather(*followers)
+            assert {type(reason) for reason in reasons} <= {LeaseExpiredError, RevokedError, UnavailableError}
+            assert not [at for at in came_at if at > stopped_at + 0.5]
         await nothing_is_served(tenant, client, RevokedError)
         await restored(tenant)
 
@@ -241,6 +340,46 @@ async def restored(tenant: Tenant) -> None:
     async with tenant.bank() as bank:
         await bank.commits(50)
     await tenant.check()
+
+
+async def test_a_kms_that_flaps_takes_a_compute_down_twice_however_often_it_says_yes(cluster: Cluster) -> None:
+    """Its first return is believed at once. Then it says yes and no in turns, and each answer is heard, under load."""
+    async with new_tenant(cluster, "flapping") as tenant, tenant.bank() as bank:
+        customer, endpoint_id = cluster.customer, tenant.project.endpoint.endpoint_id
+
+        async def heard(verdict: str) -> None:
+            async def look() -> bool:
+                found = await cluster.client.key_configuration(tenant.project.project.key_configuration_id)
+                return found.last_verdict.startswith(verdict)
+
+            await wait_until(look)
+
+        async def term() -> int:
+            return (await cluster.client.endpoint(endpoint_id)).term
+
+        await bank.commits(50)
+        began, first = monotonic(), await term()
+        await disable(customer, tenant.key_arn)
+        await tenant.becomes(KeyState.REVOKED)
+        await enable(customer, tenant.key_arn)
+        await bank.commits(50)
+        for _ in range(5):
+            await disable(customer, tenant.key_arn)
+            await heard("DENIED")
+            await enable(customer, tenant.key_arn)
+            await heard("ALLOWED")
+        assert await tenant.state() is KeyState.REVOKED
+        assert len(await tenant.revocations()) == 2
+        assert await term() == first + 1, "one compute, after the first return"
+        await tenant.sealed()
+        held = monotonic()
+        await bank.commits(50)
+        assert len(await tenant.revocations()) == 2
+        assert await term() == first + 2
+        assert {code for code, _ in tenant.told_since(began)} == {RevokedError.sqlstate}, tenant.told_since(began)
+        assert not [at for at in tenant.ledger.acknowledged.values() if held < at < held + RESTORE_HOLD_S - 1.0]
+        await bank.stop()
+        await tenant.check()
 
 
 async def test_an_unreachable_kms_suspends_after_its_grace_and_revokes_nothing(cluster: Cluster) -> None:
@@ -331,6 +470,10 @@ async def silent(tenant: Tenant, cut_at: float) -> None:
     flushed = await tenant.flushed()
     with pytest.raises(KeyAccessError):
         await tenant.read_page_anew()
+    _, _, lsn = tenant.page
+    for port in tenant.cluster.ports.safekeepers_wal:
+        with pytest.raises((KeyAccessError, NotFoundError)):  # nothing is there of one that is shredded
+            await first_wal(tenant.cluster, tenant.project, port, lsn)
     assert await sqlstate_of_connecting(tenant)
     assert await tenant.flushed() == flushed
     assert not tenant.acknowledged_since(cut_at + bound_s)
@@ -360,6 +503,9 @@ async def test_who_is_cut_off_is_silent_within_a_lease_in_every_state_and_then_b
         for bank in banks:
             await bank.commits(10)
         computes = [await tenant.compute() for tenant in tenants]
+        for tenant, port in product(tenants, cluster.ports.safekeepers_wal):
+            _, _, lsn = tenant.page
+            assert await first_wal(cluster, tenant.project, port, lsn)
 
         async with cut_off(cluster, from_each_other=False) as cut_at:
             silence = KeyFaults(outage=Outage.REFUSE)

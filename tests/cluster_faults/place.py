@@ -1,16 +1,13 @@
-"""A cluster whose services can be cut off, the workspaces on it, and one round of faults."""
+"""A cluster whose services can be cut off, and the workspaces on it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import cycle
 from time import monotonic
 from typing import Any, Final
@@ -45,9 +42,9 @@ from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.pages import page_client
 from tests.cluster.primary import Session, caught_up, tag_of
 from tests.cluster.processes import ComputeProcesses, compute_of
-from tests.cluster.wal import first_wal
+from tests.cluster.wal import wal_reader
 from tests.cluster_faults.history import History
-from tests.cluster_faults.schedule import Condition, Event, Part, Round
+from tests.cluster_faults.schedule import Event
 from tests.fixtures.forked_cluster import ForkedCluster, ForkedService
 from tests.fixtures.waiting import wait_until
 
@@ -57,9 +54,7 @@ LEADER_TTL_S: Final = 2.5
 word is noticed by its clients two renewals later, at two thirds of the lease."""
 PROBE_INTERVAL_S: Final = 0.5
 BYSTANDER_GRACE_S: Final = 600.0
-AFTERMATH_S: Final = 0.7
-"""How long is looked for late answers, after everybody who was cut off or stopped is back."""
-RESTART_AFTER_S: Final = 0.5
+BYSTANDERS_WAY: Final = "the bystander's proxy"
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "keymanager": {
         "lease_ttl_s": LEASE_TTL_S,
@@ -75,7 +70,8 @@ _ACCOUNT: Final = "111122223333"
 
 
 class Place:
-    """The cluster, a second proxy that nothing happens to, and the faults of the customers' keys."""
+    """The cluster, a second proxy that nothing happens to, and the faults of the customers' keys. And the bystander's
+    compute manager and proxy: who cuts a manager off ends what runs under it, whoever's it is."""
 
     def __init__(self, cluster: Cluster, ways: Mapping[str, int]) -> None:
         self.cluster = cluster
@@ -115,27 +111,37 @@ async def open_place() -> AsyncIterator[Place]:
         await asyncio.to_thread(
             admin.put_user, "444455556666", "keylake", UserRequest(policies={"bootstrap": document})
         )
-        second, port = clone(cluster, "proxy", "proxy-2", node_id="proxy-2")
-        stack.push_async_callback(second.stop)
-        await second.start()
-        place = Place(cluster, {"proxy": cluster.ports.proxy, "proxy-2": port})
+        ways = {"proxy": cluster.ports.proxy}
+        second, ways["proxy-2"] = clone(cluster, "proxy", "proxy-2", node_id="proxy-2")
+        manager, manager_port = clone(cluster, "compute", "compute-2", node_id="compute-2")
+        of_bystander, ways[BYSTANDERS_WAY] = clone(cluster, "proxy", "proxy-3", node_id="proxy-3", manager=manager_port)
+        for service in (second, manager, of_bystander):
+            stack.push_async_callback(service.stop)
+            await service.start()
+        place = Place(cluster, ways)
         stack.push_async_callback(place.keymanager.aclose)
         yield place
 
 
-def clone(cluster: Cluster, name: str, as_name: str, node_id: str) -> tuple[ServiceProcess, int]:
+def clone(
+    cluster: Cluster, name: str, as_name: str, node_id: str, *, manager: int | None = None
+) -> tuple[ServiceProcess, int]:
     """A second instance of a service on ports of its own, not started: with a copy of its disk as it is now. Returns
-    its port for data, too. It is not behind a link: nothing cuts it off."""
+    its port for data, too; of a compute manager, its only one. The keymanagers are not behind links: nothing cuts it
+    off. `manager`: the port of a proxy's compute manager, if it is not the cluster's."""
     layout = cluster.layout
     values = json.loads((layout.config / f"{name}.json").read_text())
-    values |= {"node_id": node_id, "listen": {"host": "127.0.0.1", "port": free_port()}}
+    port = free_port()
+    values |= {"node_id": node_id, "listen": {"host": "127.0.0.1", "port": port}}
     values["keymanager"] = [{"host": "127.0.0.1", "port": port} for port in cluster.ports.keymanagers.values()]
-    data_port = free_port()
+    data_port = port if name == "compute" else free_port()
     for field_name in ("postgres_listen", "pages_listen", "wal_listen"):
         if field_name in values:
             values[field_name] = {"host": "127.0.0.1", "port": data_port}
     if name == "proxy":
-        values["compute"] = {"host": "127.0.0.1", "port": cluster.ports.manager}
+        values["compute"] = {"host": "127.0.0.1", "port": manager or cluster.ports.manager}
+    if name == "compute":
+        values |= {"runtime_dir": f"{values['runtime_dir']}2", "log_dir": f"{values['log_dir']}-2", "spare_agents": 0}
     for field_name in ("data_dir", "cache_dir"):
         if field_name in values:
             copy = layout.data / as_name
@@ -203,6 +209,7 @@ class Tenant:
         self.page = (tag, 0, info.last_record_lsn.value)
         self._tasks = [asyncio.create_task(self._read(way)) for way in self.ways]
         self._tasks.append(asyncio.create_task(self._read_pages()))
+        self._tasks.append(asyncio.create_task(self._read_wal()))
         await self.open_bank()
 
     async def open_bank(self) -> None:
@@ -231,7 +238,7 @@ class Tenant:
 
         def works() -> bool:
             commits = sum(at > since for at in self.ledger.acknowledged.values())
-            return commits >= 5 and {*self.ways, "pages"} <= set(self.history.ways_since(since))
+            return commits >= 5 and {*self.ways, "pages", "wal"} <= set(self.history.ways_since(since))
 
         await wait_until(works, 60.0)
 
@@ -301,15 +308,18 @@ class Tenant:
                         await asyncio.sleep(_READ_EVERY_S)
             await asyncio.sleep(_RETRY_S)
 
-    async def _read_wal(self, way: str, port: int) -> None:
-        """The same at a safekeeper's: what another pageserver would be given."""
+    async def _read_wal(self, way: str = "wal", port: int = 0) -> None:
+        """The same at a safekeeper's: what another pageserver would be given. It follows the log, and asks again from
+        the last that it got, so there is always something to be had."""
+        port = port or self.place.cluster.ports.safekeepers_wal[0]
         _, _, lsn = self.page
         while True:
             with suppress(KeylakeError, OSError, TimeoutError):
-                await first_wal(self.place.cluster, self.project, port, lsn)
-                self.history.answered(monotonic(), way)
-                await asyncio.sleep(_READ_EVERY_S)
-                continue
+                async with wal_reader(self.place.cluster, self.project, port) as reader:
+                    await reader.ask(lsn)
+                    while True:
+                        lsn, _ = await reader.read()
+                        self.history.answered(monotonic(), way)
             await asyncio.sleep(_RETRY_S)
 
     @asynccontextmanager
@@ -416,282 +426,3 @@ async def new_tenant(
         yield tenant
     finally:
         await tenant.close()
-
-
-# --- conditions ---
-
-
-class Trouble:
-    """Brings one part into a condition, step by step with the round."""
-
-    async def prepare(self) -> None:
-        """What takes a while. Nobody is in trouble yet."""
-
-    async def before(self) -> None:
-        """The customer has not said no yet."""
-
-    async def after_no(self) -> None:
-        """It just has."""
-
-    async def in_fan_out(self) -> None:
-        """Some project is not active any more."""
-
-    async def end(self) -> None:
-        """Everybody hears everybody again; the KMS still says no."""
-
-
-class ServiceTrouble(Trouble):
-    """Of a process that the cluster started."""
-
-    def __init__(self, place: Place, service: ServiceProcess, condition: Condition, tenants: Sequence[Tenant]) -> None:
-        self._place = place
-        self._service = service
-        self._condition = condition
-        self._tenants = tenants
-        self._clone: ServiceProcess | None = None
-        self._readers = AsyncExitStack()
-        self._stopped_at = 0.0
-
-    async def prepare(self) -> None:
-        if self._condition is Condition.RESTORED:
-            name = self._service.name
-            self._clone, port = clone(self._place.cluster, name, f"{name}-clone", node_id=name)
-            await self._clone.start()
-            for tenant in self._tenants:
-                reading = tenant.reading_copy(Service(name.partition("-")[0]), port)
-                await self._readers.enter_async_context(reading)
-
-    async def before(self) -> None:
-        cluster, name = self._place.cluster, self._service.name
-        match self._condition:
-            case Condition.PARTITIONED if name.startswith("keymanager"):
-                await cluster.partition(name)
-            case Condition.PARTITIONED:
-                for keymanager in cluster.ports.keymanagers:
-                    await cluster.partition(name, keymanager)
-            case Condition.PAUSED:
-                self._service.send_signal(signal.SIGSTOP)
-                self._stopped_at = monotonic()
-
-    async def after_no(self) -> None:
-        if self._condition is Condition.RESTARTED:
-            await self._service.kill()
-            await self._service.start()
-
-    async def in_fan_out(self) -> None:
-        if self._condition is Condition.KILLED:
-            await self._service.kill()
-            await asyncio.sleep(RESTART_AFTER_S)
-            await self._service.start()
-
-    async def end(self) -> None:
-        if self._condition is Condition.PAUSED:
-            # Longer than any lease that it may hold.
-            await asyncio.sleep(max(0.0, self._stopped_at + LEASE_TTL_S + 0.5 - monotonic()))
-            self._service.send_signal(signal.SIGCONT)
-        if self._clone is not None:
-            await self._readers.aclose()
-            await self._clone.kill()
-            await self._service.kill()
-            await self._service.start()
-
-
-class ComputeTrouble(Trouble):
-    """Of the agents of some workspaces' computes. They end with their keys, so there is nothing to bring back."""
-
-    def __init__(self, place: Place, computes: Sequence[ComputeProcesses], condition: Condition) -> None:
-        self._place = place
-        self._computes = computes
-        self._condition = condition
-        self._stopped_at = 0.0
-
-    async def before(self) -> None:
-        cluster = self._place.cluster
-        match self._condition:
-            case Condition.PARTITIONED:
-                agents = [compute.agent.pid for compute in self._computes]
-                for keymanager in cluster.ports.keymanagers:
-                    await cluster.partition("compute", keymanager, pids=agents)
-            case Condition.PAUSED:
-                for compute in self._computes:
-                    compute.pause()
-                self._stopped_at = monotonic()
-
-    async def after_no(self) -> None:
-        if self._condition is Condition.RESTARTED:
-            self._kill()  # the next connection starts another one, if it still may
-
-    async def in_fan_out(self) -> None:
-        if self._condition is Condition.KILLED:
-            self._kill()
-
-    def _kill(self) -> None:
-        for compute in self._computes:
-            if compute.agent.exists:
-                os.kill(compute.agent.pid, signal.SIGKILL)
-
-    async def end(self) -> None:
-        if self._condition is Condition.PAUSED:
-            await asyncio.sleep(max(0.0, self._stopped_at + LEASE_TTL_S + 0.5 - monotonic()))
-            for compute in self._computes:
-                compute.resume()
-        await asyncio.gather(*(compute.gone() for compute in self._computes))
-
-
-async def troubles(place: Place, conditions: Mapping[Part, Condition], tenants: Sequence[Tenant]) -> list[Trouble]:
-    found: list[Trouble] = []
-    for part, condition in conditions.items():
-        match part:
-            case Part.KEYMANAGER:
-                found.append(ServiceTrouble(place, await place.cluster.leader(), condition, tenants))
-            case Part.SAFEKEEPER:
-                found.append(ServiceTrouble(place, place.cluster.service("safekeeper-1"), condition, tenants))
-            case Part.PAGESERVER | Part.PROXY:
-                found.append(ServiceTrouble(place, place.cluster.service(part.value), condition, tenants))
-            case Part.COMPUTE:
-                computes = [await tenant.compute() for tenant in tenants]
-                found.append(ComputeTrouble(place, computes, condition))
-    return found
-
-
-# --- one round ---
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What became of one event in one round."""
-
-    event: Event
-    last_answer_after_s: float
-    bound_s: float
-    state: KeyState
-
-
-async def play(place: Place, each: Round, tenants: Sequence[Tenant]) -> list[Measured]:
-    """Faults, the customers' noes, and everything back. `tenants`: one for each event, at work and well.
-
-    Raises AssertionError for what must not be.
-    """
-    for tenant in tenants:
-        await tenant.works(monotonic())
-    begun = monotonic()
-    pairs = list(zip(tenants, each.events, strict=True))
-    bounds = {tenant.name: _bound_s(tenant.bound(event), each.conditions) for tenant, event in pairs}
-    faults = await troubles(place, each.conditions, tenants)
-    try:
-        said_no = await _take_away(place, each, pairs, faults, bounds)
-        await asyncio.sleep(AFTERMATH_S)
-        # Whatever the bound allows: when it is sealed, and everybody has woken up, nothing comes any more.
-        states, settled = [await tenant.state() for tenant in tenants], monotonic()
-        await asyncio.sleep(AFTERMATH_S)
-        for tenant in tenants:
-            late = [what for at, what in tenant.history.answers if at > settled]
-            assert not late, f"{each}: {tenant.name} still gets answers: {late}"
-            assert not [at for at in tenant.commits() if at > settled], f"{each}: {tenant.name} still commits"
-        measured = _measure(each, pairs, states, bounds, begun)
-    finally:
-        for tenant, event in pairs:
-            if tenant.history.is_no:
-                tenant.history.will_say_yes(monotonic())
-                await tenant.say_yes(event)
-    restored = monotonic()
-    for tenant in tenants:
-        try:
-            await tenant.works(restored)
-        except TimeoutError:
-            ways = dict(tenant.history.ways_since(restored))
-            raise AssertionError(
-                f"{each}: {tenant.name} does not come back: state {await tenant.state()}, ways {ways}, "
-                f"errors {tenant.errors[-3:]} {tenant.ledger.errors[-2:]}"
-            ) from None
-    _print_round(each, measured, said_no - begun, restored - said_no, monotonic() - restored)
-    return measured
-
-
-async def _take_away(
-    place: Place,
-    each: Round,
-    pairs: Sequence[tuple[Tenant, Event]],
-    faults: Sequence[Trouble],
-    bounds: Mapping[str, float],
-) -> float:
-    """From the first trouble until everybody is back, with the keys gone. Returns when the customers had said no."""
-    try:
-        await asyncio.gather(*(trouble.prepare() for trouble in faults))
-        await asyncio.gather(*(trouble.before() for trouble in faults))
-        await asyncio.gather(*(_say_no(tenant, event, bounds[tenant.name]) for tenant, event in pairs))
-        said_no = monotonic()
-        await asyncio.gather(*(trouble.after_no() for trouble in faults))
-        tenants = [tenant for tenant, _ in pairs]
-        await eventually(partial(_any_inactive, tenants), f"{each}: no project is touched")
-        await asyncio.gather(*(trouble.in_fan_out() for trouble in faults))
-        for tenant, event in pairs:
-            await eventually(partial(is_over, tenant, event), f"{each}: {tenant.name} is not sealed after {event}")
-    finally:
-        # Who was cut off or asleep is back: the moment for late answers.
-        await asyncio.gather(*(trouble.end() for trouble in faults))
-        await place.cluster.heal()
-    return said_no
-
-
-def _measure(
-    each: Round,
-    pairs: Sequence[tuple[Tenant, Event]],
-    states: Sequence[KeyState],
-    bounds: Mapping[str, float],
-    begun: float,
-) -> list[Measured]:
-    measured = []
-    for (tenant, event), state in zip(pairs, states, strict=True):
-        violations = tenant.history.violations(tenant.commits())
-        assert not violations, f"{each}: {tenant.name}: {violations[:3]}"
-        assert state in event.ends_in, f"{each}: {tenant.name} is {state} after {event}"
-        assert "proxy-2" in tenant.history.ways_since(begun - 5.0), "somebody must have read before"
-        tenant.check_errors(begun)
-        last = tenant.history.last_answer_after_s(tenant.commits())
-        measured.append(Measured(event, last, bounds[tenant.name], state))
-    return measured
-
-
-async def _say_no(tenant: Tenant, event: Event, bound_s: float) -> None:
-    await tenant.say_no(event)
-    tenant.history.said_no(monotonic(), bound_s)
-
-
-def _print_round(each: Round, measured: Sequence[Measured], before_s: float, no_s: float, back_s: float) -> None:
-    """Into the captured output: pytest shows it with a failure, or with -s."""
-    print(f"{each} ({before_s:.1f} s, {no_s:.1f} s, back in {back_s:.1f} s)")  # noqa: T201
-    for one in measured:
-        print(f"  {one.event:9} last answer {one.last_answer_after_s:6.3f} s, bound {one.bound_s:6.3f} s, {one.state}")  # noqa: T201
-
-
-def _bound_s(case: WorstCase, conditions: Mapping[Part, Condition]) -> float:
-    if conditions[Part.KEYMANAGER] is not Condition.REACHABLE:
-        bound_s = case.keymanager_stalled_s
-    elif set(conditions.values()) != {Condition.REACHABLE}:
-        bound_s = case.partitioned_s
-    else:
-        bound_s = case.reachable_s
-    assert bound_s is not None
-    return bound_s
-
-
-async def _any_inactive(tenants: Sequence[Tenant]) -> bool:
-    return any([await tenant.state() is not KeyState.ACTIVE for tenant in tenants])
-
-
-async def is_over(tenant: Tenant, event: Event) -> bool:
-    return await tenant.state() in event.ends_in and not await tenant.unsealed()
-
-
-async def eventually(condition: Callable[[], Awaitable[bool]], otherwise: str) -> None:
-    async def look() -> bool:
-        try:
-            return await condition()
-        except KeylakeError:
-            return False  # the keymanagers are changing places
-
-    try:
-        await wait_until(look, 45.0)
-    except TimeoutError:
-        raise AssertionError(otherwise) from None

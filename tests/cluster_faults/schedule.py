@@ -3,7 +3,7 @@
 The full product of part, condition and event, one fault at a time, is `full`. `COVERING` is what is played otherwise:
 in each round every part is in another condition, all at once, and up to three workspaces lose their keys side by side.
 It covers every pair of part and condition, of part and event, and of condition and event:
-`tests/unit/test_fault_schedule.py` checks that. `make test` plays two of its six rounds.
+`tests/unit/test_fault_schedule.py` checks that. `make test` plays two of its six rounds, and `TAKEOVER`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Part(enum.StrEnum):
     KEYMANAGER = "keymanager"  # the one that leads
     SAFEKEEPER = "safekeeper"  # one of three
     PAGESERVER = "pageserver"
-    COMPUTE = "compute"  # of the workspaces that lose their keys: their agents
+    COMPUTE = "compute"  # of the workspaces that lose their keys: their agents, and cut off with them their manager
     PROXY = "proxy"  # one of two
 
 
@@ -65,7 +65,10 @@ class Event(enum.StrEnum):
 
 
 NOT_APPLICABLE: Final = frozenset({(Part.KEYMANAGER, Condition.RESTORED), (Part.COMPUTE, Condition.RESTORED)})
-"""They have no disk: the keymanager's is the metadata database, a compute's is memory."""
+"""No second instance is started from a copy of their disks. A keymanager's is the metadata database: what one does that
+finds an older copy there is tried in tests/integration/test_keymanager_revocation.py. A compute's, of a lazy volume,
+has no name, is sealed under keys that end with it, and is taken up by no other: that an older copy opens in none is
+tried in tests/integration/test_compute_fuse.py."""
 
 WORKSPACES: Final = 3
 """That lose their keys in a round."""
@@ -75,6 +78,11 @@ WORKSPACES: Final = 3
 class Round:
     conditions: Mapping[Part, Condition]
     events: Sequence[Event]
+
+    @property
+    def kills(self) -> bool:
+        """Somebody, in the middle of the fan-out."""
+        return Condition.KILLED in self.conditions.values()
 
     def __str__(self) -> str:
         parts = " ".join(f"{p}={c}" for p, c in self.conditions.items() if c is not Condition.REACHABLE)
@@ -99,6 +107,11 @@ COVERING: Final = [
     Round(_diagonal(4), (Event.POLICY, Event.SERVER_ERROR, Event.FLAP)),
     Round(_diagonal(5), (Event.POLICY, Event.THROTTLE)),
 ]
+
+TAKEOVER: Final = Round(
+    dict.fromkeys(Part, Condition.REACHABLE) | {Part.KEYMANAGER: Condition.KILLED}, (Event.DISABLE,)
+)
+"""The shortest round with a keymanager in trouble: another one goes on with the fan-out."""
 
 
 def full() -> Iterator[Round]:

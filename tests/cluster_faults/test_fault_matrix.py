@@ -1,10 +1,10 @@
 """Every part in every trouble while customers take their keys away in every way: nothing is served after the computed
 bound, nothing that was acknowledged is lost, and whoever keeps their key notices nothing at all.
 
-`make test` plays the rounds in which a keymanager is there all the time; `make fault-matrix` all of the covering set,
-in which it is cut off, stopped and killed as well, and with FAULTS=full the whole product (KEYLAKE_FAULT_MATRIX says
-which). These need a machine that has little else to do: that the bystander notices nothing takes a takeover within a
-lease.
+`make test` plays the rounds in which a keymanager is there all the time, and one in which it is killed, alone; `make
+fault-matrix` all of the covering set, in which it is cut off, stopped and killed while others are in trouble, too, and
+with FAULTS=full the whole product (KEYLAKE_FAULT_MATRIX says which). These need a machine that has little else to do:
+that the bystander notices nothing takes a takeover within a lease.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from customercloud.faults import KeyFaults
 from shared.api.keymanager import KeyState
 from tests.cluster_faults.place import (
     BYSTANDER_GRACE_S,
+    BYSTANDERS_WAY,
     LEASE_TTL_S,
     Place,
     Tenant,
-    eventually,
-    is_over,
     new_tenant,
     open_place,
-    play,
 )
-from tests.cluster_faults.schedule import COVERING, WORKSPACES, Condition, Event, Part, Round, full
+from tests.cluster_faults.rounds import eventually, is_over, play
+from tests.cluster_faults.schedule import COVERING, TAKEOVER, WORKSPACES, Condition, Event, Part, Round, full
 
 ROUNDS = {
-    "": [each for each in COVERING if each.conditions[Part.KEYMANAGER] is Condition.REACHABLE],
+    "": [*(each for each in COVERING if each.conditions[Part.KEYMANAGER] is Condition.REACHABLE), TAKEOVER],
     "covering": COVERING,
     "full": list(full()),
 }[os.environ.get("KEYLAKE_FAULT_MATRIX", "")]
@@ -51,8 +50,8 @@ async def place() -> AsyncIterator[Place]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def bystander(place: Place) -> AsyncIterator[Tenant]:
     """Keeps its key, which its KMS gives no answer about each fifth time: within the grace that is nothing, and a new
-    leader has its first yes long before a lease is over. By the proxy that nothing happens to."""
-    async with new_tenant(place, "bystander", grace_s=BYSTANDER_GRACE_S, ways=["proxy-2"]) as tenant:
+    leader has its first yes long before a lease is over. By a manager and a proxy that nothing happens to."""
+    async with new_tenant(place, "bystander", grace_s=BYSTANDER_GRACE_S, ways=[BYSTANDERS_WAY]) as tenant:
         await place.fault(tenant.key_arn, KeyFaults(error_rate=0.2))
         yield tenant
         await tenant.check()
@@ -65,7 +64,7 @@ async def tenants(place: Place, bystander: Tenant) -> AsyncIterator[list[Tenant]
 
         async def make(number: int) -> Tenant:
             within = bystander.project.project.workspace_id if number == 0 else None
-            context = new_tenant(place, f"t{number}", grace_s=0.0, ways=list(place.ways), within=within)
+            context = new_tenant(place, f"t{number}", grace_s=0.0, ways=["proxy", "proxy-2"], within=within)
             return await stack.enter_async_context(context)
 
         yield await asyncio.gather(*map(make, range(WORKSPACES)))

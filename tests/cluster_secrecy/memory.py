@@ -17,7 +17,6 @@ _OVERLAP_BYTES: Final = 2047
 """At least one less than the longest pattern, so that none hides between two chunks."""
 _MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+ \S+ \d+)\s*(.*)")
 """A line of /proc/PID/maps: start, end, permissions, what is mapped (offset, device, inode), its name."""
-"""A line of /proc/PID/maps: start, end, permissions, what is mapped (offset, device, inode), its name."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -57,18 +56,35 @@ def search(pids: Mapping[int, str], patterns: Mapping[tuple[str, str], bytes]) -
     return sorted(found)
 
 
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """A mapping that is advised as those of shared.crypto.secret are: key slots of a process."""
+
+    start: int
+    end: int
+    locked: bool
+    """Never in swap."""
+
+
+def key_arenas(pid: int) -> list[Arena]:
+    found: list[Arena] = []
+    start = end = 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if (match := _MAPPING.fullmatch(line)) is not None:
+            start, end = int(match[1], 16), int(match[2], 16)
+        elif line.startswith("VmFlags:") and {"dd", "wf"} <= (flags := set(line.split())):
+            found.append(Arena(start, end, locked="lo" in flags))
+    return found
+
+
 def key_slots(pid: int) -> set[bytes]:
-    """The 32-byte slots in use of the process's key arena (shared.crypto.secret): what a thief would try as keys."""
+    """The 32-byte slots in use of the process's key arenas: what a thief would try as keys."""
     slots: set[bytes] = set()
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        start = end = 0
-        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-            if (match := _MAPPING.fullmatch(line)) is not None:
-                start, end = int(match[1], 16), int(match[2], 16)
-            elif line.startswith("VmFlags:") and {"dd", "wf"} <= set(line.split()):  # as the arena is advised
-                memory.seek(start)
-                data = memory.read(end - start)
-                slots |= {data[i : i + 32] for i in range(0, len(data), 32)}
+        for arena in key_arenas(pid):
+            memory.seek(arena.start)
+            data = memory.read(arena.end - arena.start)
+            slots |= {data[i : i + 32] for i in range(0, len(data), 32)}
     return slots - {bytes(32)}
 
 

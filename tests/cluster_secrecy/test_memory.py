@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from shared.crypto.derive import derive_key
 from shared.crypto.secret import SecretKey
 from shared.errors import IntegrityError, KeyAccessError, KeylakeError, UnavailableError
 from tests.cluster.people import shred_by_two
+from tests.cluster.processes import below
 from tests.cluster_secrecy import disks, lazy, memory
 from tests.cluster_secrecy.canaries import search
 from tests.cluster_secrecy.keys import plaintext_keys
@@ -49,6 +51,7 @@ CANARY = "pelican"
 """300 times in a row, stored as they are. Pieces of up to 1 KiB may stay in memory until it is used again
 (shared/hardening.py), so more than that is searched for."""
 ROWS = "rows"
+REDO = "redo worker"
 OWNERS = {"KEK": "keymanager", "DEK of wal": "safekeeper", "DEK of projects": "pageserver"}
 """Beginning of a key's name → the service that may have it."""
 
@@ -96,11 +99,25 @@ class Tenant:
             return False
         return True
 
-    def search(self) -> list[memory.Finding]:
-        """For all keys that there were when work was done last, and for the rows."""
+    async def boot_keys(self) -> BootKeys:
+        """Of its compute, which has something in its log then."""
+        connection = await asyncpg.connect(**self.project.connection.asyncpg_arguments(), timeout=60)
+        await connection.execute("do $$ begin raise warning 'for the log'; end $$")
+        await connection.close()
+        return BootKeys.find(self.cluster)
+
+    def search(self, boot_keys: BootKeys | None = None) -> list[memory.Finding]:
+        """For all keys that there were when work was done last, and for the rows; and for these."""
         patterns = {(name, form): data for name, key in self.keys.items() for form, data in forms(name, key).items()}
         patterns[ROWS, "raw"] = (self.canary * 200).encode()
+        if boot_keys is not None:
+            patterns |= boot_keys.patterns
         return memory.search(process_names(self.cluster), patterns)
+
+    async def left(self, boot_keys: BootKeys) -> list[memory.Finding | str]:
+        """Keys and rows. And redo workers: what one has at hand may be too short to be searched for."""
+        workers = [name for name in process_names(self.cluster).values() if name == REDO]
+        return [*await asyncio.to_thread(self.search, boot_keys), *workers]
 
     async def refuses_everything(self) -> bool:
         """Neither the pageserver nor a safekeeper gives a byte away."""
@@ -208,6 +225,8 @@ def process_names(cluster: Cluster) -> dict[int, str]:
     for process in disks.processes(cluster):
         words = process.argv.decode(errors="replace").split("\0")
         name = words[words.index("-m") + 1] if "-m" in words else Path(words[0].split(":")[0]).name
+        if name == "postgres" and any("walredo-" in word for word in words):
+            name = REDO
         if name != "customercloud":
             found[process.pid] = name
     return found
@@ -234,6 +253,27 @@ async def test_the_schedule_that_is_searched_for_is_that_of_fips_197() -> None:
     assert schedule[-4:].hex() == "706c631e"
 
 
+async def test_no_key_can_get_into_swap_or_a_core_dump(tenant: Tenant) -> None:
+    """Of no process that is given keys or data in plain text: all but the metadata database's."""
+    await wait_until(tenant.endpoint_starts, 30)
+    services = [service.pid for service in tenant.cluster.services.values()]
+    ours = {process.pid for pid in services for process in below(pid)} | {*services}
+    with_arenas = set()
+    for pid, name in process_names(tenant.cluster).items():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            if pid in ours:
+                assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0), name
+            arenas = memory.key_arenas(pid)
+            if arenas:
+                with_arenas.add(name)
+            size_bytes = sum(arena.end - arena.start for arena in arenas)
+            allowed_bytes, _ = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)
+            if allowed_bytes == resource.RLIM_INFINITY or size_bytes <= allowed_bytes:
+                assert all(arena.locked for arena in arenas), name
+    agents = {process for process, _, _ in AGENTS_KEYS | (set() if lazy.why_not() else VOLUMES_KEYS)}
+    assert with_arenas >= {*OWNERS.values(), *agents}
+
+
 async def test_keys_are_in_the_service_that_needs_them_and_nowhere_else(tenant: Tenant) -> None:
     """KEKs of two versions, DEKs of two branches."""
     await tenant.work()
@@ -248,7 +288,7 @@ async def test_keys_are_in_the_service_that_needs_them_and_nowhere_else(tenant: 
         assert any(key.startswith(beginning) for key in schedules), f"{beginning}: the search must find what is there"
     assert sum(key.startswith("KEK") for key in schedules) == 2
     assert [each for each in found if each.key != ROWS and each.process != owner(each.key)] == []
-    assert {each.process for each in found if each.key == ROWS} >= {"safekeeper", "pageserver", "postgres"}
+    assert {each.process for each in found if each.key == ROWS} >= {"safekeeper", "pageserver", "postgres", REDO}
     assert "base64" not in {each.form for each in found}, "what the KMS's client parsed is overwritten when it is freed"
 
 
@@ -260,6 +300,7 @@ async def test_nothing_is_left_after_a_revocation(tenant: Tenant) -> None:
 
 async def test_nothing_is_left_when_the_kms_has_not_answered_for_the_grace(tenant: Tenant) -> None:
     await tenant.work()
+    boot_keys = await tenant.boot_keys()
     customer = tenant.cluster.customer
     faults = Faults(
         of_keys={tenant.key_arn.rpartition("/")[2]: KeyFaults(outage=Outage.REFUSE)},
@@ -269,7 +310,7 @@ async def test_nothing_is_left_when_the_kms_has_not_answered_for_the_grace(tenan
     try:
         await tenant.project_is(KeyState.SUSPENDED)
         await tenant.sealed()
-        assert await asyncio.to_thread(tenant.search) == []
+        assert await tenant.left(boot_keys) == []
     finally:
         await asyncio.to_thread(customer.simulation.clear_faults)
         await tenant.project_is(KeyState.ACTIVE)
@@ -278,15 +319,16 @@ async def test_nothing_is_left_when_the_kms_has_not_answered_for_the_grace(tenan
 async def test_nothing_is_left_when_the_last_lease_has_run_out(tenant: Tenant) -> None:
     """Nobody is there to tell anybody: the keymanager is killed."""
     await tenant.work()
+    boot_keys = await tenant.boot_keys()
     keymanager = tenant.cluster.service("keymanager")
     await keymanager.kill()
     try:
         await wait_until(tenant.refuses_everything, 30)
 
-        async def nothing_is_found() -> bool:
-            return await asyncio.to_thread(tenant.search) == []
+        async def nothing_is_left() -> bool:
+            return await tenant.left(boot_keys) == []
 
-        await wait_until(nothing_is_found, 60)  # who refuses already may still be busy wiping
+        await wait_until(nothing_is_left, 60)  # who refuses already may still be busy wiping
     finally:
         await keymanager.start()
 
@@ -370,17 +412,13 @@ async def test_nothing_is_left_of_a_shredded_project(tenant: Tenant) -> None:
     project = await tenant.cluster.create_project("doomed", workspace_id)
     tenant = Tenant(tenant.cluster, tenant.key_arn, project, "cormorant")
     await tenant.work()
-    connection = await asyncpg.connect(**tenant.project.connection.asyncpg_arguments(), timeout=60)
-    await connection.execute("do $$ begin raise warning 'for the log'; end $$")
-    await connection.close()
-    boot_keys = BootKeys.find(tenant.cluster)
+    boot_keys = await tenant.boot_keys()
     assert {each.key for each in memory.search(process_names(tenant.cluster), boot_keys.patterns)} == {*boot_keys.keys}
     async with AsyncExitStack() as stack:
         await shred_by_two(stack, tenant.cluster, tenant.project.project)
     await tenant.project_is(KeyState.SHREDDED)
     await tenant.sealed()
-    assert await asyncio.to_thread(tenant.search) == []
-    assert memory.search(process_names(tenant.cluster), boot_keys.patterns) == []
+    assert await tenant.left(boot_keys) == []
 
 
 async def _search_around_a_revocation(tenant: Tenant, *, is_lazy: bool) -> None:
@@ -394,11 +432,8 @@ async def _search_around_a_revocation(tenant: Tenant, *, is_lazy: bool) -> None:
     connection = await asyncpg.connect(**arguments, timeout=60)
     await connection.execute("begin; declare reading cursor for select x from ahead; fetch 20 from reading")
     boot_keys = BootKeys.find(tenant.cluster)
-
-    def search() -> list[memory.Finding]:
-        return sorted([*memory.search(process_names(tenant.cluster), boot_keys.patterns), *tenant.search()])
-
-    before = {(each.process, each.key, each.form) for each in await asyncio.to_thread(search)}
+    found = await asyncio.to_thread(tenant.search, boot_keys)
+    before = {(each.process, each.key, each.form) for each in found}
     assert {each for each in before if each[1] in boot_keys.keys} == AGENTS_KEYS | (VOLUMES_KEYS if is_lazy else set())
     assert {process for process, key, _ in before if key == ROWS} >= (
         {"compute.volume", "postgres"} if is_lazy else {"postgres"}
@@ -407,7 +442,7 @@ async def _search_around_a_revocation(tenant: Tenant, *, is_lazy: bool) -> None:
     try:
         await tenant.project_is(KeyState.REVOKED)
         await tenant.sealed()
-        assert await asyncio.to_thread(search) == []
+        assert await tenant.left(boot_keys) == []
         revocations = await tenant.cluster.client.revocations(tenant.project.project.project_id)
         newest = max(revocations, key=lambda each: each.detected_at)
         [compute] = [each for each in newest.instances if each.role is Role.COMPUTE]

@@ -10,8 +10,8 @@ import os
 import signal
 import tempfile
 import zlib
-from collections.abc import AsyncIterator, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +29,7 @@ from shared.ids import ProjectId
 from shared.postgres import PG_BIN_VARIABLE, find_postgres
 from shared.sandbox import Isolation
 from tests.cluster.processes import Process, below
-from tests.cluster_secrecy import lazy
+from tests.cluster_secrecy import lazy, memory
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
 from tests.fixtures.contrib import postgres_with_contrib
 from tests.fixtures.fuse import why_no_fuse
@@ -415,9 +415,21 @@ class Volume:
         sealed = self.sealed()
         for at in range(100, len(sealed), 4096):
             os.pwrite(self.blocks, bytes([sealed[at] ^ 1]), at)
+        self.read(path)
+
+    def read(self, path: Path, block: int = 0) -> bytes:
+        """Of a file, past the kernel's cache."""
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            os.pread(file.fileno(), _BLOCK, 0)
+            return os.pread(file.fileno(), _BLOCK, block * _BLOCK)
+
+    def readable(self, path: Path) -> int:
+        """So many blocks of a file have canaries in them; others are empty, or I/O errors."""
+        found = 0
+        for block in range(path.stat().st_size // _BLOCK):
+            with suppress(OSError):
+                found += CANARY in self.read(path, block)
+        return found
 
 
 async def check_combo_cids(connection: Any, volume: Volume) -> None:
@@ -469,6 +481,18 @@ def look_for_anything(known: Iterable[bytes], left: bytes) -> None:
         assert len(zlib.compress(part, 1)) >= len(part)
 
 
+@contextmanager
+def standing_still(pids: list[int]) -> Iterator[None]:
+    """These processes are stopped (SIGSTOP) within the block."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
 @pytest.fixture
 def without_pid_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container: what ends without them ends with them."""
@@ -500,6 +524,8 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     assert run._agent is not None
     agent_pid, agent_directory = run._agent.pid, run._agent.directory
     volume = Volume(agent_pid, agent_directory, cluster.settings.blocks.directory)
+    keys = memory.key_slots(volume.server.pid)
+    assert len(keys) >= 2  # the volume's, and that of its blocks
     path = volume.pgdata / await connection.fetchval("SELECT pg_relation_filepath('t')")
     full = await connection.fetchval("SELECT pg_walfile_name(pg_current_wal_lsn() - (8 << 20))")
 
@@ -556,6 +582,19 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     assert run._agent is not None
     volume = Volume(run._agent.pid, run._agent.directory, cluster.settings.blocks.directory)
     await check_combo_cids(connection, volume)
+
+    # A disk that was put back to a copy of before: what the compute of then has sealed opens in no other one. Postgres
+    # and the kernel write nothing meanwhile: a write into what does not open would end the compute.
+    assert memory.key_slots(volume.server.pid).isdisjoint(keys)
+    await connection.execute("CREATE TABLE u AS SELECT * FROM t")
+    path = volume.pgdata / await connection.fetchval("SELECT pg_relation_filepath('u')")
+    with standing_still([each.pid for each in below(run._agent.pid) if each.command == "postgres"]):
+        await asyncio.to_thread(lazy.flush, path.parent)
+        assert await asyncio.to_thread(volume.readable, path) > 100
+        newer = volume.sealed()
+        os.pwrite(volume.blocks, sealed[: len(newer)], 0)
+        assert await asyncio.to_thread(volume.readable, path) == 0
+        os.pwrite(volume.blocks, newer, 0)
     os.close(volume.blocks)
 
     # Without its server the volume is dead, so the compute ends, and says why.

@@ -318,6 +318,41 @@ async def test_denial_while_the_keymanager_was_down_is_found_before_anything_is_
             await keys.acquire(project.project_id, Losses())
 
 
+async def test_metadata_of_before_the_denial_is_nobodys_yes(
+    keymanager: Keymanager, cmk: str, metadata_server: str
+) -> None:
+    """The database is put back to a copy of when the project was ACTIVE, with a grace that is far from over. So is, in
+    it, who held which lease. A keymanager that starts from it has to hear the KMS first."""
+    project = await keymanager.new_project(cmk, outage_grace_s=600)
+    customer, admin = keymanager.tenant.customer, keymanager.tenant.admin
+    server = await asyncpg.connect(f"{metadata_server}/postgres")
+    name = keymanager.dsn.rpartition("/")[2]
+    async with keymanager.key_client() as keys, keymanager.key_client(node_id="pageserver-2") as other:
+        lease = await keys.acquire(project.project_id, Losses())
+        keymanager.stop()  # a database that is copied has no clients
+        await server.execute(f"CREATE DATABASE {name}_copy TEMPLATE {name}")
+        await keymanager.start()
+        await asyncio.to_thread(customer.disable, cmk)
+        await keymanager.wait_state(project.project_id, KeyState.REVOKED)
+        keymanager.kill()
+        try:
+            keymanager.dsn = f"{metadata_server}/{name}_copy"
+            with admin.during(Faults(outage=Outage.REFUSE)):
+                await keymanager.start()
+                assert (await keymanager.project(project.project_id)).state is KeyState.ACTIVE
+                with pytest.raises(UnavailableError, match="not said yes"):
+                    await other.acquire(project.project_id, Losses())
+                assert not lease.live
+            await keymanager.wait_state(project.project_id, KeyState.REVOKED)
+            with pytest.raises(RevokedError):
+                await other.acquire(project.project_id, Losses())
+            assert not lease.live
+            keymanager.stop()
+        finally:
+            await server.execute(f"DROP DATABASE {name}_copy WITH (FORCE)")
+            await server.close()
+
+
 async def test_leases_of_before_a_restart_count_as_live_for_a_whole_ttl(keymanager: Keymanager, cmk: str) -> None:
     project = await keymanager.new_project(cmk)
     lost = Losses()

@@ -27,7 +27,7 @@ from shared.errors import (
     UnavailableError,
 )
 from shared.keyspace import REL_BLOCK, REL_SIZE, SLRU_PAGE, Fork, KeyRange, RelTag, Slru, field1_range, slru_key
-from shared.storage.faulty import ALWAYS, FaultyObjectStore, Operation
+from shared.storage.faulty import ALWAYS, FaultyObjectStore, Hold, Operation
 from shared.storage.memory import MemoryObjectStore
 from shared.wal.rmgr_clog import XidStatus
 from tests.fixtures.pageserver import (
@@ -513,22 +513,28 @@ async def test_revocation_drops_everything_and_restore_goes_on_from_the_durable_
         assert timeline.remote_consistent_lsn == lost
 
 
+@pytest.mark.parametrize("during", ["the store's answer", "redo"])
 @pytest.mark.parametrize("how", ["get_page", "get_pages", "scan"])
-async def test_a_lease_that_ran_out_during_a_read_stops_the_answer(tmp_path: Path, how: str) -> None:
+async def test_a_lease_that_ran_out_during_a_read_stops_the_answer(tmp_path: Path, how: str, during: str) -> None:
     """A process that was paused: nobody told it, and still nothing leaves."""
     store = FaultyObjectStore(MemoryObjectStore())
     async with engine(tmp_path / "a", store=store) as one, engine(tmp_path / "b", like=one, store=store) as two:
-        await one.create([(BLOCK, page_of(1))])
+        writer = await one.create([(BLOCK, page_of(1))])
+        lsn = await put(writer, (BLOCK, WAL, record(9, b"x")))
+        await writer.checkpoint()
         timeline = await two.open()
 
         async def read() -> object:
             if how == "get_page":
-                return await timeline.get_page(REL, 0, INITDB_LSN)
+                return await timeline.get_page(REL, 0, lsn)
             if how == "get_pages":
-                return await timeline.get_pages(REL, [0], INITDB_LSN)
-            return await timeline.scan(field1_range(REL_BLOCK), INITDB_LSN)
+                return await timeline.get_pages(REL, [0], lsn)
+            return await timeline.scan(field1_range(REL_BLOCK), lsn)
 
-        hold = store.hold(Operation.GET_RANGE)
+        if during == "redo":
+            hold = two.redo.hold = Hold()
+        else:
+            hold = store.hold(Operation.GET_RANGE)
         reading = asyncio.create_task(read())
         await hold.reached.wait()
         two.lease.revoked(KeyState.ACTIVE, "the lease ran out")
