@@ -49,7 +49,7 @@ def _lz4_decompress(source: bytes, raw_size_bytes: int) -> bytes:
     """One block without a header, as LZ4_compress_default makes it."""
     try:
         content: bytes = lz4.block.decompress(source, uncompressed_size=raw_size_bytes)
-    except lz4.block.LZ4BlockError:
+    except (lz4.block.LZ4BlockError, ValueError):  # ValueError: there is nothing to decompress
         raise CorruptedError("lz4 data does not decompress to the size of its page") from None
     return content
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from compute.agent.protocol import LoginRole
+from compute.crashes import Crashes
 from compute.login_roles import verifier_of
 from compute.repository import EndpointRow, ListedRole
 from shared.api.compute import LogIn
@@ -42,6 +43,7 @@ def endpoint(**changes: Any) -> EndpointRow:
         "read_only_lsn": None,
         "follows": False,
         "created_at": NOW,
+        "crashes": Crashes(),
     }
     return EndpointRow(**values | changes)
 
