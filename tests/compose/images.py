@@ -47,6 +47,7 @@ def make_s3(tag: str, base: str) -> None:
         lock = (ROOT / "requirements-dev.lock").read_text()
         Path(directory, "requirements.txt").write_text(excerpt(lock, needed("moto", ["server", "s3"])))
         shutil.copy(Path(__file__).parent / "s3" / "Dockerfile", directory)
+        shutil.copy(ROOT / "tests" / "fixtures" / "moto_server.py", directory)
         arguments = [
             f"BASE_IMAGE={base}",
             *(f"{name}={os.environ[name]}" for name in PIP_SETTINGS if name in os.environ),

@@ -76,7 +76,7 @@ class Stack:
             "KEYLAKE_BUILD_NETWORK": "host",
             "PIP_CERT": str(CERTIFICATES),
             "KEYLAKE_S3_IMAGE": self.s3,
-            "KEYLAKE_S3_COMMAND": "python -m moto.server -H 0.0.0.0 -p 9000",
+            "KEYLAKE_S3_COMMAND": "python /opt/moto/moto_server.py -H 0.0.0.0 -p 9000",
             "KEYLAKE_S3_HEALTH": f'python -c "{_S3_HEALTH}"',
         }
 
