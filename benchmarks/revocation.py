@@ -37,7 +37,8 @@ from shared.ids import ProjectId
 from tests.cluster_secrecy.keys import metadata
 
 RESULTS: Final = Path(__file__).parent / "results"
-_POLL_S: Final = 0.02
+_RETRY_S: Final = 0.1
+"""Between two log-ins of a client that is refused. A handshake each: more of them would keep others waiting."""
 _PROBE_S: Final = 0.1
 """Between two queries of the client that each compute has."""
 _LOOK_S: Final = 0.5
@@ -119,7 +120,7 @@ class _Stage:
             except CLIENT_ERRORS:
                 if perf_counter() - begun > _WAIT_S:
                     raise
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(_RETRY_S)
 
     async def _ask(self, number: int) -> None:
         """Queries until there is no answer any more."""
