@@ -91,7 +91,7 @@ def by_command(stack: Stack) -> str:
     projects = json.loads(stack.operator("keylake", "project", "list", "--json").stdout)
     assert projects, "the demo's at least"
     keys = json.loads(stack.operator("keylake", "cloud", "key", "list", "--json").stdout)
-    assert len(keys) >= len(projects), "the customer's, one for each"
+    assert keys, "the customer's, which several projects may share"
     done = stack.operator("keylake", "status", "--json", check=False)
     status = json.loads(done.stdout)
     assert (done.returncode, status["healthy"]) == (0, True), status["problems"]
