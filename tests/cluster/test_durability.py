@@ -525,62 +525,72 @@ async def test_only_who_knows_a_password_wakes_a_compute(place: Place) -> None:
 # --- a pageserver that does not keep up ---
 
 
-async def limit_lag(cluster: Cluster, limit_size_bytes: int) -> None:
-    """From here on safekeepers acknowledge so much WAL ahead of the pageserver."""
-    for name in SAFEKEEPERS:
-        config = cluster.layout.config / f"{name}.json"
-        values = json.loads(config.read_text())
-        config.write_text(json.dumps(values | {"backpressure_lag_mb": limit_size_bytes >> 20}))
-    services = [cluster.service(name) for name in SAFEKEEPERS]
-    await asyncio.gather(*(service.kill() for service in services))
-    await asyncio.gather(*(service.start() for service in services))
+@asynccontextmanager
+async def lag_limit(cluster: Cluster, size_bytes: int) -> AsyncIterator[None]:
+    """Within the block safekeepers acknowledge so much WAL ahead of the pageserver, and no more."""
+    configs = [cluster.layout.config / f"{name}.json" for name in SAFEKEEPERS]
+    before = [config.read_text() for config in configs]
+    limited = [json.dumps(json.loads(text) | {"backpressure_lag_mb": size_bytes >> 20}) for text in before]
+
+    async def restart_with(texts: list[str]) -> None:
+        for config, text in zip(configs, texts, strict=True):
+            config.write_text(text)
+        services = [cluster.service(name) for name in SAFEKEEPERS]
+        await asyncio.gather(*(service.kill() for service in services))
+        await asyncio.gather(*(service.start() for service in services))
+
+    await restart_with(limited)
+    try:
+        yield
+    finally:
+        await restart_with(before)
 
 
 async def test_a_bulk_load_waits_for_the_pageserver_and_nothing_fails(place: Place) -> None:
     """One that stands still while several sessions load more than may be acknowledged."""
     # The first of all sessions are within the limit, all of them by far not.
     sessions, copies, size_bytes, limit_size_bytes = 4, 12, 100_000, 1 << 20
-    await limit_lag(place.cluster, limit_size_bytes)
-    pid = place.cluster.service("pageserver").pid
-    watcher = await place.connect()
-    await watcher.execute("create table loaded (session int, number int, line text)")
-    loaders = [await place.connect() for _ in range(sessions)]
-    acknowledged: list[int] = []
+    async with lag_limit(place.cluster, limit_size_bytes):
+        pid = place.cluster.service("pageserver").pid
+        watcher = await place.connect()
+        await watcher.execute("create table loaded (session int, number int, line text)")
+        loaders = [await place.connect() for _ in range(sessions)]
+        acknowledged: list[int] = []
 
-    async def load(number: int, times: int) -> None:
-        rows = [(number, n, f"{n:1000}") for n in range(size_bytes // 1000)]
-        for _ in range(times):
-            async with loaders[number].transaction():
-                await loaders[number].copy_records_to_table("loaded", records=rows)
-                lsn = await loaders[number].fetchval("select (pg_current_wal_insert_lsn() - '0/0')::bigint")
-            acknowledged.append(lsn)  # the commit's is behind it
+        async def load(number: int, times: int) -> None:
+            rows = [(number, n, f"{n:1000}") for n in range(size_bytes // 1000)]
+            for _ in range(times):
+                async with loaders[number].transaction():
+                    await loaders[number].copy_records_to_table("loaded", records=rows)
+                    lsn = await loaders[number].fetchval("select (pg_current_wal_insert_lsn() - '0/0')::bigint")
+                acknowledged.append(lsn)  # the commit's is behind it
 
-    waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'"
-    # Now they have all pages that they need.
-    await asyncio.gather(*(load(number, 1) for number in range(sessions)))
-    assert await watcher.fetchval(waiting) == 0
-    acknowledged.clear()
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        await wait_until(lambda: all_threads_stopped(pid))
-        ingested_lsn = await watcher.fetchval("select (pg_current_wal_flush_lsn() - '0/0')::bigint")  # or less
-        loads = asyncio.gather(*(load(number, copies) for number in range(sessions)))
+        waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'"
+        # Now they have all pages that they need.
+        await asyncio.gather(*(load(number, 1) for number in range(sessions)))
+        assert await watcher.fetchval(waiting) == 0
+        acknowledged.clear()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await wait_until(lambda: all_threads_stopped(pid))
+            ingested_lsn = await watcher.fetchval("select (pg_current_wal_flush_lsn() - '0/0')::bigint")  # or less
+            loads = asyncio.gather(*(load(number, copies) for number in range(sessions)))
 
-        async def all_are_held_back() -> bool:
-            timelines = (await safekeeper_timelines(place.cluster, place.project)).values()
-            majority = sorted(timeline.held_back_size_bytes for timeline in timelines)[1]
-            return majority > 0 and await watcher.fetchval(waiting) == sessions
+            async def all_are_held_back() -> bool:
+                timelines = (await safekeeper_timelines(place.cluster, place.project)).values()
+                majority = sorted(timeline.held_back_size_bytes for timeline in timelines)[1]
+                return majority > 0 and await watcher.fetchval(waiting) == sessions
 
-        await wait_until(all_are_held_back)
-        assert acknowledged
-        assert max(acknowledged) <= ingested_lsn + limit_size_bytes
-        assert not loads.done()
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    await loads
-    assert len(acknowledged) == sessions * copies
-    assert max(acknowledged) > ingested_lsn + 3 * limit_size_bytes
-    assert await watcher.fetchval("select count(*) from loaded") == sessions * (copies + 1) * size_bytes // 1000
-    await watcher.execute("drop table loaded")
-    for connection in (watcher, *loaders):
-        await connection.close()
+            await wait_until(all_are_held_back)
+            assert acknowledged
+            assert max(acknowledged) <= ingested_lsn + limit_size_bytes
+            assert not loads.done()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await loads
+        assert len(acknowledged) == sessions * copies
+        assert max(acknowledged) > ingested_lsn + 3 * limit_size_bytes
+        assert await watcher.fetchval("select count(*) from loaded") == sessions * (copies + 1) * size_bytes // 1000
+        await watcher.execute("drop table loaded")
+        for connection in (watcher, *loaders):
+            await connection.close()
