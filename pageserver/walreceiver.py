@@ -42,7 +42,7 @@ from shared.wire.walstream import (
 )
 
 MAX_BUFFER_SIZE_BYTES: Final = 32 * 1024 * 1024
-_RECONNECT_DELAY_S: Final = 0.05
+_RECONNECT_DELAY_S: Final = 0.2
 _MAX_FEED_BYTES: Final = 64 * 1024
 _SOURCE_CHECK_S: Final = 0.5
 _REPORT_PACE_S: Final = 0.05

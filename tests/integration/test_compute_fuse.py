@@ -581,7 +581,6 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
     [run] = cluster.manager._runs.values()
     assert run._agent is not None
     volume = Volume(run._agent.pid, run._agent.directory, cluster.settings.blocks.directory)
-    await check_combo_cids(connection, volume)
 
     # A disk that was put back to a copy of before: what the compute of then has sealed opens in no other one. Postgres
     # and the kernel write nothing meanwhile: a write into what does not open would end the compute.
@@ -592,9 +591,11 @@ async def test_what_is_left_after_a_kill_is_noise_and_altered_blocks_are_errors(
         await asyncio.to_thread(lazy.flush, path.parent)
         assert await asyncio.to_thread(volume.readable, path) > 100
         newer = volume.sealed()
+        assert len(newer) <= len(sealed)
         os.pwrite(volume.blocks, sealed[: len(newer)], 0)
         assert await asyncio.to_thread(volume.readable, path) == 0
         os.pwrite(volume.blocks, newer, 0)
+    await check_combo_cids(connection, volume)
     os.close(volume.blocks)
 
     # Without its server the volume is dead, so the compute ends, and says why.
