@@ -16,7 +16,6 @@ from keylake.layout import Layout
 from keylake.link_control import SHOW, LinkRequest
 from keylake.links import LinkState
 from keylake.provision import CLOUD_PORT, HTTP_PORT, SAFEKEEPER_NAMES, SERVICES, cloud_ca
-from shared.auth import BearerToken
 from shared.errors import ConflictError
 from shared.tls import client_context
 
@@ -41,9 +40,7 @@ class Stack:
         return {"objects": self._observed / "minio", **{name: self._observed / name for name in SAFEKEEPER_NAMES}}
 
     def client(self, token: str | None = None) -> KeylakeClient:
-        if token is None:
-            return compose.client(self._directory)
-        return KeylakeClient(compose.addresses(), Layout(self._directory).ca_certificate, BearerToken(token))
+        return compose.client(self._directory, token)
 
     def customer(self) -> Customer:
         return compose.customer(self._directory)

@@ -41,11 +41,6 @@ PROBE_JITTER: Final = 0.2
 promised."""
 
 
-def longest_pause_s(interval_s: float) -> float:
-    """Between two probes."""
-    return max(interval_s, BACKOFF_MAX_S)
-
-
 def jittered_s(pause_s: float, draw: float) -> float:
     """A pause between two probes that may take `pause_s` at most, for a `draw` from [0, 1).
 
@@ -200,7 +195,7 @@ class Watch:
     def _backoff_s(self) -> float:
         """The interval, twice, four times … as long, with each answer that was none beyond those that suspend."""
         doublings = min(self._inconclusive - INCONCLUSIVE_TO_SUSPEND, 16)
-        return min(self._interval_s * 2.0**doublings, longest_pause_s(self._interval_s))
+        return min(self._interval_s * 2.0**doublings, max(self._interval_s, BACKOFF_MAX_S))
 
     def _change(self, event: KeyEvent, now_s: float) -> KeyEvent | None:
         """The event, if it changes anything."""

@@ -218,17 +218,12 @@ class WalIngest(StateIngest):
             for block_id, rel, fork, block, flags, image, _, _ in blocks:
                 if fork == _FSM:
                     continue
-                payload = record if readable else readable_for(record, block_id)
-                if image is not None and image.is_applied:
-                    if rmid == 0:
-                        page = with_page_lsn(restore_image(record, image), end)
-                        kind, payload = _IMAGE, page
-                    else:
-                        kind = _WAL_INIT
-                elif flags & 0x40:
-                    kind = _WAL_INIT
+                if image is not None and image.is_applied and rmid == 0:
+                    kind, payload = _IMAGE, with_page_lsn(restore_image(record, image), end)
                 else:
-                    kind = _WAL
+                    is_whole = flags & 0x40 or (image is not None and image.is_applied)
+                    kind = _WAL_INIT if is_whole else _WAL
+                    payload = record if readable else readable_for(record, block_id)
                 if block >= sizes.get((rel, fork), 0):
                     self._extend(rel, fork, block, end, initialised=kind != _WAL)
                     full = len(values) > _MANY_VALUES

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import asyncpg
 
+from compute.agent.admin import connect_as_admin
 from compute.agent.postgres import CrashedError
 from compute.agent.postgres_conf import POSTGRES_PORT
 from shared.api.pageserver import ADMIN_ROLE
@@ -96,15 +97,7 @@ async def knock(socket_dir: Path, timeout_s: float) -> None:
 
 async def look(socket_dir: Path, admin_password: str, timeout_s: float) -> float | None:
     """By a session of its own: that it can be had says something, too."""
-    connection = await asyncpg.connect(
-        host=str(socket_dir),
-        port=POSTGRES_PORT,
-        user=ADMIN_ROLE,
-        password=admin_password,
-        database="postgres",
-        timeout=timeout_s,
-        server_settings={"application_name": "keylake agent"},
-    )
+    connection = await connect_as_admin(socket_dir, admin_password, timeout_s)
     try:
         return await ask(connection, timeout_s)
     finally:

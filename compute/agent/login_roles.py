@@ -16,10 +16,10 @@ from typing import Any, Final
 
 import asyncpg
 
+from compute.agent.admin import connect_as_admin
 from compute.agent.postgres_conf import POSTGRES_PORT
 from compute.agent.protocol import MAX_LOGIN_ROLES, LoginRole
 from compute.agent.roles import RESERVED_ROLES
-from shared.api.pageserver import ADMIN_ROLE
 from shared.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -50,15 +50,13 @@ async def held_login_roles(
     try:
         try:
             with _hidden(socket_dir) as port:
-                session = await asyncpg.connect(
-                    host=str(socket_dir),
+                session = await connect_as_admin(
+                    socket_dir,
+                    admin_password,
+                    _TIMEOUT_S,
                     port=port,
-                    user=ADMIN_ROLE,
-                    password=admin_password,
-                    database="postgres",
-                    timeout=_TIMEOUT_S,
-                    command_timeout=_TIMEOUT_S,
-                    server_settings={"application_name": "keylake agent", "lock_timeout": _LOCK_TIMEOUT},
+                    command_timeout_s=_TIMEOUT_S,
+                    lock_timeout=_LOCK_TIMEOUT,
                 )
                 await session.execute("BEGIN; LOCK TABLE pg_authid IN SHARE MODE")
                 found = await _read(session)

@@ -17,12 +17,12 @@ from typing import Any, Final
 import asyncpg
 
 from compute.agent import idle
+from compute.agent.admin import connect_as_admin
 from compute.agent.postgres import ComputePostgres
-from compute.agent.postgres_conf import POSTGRES_PORT, hba_conf
+from compute.agent.postgres_conf import hba_conf
 from compute.agent.protocol import Boot, Follow, Replayed
 from compute.agent.wal_sender import WalSender
 from compute.agent.wal_source import WalSource
-from shared.api.pageserver import ADMIN_ROLE
 from shared.errors import UnavailableError
 from shared.lsn import Lsn
 from shared.tls import client_context
@@ -95,15 +95,7 @@ class Replica:
 
     async def _log_in(self) -> Any:
         try:
-            return await asyncpg.connect(
-                host=str(self._socket_dir),
-                port=POSTGRES_PORT,
-                user=ADMIN_ROLE,
-                password="",
-                database="postgres",
-                timeout=_LOG_IN_TIMEOUT_S,
-                server_settings={"application_name": "keylake agent"},
-            )
+            return await connect_as_admin(self._socket_dir, "", _LOG_IN_TIMEOUT_S)
         except (OSError, TimeoutError) as error:
             raise UnavailableError(f"the agent cannot log in: {type(error).__name__}") from None
 

@@ -19,7 +19,7 @@ from typing import Final
 
 import asyncpg
 
-from compute.agent.postgres_conf import POSTGRES_PORT
+from compute.agent.admin import connect_as_admin
 from compute.agent.protocol import IDENTIFIER_PATTERN, SAFEKEEPER_ROLE, SCRAM_VERIFIER_PATTERN
 from shared.api.pageserver import ADMIN_ROLE
 from shared.errors import InvalidInputError, UnavailableError
@@ -104,15 +104,7 @@ async def ensure_database(socket_dir: Path, admin_password: str, owner: str, dat
     if database != "postgres":
         _check_name(database)
     try:
-        connection = await asyncpg.connect(
-            host=str(socket_dir),
-            port=POSTGRES_PORT,
-            user=ADMIN_ROLE,
-            password=admin_password,
-            database="postgres",
-            timeout=30.0,
-            server_settings={"synchronous_commit": "local", "application_name": "keylake agent"},
-        )
+        connection = await connect_as_admin(socket_dir, admin_password, 30.0, synchronous_commit="local")
         try:
             if not await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", database):
                 await connection.execute(f"CREATE DATABASE {database} OWNER {owner}")

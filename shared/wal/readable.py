@@ -13,10 +13,14 @@ from typing import Final
 
 from shared.wal.image import uncompressed
 from shared.wal.record import (
+    BLOCK_HEADER,
     COMPRESSED,
     DATA_LONG,
     DATA_SHORT,
+    HOLE_LENGTH,
+    IMAGE_HEADER,
     ORIGIN,
+    REL,
     TOPLEVEL_XID,
     Block,
     BlockFlag,
@@ -27,10 +31,6 @@ from shared.wal.record import (
 from shared.wal.writer import build_record
 
 _FOREIGN: Final = int(ImageFlag.LZ4 | ImageFlag.ZSTD)
-_BLOCK: Final = struct.Struct("<BBH")
-_IMAGE: Final = struct.Struct("<HHB")
-_HOLE_LENGTH: Final = struct.Struct("<H")
-_REL: Final = struct.Struct("<III")
 _NUMBER: Final = struct.Struct("<I")
 
 
@@ -62,11 +62,11 @@ def readable_for(record: bytes, block_id: int) -> bytes:
             else:
                 flags, image = flags & ~BlockFlag.HAS_IMAGE, None
         data = record[block.data_start : block.data_end]
-        headers += _BLOCK.pack(block.block_id, block.fork | flags, len(data))
+        headers += BLOCK_HEADER.pack(block.block_id, block.fork | flags, len(data))
         if image is not None:
             headers += _image_header(image, len(content))
         if not flags & BlockFlag.SAME_REL:
-            headers += _REL.pack(*block.rel)
+            headers += REL.pack(*block.rel)
         headers += _NUMBER.pack(block.block_number)
         contents += content + data
     if parsed.origin_id is not None:
@@ -86,6 +86,6 @@ def readable_for(record: bytes, block_id: int) -> bytes:
 
 
 def _image_header(image: BlockImage, size_bytes: int) -> bytes:
-    header = _IMAGE.pack(size_bytes, image.hole_offset, image.flags)
+    header = IMAGE_HEADER.pack(size_bytes, image.hole_offset, image.flags)
     has_length = image.flags & COMPRESSED and image.flags & ImageFlag.HAS_HOLE
-    return header + _HOLE_LENGTH.pack(image.hole_length) if has_length else header
+    return header + HOLE_LENGTH.pack(image.hole_length) if has_length else header

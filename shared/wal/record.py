@@ -122,10 +122,10 @@ class Record:
 
 
 _new = tuple.__new__  # a NamedTuple's own constructor takes twice as long
-_BLOCK_HEADER = struct.Struct("<BBH")
-_IMAGE_HEADER = struct.Struct("<HHB")
-_HOLE_LENGTH = struct.Struct("<H")
-_REL = struct.Struct("<III")
+BLOCK_HEADER = struct.Struct("<BBH")
+IMAGE_HEADER = struct.Struct("<HHB")
+HOLE_LENGTH = struct.Struct("<H")
+REL = struct.Struct("<III")
 _U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
 # One block without image and the short main data header: nine records of ten. At 24: block id, fork and flags, data
@@ -219,8 +219,8 @@ def _parse_fragment_headers(record: bytes) -> tuple[tuple[Block, ...], int, int 
             (toplevel_xid,) = _U32.unpack_from(record, pos + 1)
             pos += 5
         elif fragment_id <= MAX_BLOCK_ID:
-            _, fork_flags, data_length = _BLOCK_HEADER.unpack_from(record, pos)
-            pos += _BLOCK_HEADER.size
+            _, fork_flags, data_length = BLOCK_HEADER.unpack_from(record, pos)
+            pos += BLOCK_HEADER.size
             if found and fragment_id <= found[-1][0]:
                 raise CorruptedError(f"WAL record has block {fragment_id} out of order")
             if fork_flags & 0x0F > Fork.INIT:
@@ -235,8 +235,8 @@ def _parse_fragment_headers(record: bytes) -> tuple[tuple[Block, ...], int, int 
                 image, pos = _parse_image_header(record, pos, fragment_id)
                 payload += image.end
             if not fork_flags & _SAME_REL:
-                rel = _REL.unpack_from(record, pos)
-                pos += _REL.size
+                rel = REL.unpack_from(record, pos)
+                pos += REL.size
             elif rel is None:
                 raise CorruptedError("WAL record has no block before the first that says 'same relation'")
             (block_number,) = _U32.unpack_from(record, pos)
@@ -259,14 +259,14 @@ def _parse_fragment_headers(record: bytes) -> tuple[tuple[Block, ...], int, int 
 
 def _parse_image_header(record: bytes, pos: int, block_id: int) -> tuple[BlockImage, int]:
     """The image as if it started at 0, and the position behind its header."""
-    length, hole_offset, flags = _IMAGE_HEADER.unpack_from(record, pos)
-    pos += _IMAGE_HEADER.size
+    length, hole_offset, flags = IMAGE_HEADER.unpack_from(record, pos)
+    pos += IMAGE_HEADER.size
     compressed = flags & COMPRESSED != 0
     if not compressed:
         hole_length = PAGE_SIZE_BYTES - length
     elif flags & _HAS_HOLE:
-        (hole_length,) = _HOLE_LENGTH.unpack_from(record, pos)
-        pos += _HOLE_LENGTH.size
+        (hole_length,) = HOLE_LENGTH.unpack_from(record, pos)
+        pos += HOLE_LENGTH.size
     else:
         hole_length = 0
     if flags & _HAS_HOLE:

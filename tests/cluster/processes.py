@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,19 @@ def _read(pid: int) -> Process | None:
     before, _, after = stat.rpartition(") ")
     fields = after.split()
     return Process(pid, int(fields[19]), int(fields[1]), fields[0], before.partition(" (")[2])
+
+
+@contextmanager
+def standing_still(pids: Iterable[int]) -> Iterator[None]:
+    """These processes are stopped (SIGSTOP) within the block."""
+    stopped = list(pids)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
 
 
 def below(ancestor: int) -> list[Process]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from itertools import product
 from time import monotonic
@@ -35,7 +34,7 @@ from tests.cluster.bank import Bank
 from tests.cluster.pages import page_client
 from tests.cluster.people import shred_by_two
 from tests.cluster.primary import Session, connect, stopped
-from tests.cluster.processes import ComputeProcesses, compute_of
+from tests.cluster.processes import ComputeProcesses, compute_of, standing_still
 from tests.cluster.tenants import (
     LEASE_TTL_S,
     PROBE_INTERVAL_S,
@@ -78,17 +77,9 @@ async def bystander(cluster: Cluster) -> AsyncIterator[Tenant]:
         yield tenant
 
 
-@asynccontextmanager
-async def asleep(cluster: Cluster, *names: str) -> AsyncIterator[None]:
+def asleep(cluster: Cluster, *names: str) -> AbstractContextManager[None]:
     """These services are stopped (SIGSTOP) within the block."""
-    pids = [cluster.service(name).pid for name in names]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+    return standing_still([cluster.service(name).pid for name in names])
 
 
 async def test_the_customer_takes_the_key_away_and_gives_it_back(cluster: Cluster, bystander: Tenant) -> None:
@@ -310,7 +301,7 @@ async def test_safekeepers_that_slept_through_a_revocation_acknowledge_and_send_
             await follower.read()
             followers.append(asyncio.create_task(follow(follower, came_at)))
         async with deaf_compute(tenant) as bank:
-            async with asleep(cluster, "safekeeper-1", "safekeeper-2", "safekeeper-3"):
+            with asleep(cluster, "safekeeper-1", "safekeeper-2", "safekeeper-3"):
                 stopped_at = monotonic()
                 assert came_at, "there are commits, so there is WAL"
                 await disable(cluster.customer, tenant.key_arn)
@@ -559,7 +550,7 @@ async def answers(questions: list[asyncio.Future[bytes | int]]) -> list[bytes | 
 async def test_a_pageserver_that_slept_through_its_lease_answers_nothing_it_was_asked_before(cluster: Cluster) -> None:
     async with new_tenant(cluster, "sleeper") as tenant, page_client(cluster, tenant.project) as client:
         page = await tenant.read_page(client)
-        async with asleep(cluster, "pageserver"):
+        with asleep(cluster, "pageserver"):
             fell_asleep = monotonic()
             questions = [client.ask(GET_PAGE, *tenant.page) for _ in range(100)]
             await asyncio.wait(questions, timeout=LEASE_TTL_S + 0.5)
@@ -580,7 +571,7 @@ async def test_a_pageserver_that_slept_through_its_lease_answers_nothing_it_was_
 async def test_a_pageserver_that_slept_through_a_revocation_answers_nothing(cluster: Cluster) -> None:
     async with new_tenant(cluster, "dreamer") as tenant, page_client(cluster, tenant.project) as client:
         assert await tenant.read_page(client)
-        async with asleep(cluster, "pageserver"):
+        with asleep(cluster, "pageserver"):
             questions = [client.ask(GET_PAGE, *tenant.page) for _ in range(100)]
             await disable(cluster.customer, tenant.key_arn)
             revocation = await tenant.sealed()

@@ -10,8 +10,8 @@ import os
 import signal
 import tempfile
 import zlib
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +28,7 @@ from shared.http import ServiceClient
 from shared.ids import ProjectId
 from shared.postgres import PG_BIN_VARIABLE, find_postgres
 from shared.sandbox import Isolation
-from tests.cluster.processes import Process, below
+from tests.cluster.processes import Process, below, standing_still
 from tests.cluster_secrecy import lazy, memory
 from tests.fixtures.compute_cluster import ComputeCluster, compute_cluster
 from tests.fixtures.contrib import postgres_with_contrib
@@ -479,18 +479,6 @@ def look_for_anything(known: Iterable[bytes], left: bytes) -> None:
     for start in range(0, len(left), 64 << 10):  # so little that one block in the clear shows
         part = left[start : start + (64 << 10)]
         assert len(zlib.compress(part, 1)) >= len(part)
-
-
-@contextmanager
-def standing_still(pids: list[int]) -> Iterator[None]:
-    """These processes are stopped (SIGSTOP) within the block."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture
