@@ -52,6 +52,8 @@ TOKEN_REFRESH_S: Final = 15.0
 _EXIT_TIMEOUT_S: Final = 5.0
 _MESSAGE_TIMEOUT_S: Final = 10.0
 _SILENT_LOOKS: Final = 3
+_FIRST_ANSWER_S: Final = 0.5
+"""What a client has after its compute runs, to log in and to be answered, before the next spare is made."""
 _INHERITED: Final = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR", PG_BIN_VARIABLE, NULL_CIPHER_VARIABLE)
 
 T = TypeVar("T")
@@ -314,6 +316,8 @@ class Launcher:
         self._wanted = spares
         self._spares: list[AgentProcess] = []
         self._filling: asyncio.Task[None] | None = None
+        self._starting = 0
+        """Agents that were taken and do not run yet."""
 
     async def __aenter__(self) -> Launcher:
         self._refill()
@@ -328,18 +332,28 @@ class Launcher:
 
     async def take(self, volume_size_bytes: int | None = None) -> AgentProcess:
         """An agent that knows nothing yet; the caller closes it. `volume_size_bytes`: None for the spares' own; for any
-        other there is none ahead. Raises UnavailableError."""
+        other there is none ahead. Its spare is replaced when it runs or has ended: a client waits for it, and the
+        imports of another agent would take half of the processor time of that wait. Raises UnavailableError."""
+        agent = await self._next(volume_size_bytes)
+        self._starting += 1
+        agent.running.add_done_callback(self._has_started)
+        return agent
+
+    async def _next(self, volume_size_bytes: int | None) -> AgentProcess:
         if volume_size_bytes is not None and volume_size_bytes != self._volume_size_bytes:
             return await self._spawn(volume_size_bytes)
-        try:
-            while self._spares:
-                spare = self._spares.pop(0)
-                if spare.alive:
-                    return spare
-                await spare.close()
-            return await self._spawn(self._volume_size_bytes)
-        finally:
-            self._refill()
+        while self._spares:
+            spare = self._spares.pop(0)
+            if spare.alive:
+                return spare
+            await spare.close()
+        return await self._spawn(self._volume_size_bytes)
+
+    def _has_started(self, running: asyncio.Future[Running]) -> None:
+        self._starting -= 1
+        if not self._starting:
+            # It takes connections; the one that woke it has yet to log in and to be answered.
+            asyncio.get_running_loop().call_later(_FIRST_ANSWER_S, self._refill)
 
     async def _spawn(self, volume_size_bytes: int) -> AgentProcess:
         return await AgentProcess.spawn(
@@ -347,6 +361,8 @@ class Launcher:
         )
 
     def _refill(self) -> None:
+        if self._starting:
+            return  # the last of them does
         if self._filling is None or self._filling.done():
             self._filling = asyncio.create_task(self._fill(), name="spare agents")
 
