@@ -580,6 +580,19 @@ def test_what_a_ring_grants_holds_for_its_keys_and_nothing_else(
     assert missing["status"] == "PERMISSION_DENIED", "whether it exists is not told"
 
 
+def test_an_account_signs_for_scopes_in_place_of_an_audience(google: GoogleTenant, key: str) -> None:
+    """As the SDK does it for credentials that were given scopes."""
+    enough, narrow = (
+        google.credentials().with_scopes([f"https://www.googleapis.com/auth/{scope}"])
+        for scope in ("cloudkms", "devstorage.read_only")
+    )
+    kms = google.rest_client(enough)
+    assert kms.decrypt(name=key, ciphertext=kms.encrypt(name=key, plaintext=b"x").ciphertext).plaintext == b"x"
+    refused = refusal(lambda: google.rest_client(narrow).get_crypto_key(name=key))
+    assert refused["status"] == "PERMISSION_DENIED"
+    assert refused["details"]["ErrorInfo"]["reason"] == "ACCESS_TOKEN_SCOPE_INSUFFICIENT"
+
+
 def test_tokens_of_nobody(google: GoogleTenant, key: str) -> None:
     own, vendor = google.names.customer.credentials_file, google.names.vendor.credentials_file
     good = google.access_token()
