@@ -77,12 +77,13 @@ class Keys(RuleBasedStateMachine):
 
     @initialize(numbers=st.permutations(range(3)))
     def two_customers(self, numbers: list[int]) -> None:
-        """Two key configurations, a project under each, and a DEK in each of them."""
+        """Two key configurations, a project under each, and a DEK in each of them; and a third without any."""
         self.cmks = [self.cmks[number] for number in numbers]
         for cmk in self.cmks[:2]:
             self.configurations.append(self._run(self._configure(cmk)))
             self.projects.append(self._run(self._create_project(self.configurations[-1])))
             self.projects[-1].deks += self._run(self._generate(self.projects[-1], 1))
+        self.configurations.append(self._run(self._configure(self.cmks[2])))
 
     # --- things come into being ---
 
