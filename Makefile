@@ -126,8 +126,9 @@ docs-metrics: $(VENV)/.runtime ## docs/reference/metrics.md, from a cluster of i
 fault-matrix: $(VENV)/.dev ## parts in trouble while keys are revoked: all pairs; FAULTS=full, the whole product (half an hour, on a machine that has nothing else to do)
 	@KEYLAKE_FAULT_MATRIX=$(or $(FAULTS),covering) $(BIN)/python -m pytest -p no:randomly -q -s tests/cluster_faults
 
-bench-keys: $(VENV)/.dev ## the key side's figures: KMS calls, renewals per second, latency of unwrapping, 100,000 envelopes wrapped again
+bench-keys: $(VENV)/.dev ## the key side's figures: KMS calls, renewals per second, latency of unwrapping, 100,000 envelopes wrapped again, 10,000 instances
 	@$(BIN)/python -m benchmarks keys rewrap
+	@$(BIN)/python -m benchmarks.revocation --runs 0 --fleet 10000 --fleet-rounds 1
 
 bench-revocation: $(VENV)/.dev ## revoke and restore with 20 computes and 10,000 simulated instances; ARGS="--runs 5 …"
 	@$(BIN)/python -m benchmarks.revocation $(ARGS)

@@ -12,7 +12,7 @@ from customercloud.aws.authorization import Caller, Refusal, authorize, message
 from customercloud.aws.cloudtrail import KEY_RESOURCE_TYPE, Call, Resource
 from customercloud.aws.errors import AwsError, access_denied, not_found
 from customercloud.aws.grants import Grant
-from customercloud.aws.keys import Key
+from customercloud.aws.keys import Key, KeyOrigin
 from customercloud.aws.patterns import Context
 from customercloud.aws.policy import PolicyKind, Verdict, identity_verdict, parse_policy
 from customercloud.aws.state import AwsState
@@ -26,15 +26,18 @@ _FOREIGN_CIPHERTEXT: Final = (
     "The ciphertext refers to a customer master key that does not exist, does not exist in this region, "
     "or you are not allowed to access."
 )
-KIND_CONDITIONS: Final[Context] = {
-    "kms:keyspec": ("SYMMETRIC_DEFAULT",),
-    "kms:customermasterkeyspec": ("SYMMETRIC_DEFAULT",),
-    "kms:keyusage": ("ENCRYPT_DECRYPT",),
-    "kms:customermasterkeyusage": ("ENCRYPT_DECRYPT",),
-    "kms:keyorigin": ("AWS_KMS",),
-    "kms:multiregion": ("false",),
-}
-"""What policies can test of every key here, and of a request that makes one."""
+
+
+def kind_conditions(origin: KeyOrigin) -> dict[str, tuple[str, ...]]:
+    """What policies can test of a key here, and of a request that makes one."""
+    return {
+        "kms:keyspec": ("SYMMETRIC_DEFAULT",),
+        "kms:customermasterkeyspec": ("SYMMETRIC_DEFAULT",),
+        "kms:keyusage": ("ENCRYPT_DECRYPT",),
+        "kms:customermasterkeyusage": ("ENCRYPT_DECRYPT",),
+        "kms:keyorigin": (origin.value,),
+        "kms:multiregion": ("false",),
+    }
 
 
 def condition_context(call: Call, resource_account_id: str) -> dict[str, tuple[str, ...]]:
@@ -261,7 +264,7 @@ class KeyAccess:
     ) -> Context:
         """The condition keys that policies can test in this call."""
         context = condition_context(call, key.account_id)
-        context |= {"kms:calleraccount": (call.caller.caller.account_id,), **KIND_CONDITIONS}
+        context |= {"kms:calleraccount": (call.caller.caller.account_id,), **kind_conditions(key.origin)}
         context |= {f"aws:resourcetag/{name.lower()}": (value,) for name, value in key.effective_tags(call.now).items()}
         if aliases := self._seen_aliases_of(key, call.now):
             context["kms:resourcealiases"] = aliases

@@ -26,8 +26,11 @@ from shared.telemetry import get_logger
 _log = get_logger(__name__)
 
 KEY_CHANGES: Final = frozenset(
-    {"CancelKeyDeletion", "DeleteKey", "DisableKey", "EnableKey", "PutKeyPolicy", "ScheduleKeyDeletion"}
-)
+    {
+        "CancelKeyDeletion", "DeleteExpiredKeyMaterial", "DeleteImportedKeyMaterial", "DeleteKey", "DisableKey",
+        "EnableKey", "ImportKeyMaterial", "PutKeyPolicy", "ScheduleKeyDeletion",
+    }
+)  # fmt: skip
 """The rule's `detail.eventName`."""
 ATTEMPTS: Final = 30
 _FIRST_PAUSE_S: Final = 0.25

@@ -8,6 +8,10 @@ States and transitions (KMS Developer Guide, "Key states")::
        │      EnableKey       └─ Cancel ─── PendingDeletion ── deletion date ──► destroyed (the record is gone)
        └───────────────────────────────────────┘ never directly: a cancelled key is Disabled
 
+A key whose material the customer brings (origin EXTERNAL) is PendingImport for as long as it has none: before the first
+import, and again once its material was deleted or has expired. Then no call is good for anything, at once, and only the
+same material can be imported again.
+
 Management calls (Describe, Enable, PutKeyPolicy, …) see a change at once. Cryptographic calls and authorisation see the
 *effective view*, which follows after the propagation delay that was in force at the change: AWS documents that key
 state and policy are eventually consistent, and a revocation test without that delay proves too much.
@@ -16,6 +20,8 @@ state and policy are eventually consistent, and a revocation test without that d
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
+import hmac
 import os
 import uuid
 from enum import StrEnum
@@ -23,7 +29,7 @@ from typing import Final, Literal
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
-from customercloud.aws.errors import AwsError
+from customercloud.aws.errors import AwsError, unsupported
 
 MIN_DELETION_WINDOW_DAYS: Final = 7
 MAX_DELETION_WINDOW_DAYS: Final = 30
@@ -35,6 +41,13 @@ class KeyState(StrEnum):
     ENABLED = "Enabled"
     DISABLED = "Disabled"
     PENDING_DELETION = "PendingDeletion"
+    PENDING_IMPORT = "PendingImport"
+
+
+class KeyOrigin(StrEnum):
+    AWS_KMS = "AWS_KMS"
+    EXTERNAL = "EXTERNAL"
+    """The customer's own material, imported."""
 
 
 class _Record(BaseModel):
@@ -56,6 +69,36 @@ class KeyMaterial(_Record):
         return cls.model_construct(
             material_id=os.urandom(32).hex(), secret=os.urandom(32), created_at=now, rotation_type=rotation_type
         )
+
+
+class Imported(_Record):
+    """Which material a key takes: none but the one that was imported first, however often it was deleted since."""
+
+    material_id: str
+    salt_hex: str
+    digest_hex: str
+
+    @classmethod
+    def of(cls, secret: bytes) -> Imported:
+        salt = os.urandom(16)
+        return cls(material_id=os.urandom(32).hex(), salt_hex=salt.hex(), digest_hex=_digest(salt, secret))
+
+    def matches(self, secret: bytes) -> bool:
+        return hmac.compare_digest(_digest(bytes.fromhex(self.salt_hex), secret), self.digest_hex)
+
+
+def _digest(salt: bytes, secret: bytes) -> str:
+    return hmac.digest(salt, secret, hashlib.sha256).hex()
+
+
+class ImportParameters(_Record):
+    """What GetParametersForImport has given out: the key to wrap material with, and the token that goes with it."""
+
+    token_hex: str
+    private_key: Base64Bytes = Field(repr=False)
+    """RSA; PKCS #8, DER."""
+    algorithm: str
+    valid_to: dt.datetime
 
 
 class KeyPolicy(_Record):
@@ -88,7 +131,13 @@ class Key(_Record):
     deletion_window_days: int | None = None
     policy: KeyPolicy
     materials: tuple[KeyMaterial, ...]
-    """Oldest first; the last one is current."""
+    """Oldest first; the last one is current. None while one is to be imported."""
+    origin: KeyOrigin = KeyOrigin.AWS_KMS
+    imported: Imported | None = None
+    """None before the first import."""
+    material_expires_at: dt.datetime | None = None
+    """Of imported material that is there."""
+    import_parameters: tuple[ImportParameters, ...] = ()
     tags: dict[str, str] = Field(default_factory=dict)
     rotation_period_days: int | None = None
     next_rotation: dt.datetime | None = None
@@ -104,21 +153,23 @@ class Key(_Record):
         policy: KeyPolicy,
         now: dt.datetime,
         tags: dict[str, str] | None = None,
+        origin: KeyOrigin = KeyOrigin.AWS_KMS,
     ) -> Key:
         key_id = str(uuid.uuid4())
-        material = KeyMaterial.new(now)
-        view = KeyView(
-            visible_at=now, state=KeyState.ENABLED, policy=policy, material_id=material.material_id, tags=tags or {}
-        )
+        materials = (KeyMaterial.new(now),) if origin is KeyOrigin.AWS_KMS else ()
+        state = KeyState.ENABLED if materials else KeyState.PENDING_IMPORT
+        material_id = materials[0].material_id if materials else ""
+        view = KeyView(visible_at=now, state=state, policy=policy, material_id=material_id, tags=tags or {})
         return cls.model_construct(
             key_id=key_id,
             account_id=account_id,
             arn=f"arn:aws:kms:{region}:{account_id}:key/{key_id}",
             description=description,
             created_at=now,
-            state=KeyState.ENABLED,
+            state=state,
             policy=policy,
-            materials=(material,),
+            materials=materials,
+            origin=origin,
             tags=tags or {},
             views=(view,),
         )
@@ -129,7 +180,13 @@ class Key(_Record):
 
     @property
     def current_material(self) -> KeyMaterial:
+        """Not to be asked for while one is to be imported."""
         return self.materials[-1]
+
+    @property
+    def current_material_id(self) -> str:
+        """Empty while one is to be imported."""
+        return self.current_material.material_id if self.materials else ""
 
     @property
     def on_demand_rotations(self) -> int:
@@ -150,7 +207,7 @@ class Key(_Record):
             visible_at=max(now + delay, self.views[-1].visible_at),
             state=changed.state,
             policy=changed.policy,
-            material_id=changed.current_material.material_id,
+            material_id=changed.current_material_id,
             tags=changed.tags,
         )
         still_visible = self.views.index(self.effective(now))
@@ -160,10 +217,12 @@ class Key(_Record):
 
     def enable(self, now: dt.datetime, delay: dt.timedelta) -> Key:
         self.refuse_pending_deletion()
+        self._refuse_pending_import()
         return self._changed(now, delay, state=KeyState.ENABLED)
 
     def disable(self, now: dt.datetime, delay: dt.timedelta) -> Key:
         self.refuse_pending_deletion()
+        self._refuse_pending_import()
         return self._changed(now, delay, state=KeyState.DISABLED)
 
     def schedule_deletion(self, window_days: int, now: dt.datetime, delay: dt.timedelta) -> Key:
@@ -179,7 +238,8 @@ class Key(_Record):
     def cancel_deletion(self, now: dt.datetime, delay: dt.timedelta) -> Key:
         if self.state is not KeyState.PENDING_DELETION:
             raise AwsError("KMSInvalidStateException", f"{self.arn} is not pending deletion.")
-        return self._changed(now, delay, state=KeyState.DISABLED, deletion_date=None, deletion_window_days=None)
+        state = KeyState.DISABLED if self.materials else KeyState.PENDING_IMPORT
+        return self._changed(now, delay, state=state, deletion_date=None, deletion_window_days=None)
 
     def put_policy(self, policy: KeyPolicy, now: dt.datetime, delay: dt.timedelta) -> Key:
         return self._changed(now, delay, policy=policy)
@@ -199,6 +259,7 @@ class Key(_Record):
         return self.tags if tags is None else tags
 
     def rotate_on_demand(self, now: dt.datetime, delay: dt.timedelta) -> Key:
+        self.require_origin(KeyOrigin.AWS_KMS)
         self.require_enabled(self.state)
         if self.on_demand_rotations >= MAX_ON_DEMAND_ROTATIONS:
             raise AwsError(
@@ -209,14 +270,50 @@ class Key(_Record):
         return self._changed(now, delay, materials=(*self.materials, KeyMaterial.new(now, "ON_DEMAND")))
 
     def enable_rotation(self, period_days: int, now: dt.datetime) -> Key:
+        self.require_origin(KeyOrigin.AWS_KMS)
         self.require_enabled(self.state)
         return self.model_copy(
             update={"rotation_period_days": period_days, "next_rotation": now + dt.timedelta(days=period_days)}
         )
 
     def disable_rotation(self) -> Key:
+        self.require_origin(KeyOrigin.AWS_KMS)
         self.require_enabled(self.state)
         return self.model_copy(update={"rotation_period_days": None, "next_rotation": None})
+
+    def offering(self, parameters: ImportParameters, now: dt.datetime) -> Key:
+        """With these parameters for an import, besides those that are still good."""
+        self.refuse_pending_deletion()
+        good = [each for each in self.import_parameters if now < each.valid_to]
+        return self.model_copy(update={"import_parameters": (*good, parameters)})
+
+    def with_material(
+        self, secret: bytes, expires_at: dt.datetime | None, now: dt.datetime, delay: dt.timedelta
+    ) -> Key:
+        """Raises IncorrectKeyMaterialException for other material than was imported before."""
+        self.refuse_pending_deletion()
+        if self.imported is not None and not self.imported.matches(secret):
+            raise AwsError(
+                "IncorrectKeyMaterialException",
+                f"The key material is not the one that was imported before into {self.arn}.",
+            )
+        imported = self.imported or Imported.of(secret)
+        material = KeyMaterial.model_construct(
+            material_id=imported.material_id, secret=secret, created_at=now, rotation_type=None
+        )
+        state = KeyState.ENABLED if self.state is KeyState.PENDING_IMPORT else self.state
+        return self._changed(
+            now, delay, state=state, materials=(material,), imported=imported, material_expires_at=expires_at
+        )
+
+    def without_material(self) -> Key:
+        """At once: there is nothing left that a late view could use."""
+        state = self.state if self.state is KeyState.PENDING_DELETION else KeyState.PENDING_IMPORT
+        views = tuple(view.model_copy(update={"state": state, "material_id": ""}) for view in self.views)
+        return self.model_copy(update={"state": state, "materials": (), "material_expires_at": None, "views": views})
+
+    def has_expired_material(self, now: dt.datetime) -> bool:
+        return self.material_expires_at is not None and now >= self.material_expires_at
 
     def automatic_rotation(self, now: dt.datetime, delay: dt.timedelta) -> Key | None:
         """With new material when one is due, else None. A key that is not enabled waits until it is."""
@@ -245,6 +342,16 @@ class Key(_Record):
                 raise AwsError("DisabledException", f"{self.arn} is disabled.")
             case KeyState.PENDING_DELETION:
                 raise AwsError("KMSInvalidStateException", f"{self.arn} is pending deletion.")
+            case KeyState.PENDING_IMPORT:
+                raise AwsError("KMSInvalidStateException", f"{self.arn} is pending import.")
+
+    def require_origin(self, origin: KeyOrigin) -> None:
+        if self.origin is not origin:
+            raise unsupported(f"{self.arn} origin is {self.origin} which is not valid for this operation.")
+
+    def _refuse_pending_import(self) -> None:
+        if self.state is KeyState.PENDING_IMPORT:
+            raise AwsError("KMSInvalidStateException", f"{self.arn} is pending import.")
 
     def refuse_pending_deletion(self) -> None:
         if self.state is KeyState.PENDING_DELETION:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from customercloud.aws import arn as arns
-from customercloud.aws.access import KIND_CONDITIONS, KeyAccess
+from customercloud.aws.access import KeyAccess, kind_conditions
 from customercloud.aws.authorization import Binding, authorize
 from customercloud.aws.cloudtrail import Call
 from customercloud.aws.errors import AwsError, not_found, unsupported, validation_error
@@ -16,6 +16,7 @@ from customercloud.aws.keys import (
     MAX_DELETION_WINDOW_DAYS,
     MIN_DELETION_WINDOW_DAYS,
     Key,
+    KeyOrigin,
     KeyPolicy,
     KeyState,
 )
@@ -55,21 +56,26 @@ def key_metadata(key: Key) -> dict[str, Any]:
         "Description": key.description,
         "KeyUsage": "ENCRYPT_DECRYPT",
         "KeyState": key.state.value,
-        "Origin": "AWS_KMS",
+        "Origin": key.origin.value,
         "KeyManager": "CUSTOMER",
         "CustomerMasterKeySpec": "SYMMETRIC_DEFAULT",
         "KeySpec": "SYMMETRIC_DEFAULT",
         "EncryptionAlgorithms": ["SYMMETRIC_DEFAULT"],
         "MultiRegion": False,
-        "CurrentKeyMaterialId": key.current_material.material_id,
     }
+    if key.materials:
+        metadata["CurrentKeyMaterialId"] = key.current_material_id
+    if key.materials and key.origin is KeyOrigin.EXTERNAL:
+        expires = key.material_expires_at
+        metadata["ExpirationModel"] = "KEY_MATERIAL_DOES_NOT_EXPIRE" if expires is None else "KEY_MATERIAL_EXPIRES"
+        metadata |= {} if expires is None else {"ValidTo": expires.timestamp()}
     if key.deletion_date is not None:
         metadata["DeletionDate"] = key.deletion_date.timestamp()
     return metadata
 
 
 def _refuse_other_kinds(params: Params) -> None:
-    """Only symmetric keys of KMS's own making exist here; what makes no sense on AWS either is said in its words."""
+    """Only symmetric keys exist here; what makes no sense on AWS either is said in its words."""
     spec, usage = params.optional_string("KeySpec"), params.optional_string("KeyUsage")
     if spec is not None and params.has("CustomerMasterKeySpec"):
         raise validation_error(
@@ -85,8 +91,8 @@ def _refuse_other_kinds(params: Params) -> None:
         raise validation_error(f"KeyUsage {usage} is not compatible with KeySpec {spec}")
     if spec != _SPEC:
         raise unsupported(f"only {_SPEC} keys exist here")
-    if params.optional_string("Origin") not in (None, "AWS_KMS"):
-        raise unsupported("imported key material and custom key stores do not exist here")
+    if params.optional_string("Origin") not in (None, *KeyOrigin):
+        raise unsupported("custom key stores do not exist here")
     if params.boolean("MultiRegion") or params.has("CustomKeyStoreId") or params.has("XksKeyId"):
         raise unsupported("multi-Region keys and custom key stores do not exist here")
 
@@ -129,12 +135,13 @@ class KmsAdmin:
         description = params.optional_string("Description", 0, 8192) or ""
         document = params.optional_string("Policy", 1, _MAX_POLICY_SIZE_CHARACTERS)
         bypass = params.boolean("BypassPolicyLockoutSafetyCheck")
+        origin = params.optional_string("Origin") or KeyOrigin.AWS_KMS.value
         call.audit.read_only = False
         call.audit.request_parameters = {
             "description": description,
             "keyUsage": "ENCRYPT_DECRYPT",
             "keySpec": "SYMMETRIC_DEFAULT",
-            "origin": "AWS_KMS",
+            "origin": origin,
             "multiRegion": False,
             "bypassPolicyLockoutSafetyCheck": bypass,
         } | ({"policy": document} if document is not None else {})
@@ -142,10 +149,10 @@ class KmsAdmin:
         if tags:
             call.audit.request_parameters["tags"] = tag_list(tags)
         _refuse_other_kinds(params)
-        more = {**KIND_CONDITIONS, **_bypass_condition(bypass), **tag_conditions(tags)}
+        more = {**kind_conditions(KeyOrigin(origin)), **_bypass_condition(bypass), **tag_conditions(tags)}
         self._access.authorize_account(call, more=more)
         policy = self._parsed_policy(document or default_policy(account_id))
-        key = Key.new(account_id, self._state.region, description, policy, call.now, tags)
+        key = Key.new(account_id, self._state.region, description, policy, call.now, tags, KeyOrigin(origin))
         if not bypass:
             self._refuse_lockout(call, key, policy)
         self._state.put_key(key)

@@ -1,7 +1,7 @@
 """What AWS KMS has and this simulator does not, refused as AWS refuses it for keys and accounts that have none of it.
 
-Asymmetric and HMAC keys: every key here is symmetric, so their operations are InvalidKeyUsageException on it. Imported
-material, multi-Region keys: UnsupportedOperationException on a key of another kind. Custom key stores: there are none.
+Asymmetric and HMAC keys: every key here is symmetric, so their operations are InvalidKeyUsageException on it.
+Multi-Region keys: UnsupportedOperationException on a key of another kind. Custom key stores: there are none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from customercloud.aws.kms_steps import KeySteps
 from customercloud.aws.params import Params
 
 _OTHER_USAGE: Final = ("Sign", "Verify", "GenerateMac", "VerifyMac", "DeriveSharedSecret", "Encapsulate", "Decapsulate")
-_OTHER_ORIGIN: Final = ("GetParametersForImport", "ImportKeyMaterial", "DeleteImportedKeyMaterial")
 _MULTI_REGION: Final = ("ReplicateKey", "UpdatePrimaryRegion")
 _KEY_STORES: Final = (
     "ConnectCustomKeyStore", "DeleteCustomKeyStore", "DisconnectCustomKeyStore", "UpdateCustomKeyStore",
@@ -24,8 +23,7 @@ _KEY_STORES: Final = (
 
 
 _TESTED: Final = (
-    "SigningAlgorithm", "MessageType", "MacAlgorithm", "KeyAgreementAlgorithm", "WrappingAlgorithm", "WrappingKeySpec",
-    "ExpirationModel", "ValidTo", "ReplicaRegion", "PrimaryRegion",
+    "SigningAlgorithm", "MessageType", "MacAlgorithm", "KeyAgreementAlgorithm", "ReplicaRegion", "PrimaryRegion",
 )  # fmt: skip
 """Members that policies can test."""
 
@@ -46,7 +44,6 @@ class KmsElsewhere:
     def operations(self) -> dict[str, Operation]:
         return {
             **dict.fromkeys(_OTHER_USAGE, self.other_usage),
-            **dict.fromkeys(_OTHER_ORIGIN, self.other_origin),
             **dict.fromkeys(_MULTI_REGION, self.multi_region),
             **dict.fromkeys(_KEY_STORES, self.key_store),
             "GetPublicKey": self.public_key,
@@ -60,10 +57,6 @@ class KmsElsewhere:
             "InvalidKeyUsageException",
             f"{key.arn} key usage is ENCRYPT_DECRYPT which is not valid for {call.action}.",
         )
-
-    def other_origin(self, call: Call, params: Params) -> dict[str, Any]:
-        key = self._steps.key(call, params, conditions=_conditions(params))
-        raise unsupported(f"{key.arn} origin is AWS_KMS which is not valid for this operation.")
 
     def multi_region(self, call: Call, params: Params) -> dict[str, Any]:
         key = self._steps.key(call, params, conditions=_conditions(params))

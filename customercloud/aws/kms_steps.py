@@ -49,6 +49,10 @@ class KeySteps:
         self._access.authorize(call, key, grant_tokens=tokens, more=conditions or {})
         return key
 
+    def keep(self, key: Key) -> None:
+        """What an operation leaves behind that changes nothing."""
+        self._state.put_key(key)
+
     def change(self, call: Call, key: Key) -> None:
         self._state.put_key(key)
         if call.audit.request_parameters is not None:

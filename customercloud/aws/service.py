@@ -34,6 +34,7 @@ from customercloud.aws.kms_admin import KmsAdmin
 from customercloud.aws.kms_aliases import KmsAliases
 from customercloud.aws.kms_elsewhere import KmsElsewhere
 from customercloud.aws.kms_grants import KmsGrants
+from customercloud.aws.kms_import import KmsImport
 from customercloud.aws.kms_last_usage import KmsLastUsage
 from customercloud.aws.kms_steps import KeySteps
 from customercloud.aws.kms_tags import KmsTags
@@ -122,6 +123,7 @@ class AwsEndpoint:
             | KmsAdmin(state, access, steps).operations
             | KmsAliases(state, access, self.delay).operations
             | KmsGrants(state, access, steps).operations
+            | KmsImport(steps).operations
             | KmsTags(steps).operations
             | KmsLastUsage(trail, steps).operations
             | KmsElsewhere(access, steps).operations,
@@ -299,13 +301,18 @@ class AwsEndpoint:
         self._events.publish(records)
 
     async def housekeeping(self) -> None:
-        """What KMS does by itself when its time has come: destroy keys, rotate keys. Cheap when nothing is due."""
+        """What KMS does by itself when its time has come: destroy keys and imported material, rotate keys. Cheap when
+        nothing is due."""
         now = self._clock.now()
         for key_id in list(self._state.snapshot.keys):
             # Looked up anew: other requests run while an entry is written.
             key = self._state.snapshot.keys.get(key_id)
             if key is not None and key.is_due_for_destruction(now):
                 await self.destroy_key(key_id)
+            elif key is not None and key.has_expired_material(now):
+                self._state.put_key(key.without_material())
+                details = {"keyId": key.key_id}
+                await self._record_service_event("DeleteExpiredKeyMaterial", key.account_id, key.arn, details)
             elif key is not None and (rotated := key.automatic_rotation(now, self.delay())):
                 self._state.put_key(rotated)
                 details = {"keyId": key.key_id, "rotationType": "AUTOMATIC"}

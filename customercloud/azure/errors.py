@@ -96,7 +96,8 @@ def deleted_but_recoverable(name: str) -> AzureError:
 
 
 def being_deleted(name: str) -> AzureError:
-    """[assumed] by analogy with the recorded ObjectIsBeingRecovered."""
+    """The message as Microsoft's tests of its own SDK for C++ expect it of the service; the inner code is [assumed] by
+    analogy with the recorded ObjectIsBeingRecovered."""
     message = f"Key {name} is currently being deleted and cannot be re-created; retry later."
     return AzureError(409, "Conflict", message, "ObjectIsBeingDeleted")
 

@@ -55,7 +55,8 @@ from shared.telemetry import get_logger
 _log = get_logger(__name__)
 
 MAX_BODY_SIZE_BYTES: Final = 64 * 1024
-API_VERSIONS: Final = ("7.0", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "2025-07-01")
+API_VERSIONS: Final = ("2016-10-01", "7.0", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "2025-07-01")
+"""Those of Microsoft's own SDK. All are answered alike, so with members that the older ones did not have."""
 JSON_TYPE: Final = "application/json; charset=utf-8"
 _HOST: Final = re.compile(r"[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:.]{2,45}\]")
 _HTML_502: Final = b"<html><head><title>502 Bad Gateway</title></head><body>Bad Gateway</body></html>"

@@ -34,9 +34,14 @@ _TAG_SIZE_BYTES: Final = 16
 HEADER_SIZE_BYTES: Final = _HEADER.size
 
 
-def decryption_failed() -> GoogleError:
-    """One answer to garbage, a flipped bit, another key's ciphertext and wrong AAD."""
+def wrong_key() -> GoogleError:
+    """To another key's ciphertext, and to an empty one: it names no key."""
     return invalid_argument("Decryption failed: verify that 'name' refers to the correct CryptoKey.")
+
+
+def invalid_ciphertext() -> GoogleError:
+    """To what is no ciphertext, and [assumed] to a flipped bit and wrong AAD: no public report tells these apart."""
+    return invalid_argument("Decryption failed: the ciphertext is invalid.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +61,13 @@ class CiphertextBlob:
     @classmethod
     def parse(cls, data: bytes) -> CiphertextBlob:
         """Raises INVALID_ARGUMENT for anything that `serialize` cannot have made."""
+        if not data:
+            raise wrong_key()
         if len(data) < HEADER_SIZE_BYTES + _TAG_SIZE_BYTES:
-            raise decryption_failed()
+            raise invalid_ciphertext()
         magic, version, uid, number, iv = _HEADER.unpack_from(data)
         if magic != _MAGIC or version != _FORMAT:
-            raise decryption_failed()
+            raise invalid_ciphertext()
         return cls(uid, number, iv, data[HEADER_SIZE_BYTES:])
 
 
@@ -75,4 +82,4 @@ def open_blob(blob: CiphertextBlob, material: bytes, aad: bytes) -> bytes:
     try:
         return AESGCM(material).decrypt(blob.iv, blob.ciphertext, blob.header() + aad)
     except InvalidTag:
-        raise decryption_failed() from None
+        raise invalid_ciphertext() from None

@@ -125,10 +125,11 @@ class Version(_Record):
 
     def _require(self, name: VersionName, *states: State) -> None:
         if self.state not in states:
-            wanted = " or ".join(states)
-            raise failed_precondition(
-                f"{name} is not {wanted}, current state is: {self.state}.", str(name), f"KEY_{self.state}"
+            message = (
+                f"The request cannot be fulfilled. Resource {name} has value {self.state} in field "
+                "crypto_key_version.state."
             )
+            raise failed_precondition(message, str(name), f"KEY_{self.state}")
 
 
 def not_enabled(name: VersionName, state: State) -> GoogleError:

@@ -13,7 +13,7 @@ import google_crc32c
 from google.cloud import kms_v1
 
 from customercloud.google.access import Access
-from customercloud.google.blob import CiphertextBlob, decryption_failed, open_blob, seal
+from customercloud.google.blob import CiphertextBlob, open_blob, seal, wrong_key
 from customercloud.google.call import Api, Call, LogType, Operation, operation
 from customercloud.google.errors import failed_precondition, invalid_argument
 from customercloud.google.keys import Key, ProtectionLevel, Version
@@ -107,7 +107,7 @@ class KmsCrypto:
         blob = CiphertextBlob.parse(request.ciphertext)
         version = key.find(blob.version)
         if blob.key_uid != key.uid or version is None:
-            raise decryption_failed()
+            raise wrong_key()
         material = version.usable_material(name.version(version.number), call.now)
         plaintext = open_blob(blob, material, aad)
         return kms_v1.DecryptResponse(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -178,7 +178,10 @@ class GoogleEndpoint:
         if token.startswith("eyJ"):
             audience = f"https://{api.domain}/"
             now = self._clock.now() + self._faults.skew(api.service, self._claimed(token))
-            account = verify_assertion(token, audience, self._state.snapshot.accounts.get, now).account
+            said = verify_assertion(token, audience, self._state.snapshot.accounts.get, now, or_scopes=True)
+            if said.scopes:
+                _require_scope(api, said.scopes)
+            account = said.account
             return Principal(account.email, account.unique_id, account.project_id, None)
         claims = self._tokens.open(token)
         if self._clock.now() + self._faults.skew(api.service, claims.email) >= claims.expires_at:
@@ -186,12 +189,7 @@ class GoogleEndpoint:
         found = self._state.snapshot.accounts.get(claims.email)
         if found is None or found.unique_id != claims.unique_id:
             raise TokenError(Problem.ACCOUNT)
-        if api.scopes.isdisjoint(claims.scopes):
-            raise GoogleError(
-                Code.PERMISSION_DENIED,
-                "Request had insufficient authentication scopes.",
-                error_info("ACCESS_TOKEN_SCOPE_INSUFFICIENT", "googleapis.com", service=api.domain),
-            )
+        _require_scope(api, claims.scopes)
         return Principal(found.email, found.unique_id, found.project_id, claims.delegate)
 
     # ── what is written down ───────────────────────────────────────────────────────────────────────────────────
@@ -258,6 +256,15 @@ class GoogleEndpoint:
             if version.state is State.DESTROY_SCHEDULED:
                 after = after.with_version(version.destroyed(now))
         self._state.put_keys(after)
+
+
+def _require_scope(api: Api, scopes: Collection[str]) -> None:
+    if api.scopes.isdisjoint(scopes):
+        raise GoogleError(
+            Code.PERMISSION_DENIED,
+            "Request had insufficient authentication scopes.",
+            error_info("ACCESS_TOKEN_SCOPE_INSUFFICIENT", "googleapis.com", service=api.domain),
+        )
 
 
 def _bearer(header: str) -> str | None:

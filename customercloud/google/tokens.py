@@ -5,7 +5,8 @@ from the host key; so tokens outlive a restart and end by the clock. The account
 (or making it again, which gives another unique id) ends its tokens.
 
 A self-signed JWT (what SDKs send to Google APIs when they hold a service account's key) is RS256 with the account's
-key, issuer and subject the account, audience the service, at most an hour.
+key, issuer and subject the account, at most an hour; its audience is the service, or it says scopes in place of one
+(AIP-4111).
 """
 
 from __future__ import annotations
@@ -103,13 +104,20 @@ class Assertion:
     scopes: tuple[str, ...]
 
 
-def verify_assertion(token: str, audience: str, find: FindAccount, now: dt.datetime) -> Assertion:
-    """What a service account says of itself, signed with its key, for `audience`. Raises TokenError."""
+def verify_assertion(
+    token: str, audience: str, find: FindAccount, now: dt.datetime, *, or_scopes: bool = False
+) -> Assertion:
+    """What a service account says of itself, signed with its key, for `audience`. Raises TokenError.
+
+    `or_scopes`: one for no audience will do that names scopes; whether these do is for the caller to see.
+    """
     if len(token) > MAX_TOKEN_SIZE_CHARACTERS:
         raise TokenError(Problem.INVALID)
     try:
         key_id = jwt.get_unverified_header(token).get("kid")
-        issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
+        said = jwt.decode(token, options={"verify_signature": False})
+        issuer = said.get("iss")
+        by_scopes = or_scopes and "aud" not in said and bool(said.get("scope"))
         account = find(issuer) if isinstance(issuer, str) else None
         key = next((k for k in account.keys if k.key_id == key_id), None) if account is not None else None
         if account is None or key is None:
@@ -118,10 +126,10 @@ def verify_assertion(token: str, audience: str, find: FindAccount, now: dt.datet
             token,
             key.public_key_pem,
             algorithms=["RS256"],
-            audience=audience,
+            audience=None if by_scopes else audience,
             # The clock is ours, so the times are checked below.
             options={
-                "require": ["exp", "iat", "aud"],
+                "require": ["exp", "iat", *([] if by_scopes else ["aud"])],
                 "verify_exp": False,
                 "verify_iat": False,
                 "verify_nbf": False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+from base64 import b64encode
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -130,22 +131,24 @@ def test_wrong_checksums_are_refused(kms: Kms, key: str) -> None:
     assert refusal(lambda: kms.decrypt(wrong))["message"].endswith(expected)
 
 
-def test_wrong_aad_wrong_key_and_damage_say_the_same(kms: Kms, ring: str, key: str) -> None:
+def test_wrong_aad_wrong_key_and_damage(kms: Kms, ring: str, key: str) -> None:
     blob = kms.encrypt(name=key, plaintext=b"x").ciphertext
     other = kms.create_crypto_key(parent=ring, crypto_key_id="other", crypto_key=SYMMETRIC).name
     foreign = kms.encrypt(name=other, plaintext=b"x").ciphertext
-    for ciphertext, aad in (
-        (blob, b"aad"),
-        (blob[:-1], b""),
-        (blob[:-1] + bytes([blob[-1] ^ 1]), b""),
-        (foreign, b""),
-        (b"x", b""),
-        (b"", b""),
+    invalid, elsewhere = "the ciphertext is invalid.", "verify that 'name' refers to the correct CryptoKey."
+    for ciphertext, aad, reason in (
+        (blob, b"aad", invalid),
+        (blob[:-1], b"", invalid),
+        (blob[:-1] + bytes([blob[-1] ^ 1]), b"", invalid),
+        (b"x", b"", invalid),
+        (b64encode(blob), b"", invalid),
+        (foreign, b"", elsewhere),
+        (b"", b"", elsewhere),
     ):
         request = kms_v1.DecryptRequest(name=key, ciphertext=ciphertext, additional_authenticated_data=aad)
         answer = refusal(kms.decrypt, request)
         assert answer["status"] == "INVALID_ARGUMENT"
-        assert answer["message"].endswith("Decryption failed: verify that 'name' refers to the correct CryptoKey.")
+        assert answer["message"].endswith(f"Decryption failed: {reason}")
 
 
 def test_sizes(kms: Kms, ring: str, key: str) -> None:
@@ -257,7 +260,12 @@ def test_life_of_a_version(google: GoogleTenant, kms: Kms, key: str) -> None:
     assert scheduled.state == STATES.DESTROY_SCHEDULED
     assert timedelta(days=29) < scheduled.destroy_time - datetime.now(UTC) <= timedelta(days=30)
     for refused in (lambda: set_state(STATES.ENABLED), lambda: kms.destroy_crypto_key_version(name=name)):
-        assert refusal(refused)["status"] == "FAILED_PRECONDITION"
+        answer = refusal(refused)
+        assert answer["status"] == "FAILED_PRECONDITION"
+        assert answer["message"].endswith(
+            f"The request cannot be fulfilled. Resource {name} has value DESTROY_SCHEDULED in field "
+            "crypto_key_version.state."
+        )
     restored = kms.restore_crypto_key_version(name=name)
     assert (restored.state, restored.destroy_time) == (STATES.DISABLED, None)
     assert refusal(lambda: kms.restore_crypto_key_version(name=name))["status"] == "FAILED_PRECONDITION"
@@ -570,6 +578,19 @@ def test_what_a_ring_grants_holds_for_its_keys_and_nothing_else(
     assert refusal(lambda: caller.encrypt(name=elsewhere, plaintext=b"x"))["status"] == "PERMISSION_DENIED"
     missing = refusal(lambda: caller.encrypt(name=f"{elsewhere}x", plaintext=b"x"))
     assert missing["status"] == "PERMISSION_DENIED", "whether it exists is not told"
+
+
+def test_an_account_signs_for_scopes_in_place_of_an_audience(google: GoogleTenant, key: str) -> None:
+    """As the SDK does it for credentials that were given scopes."""
+    enough, narrow = (
+        google.credentials().with_scopes([f"https://www.googleapis.com/auth/{scope}"])
+        for scope in ("cloudkms", "devstorage.read_only")
+    )
+    kms = google.rest_client(enough)
+    assert kms.decrypt(name=key, ciphertext=kms.encrypt(name=key, plaintext=b"x").ciphertext).plaintext == b"x"
+    refused = refusal(lambda: google.rest_client(narrow).get_crypto_key(name=key))
+    assert refused["status"] == "PERMISSION_DENIED"
+    assert refused["details"]["ErrorInfo"]["reason"] == "ACCESS_TOKEN_SCOPE_INSUFFICIENT"
 
 
 def test_tokens_of_nobody(google: GoogleTenant, key: str) -> None:

@@ -19,6 +19,7 @@ from shared.api.keymanager import (
     KeyState,
     KeyWork,
     KeyWorkKind,
+    ObjectName,
     Project,
     ReplaceKey,
     Replacement,
@@ -26,12 +27,14 @@ from shared.api.keymanager import (
 )
 from shared.auth import Scope
 from shared.cmk import CmkKey
+from shared.crypto.envelope import Envelope
 from shared.errors import ConflictError, InvalidInputError, NotFoundError, PermissionDeniedError, RevokedError
 from shared.ids import KeyConfigurationId, ProjectId
 from tests.fixtures.customercloud import new_tenant
 from tests.fixtures.key_source_contract import Losses, named
 from tests.fixtures.keymanager import Keymanager
 from tests.fixtures.kms_clouds import CUSTOMERS, KmsClouds
+from tests.fixtures.kms_customer_aws import AwsCustomer
 from tests.fixtures.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -264,34 +267,70 @@ async def test_a_dry_run_tries_the_key_and_begins_nothing(bench: Bench) -> None:
         await bench.begin(configuration_id, google.cmk, dry_run=True)
 
 
-async def test_a_replacement_waits_for_the_new_kms_and_can_be_given_up(bench: Bench) -> None:
-    manager, customers = bench.manager, bench.customers
-    aws, google = customers["aws"], customers["google"]
-    configuration_id = (await bench.configure(aws.cmk)).key_configuration_id
+async def test_what_happens_while_a_replacement_waits(bench: Bench) -> None:
+    """For its new CMK, which passes its trial and wraps no KEK yet; so all the rest happens meanwhile, for certain."""
+    manager, old, new = bench.manager, bench.customers["google"], bench.customers["aws"]
+    assert isinstance(new, AwsCustomer)
+    configuration_id = (await bench.configure(old.cmk)).key_configuration_id
     workspace = await bench.workspace(configuration_id)
     projects = [(await manager.create_project(workspace)).project_id for _ in range(3)]
-    begun = asyncio.create_task(bench.begin(configuration_id, google.cmk))
-    await begun
-    await asyncio.to_thread(google.disable)
-    stuck = await bench.progress(configuration_id)
-    if stuck is not None:  # else it was faster than we
-        await wait_until(lambda: "a replacement of a CMK waits" in manager.log)
-        with pytest.raises(ConflictError, match="under way"):
-            await bench.begin(configuration_id, customers["azure"].cmk)
-        assert (await bench.begin(configuration_id, google.cmk)).key == google.cmk
-        [work] = await bench.work(configuration_id)
-        assert (work.kind, work.total, work.started_at) == (KeyWorkKind.REPLACE, 3, stuck.started_at)
-        assert work.done < 3
-        assert (await manager.project(projects[0])).state is KeyState.ACTIVE
-        await bench.abort(configuration_id)
-        assert await bench.progress(configuration_id) is None
-    await asyncio.to_thread(google.enable)
+    kept: list[tuple[ProjectId, ObjectName, Envelope]] = []
+    await asyncio.to_thread(new.allow_canaries_only)
+
+    async def use(*used: ProjectId) -> None:
+        async with manager.key_client() as keys:
+            for project_id in used:
+                await keys.acquire(project_id, Losses())
+                [(_, envelope)] = await keys.generate(project_id, [thing := named()])
+                kept.append((project_id, thing, envelope))
+
+    async def waits() -> None:
+        before = manager.log.count("a replacement of a CMK waits")
+        await wait_until(lambda: manager.log.count("a replacement of a CMK waits") > before)
+
+    await bench.begin(configuration_id, new.cmk)
+    await waits()
     # Given up, and begun again.
-    if stuck is not None:
-        await bench.replace(configuration_id, google.cmk)
+    await bench.abort(configuration_id)
+    assert await bench.progress(configuration_id) is None
+    await bench.begin(configuration_id, new.cmk)
+    # Another one is refused, the same again is this one.
+    with pytest.raises(ConflictError, match="under way"):
+        await bench.begin(configuration_id, bench.customers["azure"].cmk)
+    stuck = await bench.begin(configuration_id, new.cmk)
+    [work] = await bench.work(configuration_id)
+    assert (work.kind, work.done, work.total) == (KeyWorkKind.REPLACE, 0, 3)
+    assert work.started_at == stuck.started_at
+    # A KEK rotation, a project, and a new version of the old CMK: all of it still under the old CMK.
+    await use(*projects)
+    await bench.rotate_kek(projects[0])
+    projects.append((await manager.create_project(workspace)).project_id)
+    await asyncio.to_thread(old.rotate)
+    async with manager.keylake() as keylake:
+        assert (await keylake.rewrap(configuration_id)).rewrapped == 5
+        await keylake.revoke(projects[1], "an incident")
+    await use(projects[0], projects[3])
+    # The customer takes the old CMK away. Nothing can be unwrapped, so the new one alone does not help.
+    await asyncio.to_thread(old.disable)
+    await manager.wait_state(projects[0], KeyState.REVOKED)
+    await asyncio.to_thread(new.allow)
+    await waits()
+    assert await manager.audit("kek.stage") == []
+    # And gives it back. The project that an operator keeps stopped comes along, and stays stopped.
+    await asyncio.to_thread(old.enable)
+    await bench.done(configuration_id, new.cmk)
+    assert len(await manager.audit("kek.stage")) == 5
+    await asyncio.to_thread(old.destroy)
     manager.kill()
     await manager.start()
+    await manager.wait_state(projects[0], KeyState.ACTIVE)
+    assert (await manager.project(projects[1])).state is KeyState.REVOKED
+    async with manager.keylake() as keylake:
+        await keylake.restore(projects[1])
+    await use(*projects)
+    assert {envelope.kek_version for project_id, _, envelope in kept if project_id == projects[0]} == {1, 2}
     async with manager.key_client() as keys:
         for project_id in projects:
             await keys.acquire(project_id, Losses())
-            await keys.generate(project_id, [named()])
+        for project_id, thing, envelope in kept:
+            await keys.unwrap(project_id, [(thing, envelope)])

@@ -39,6 +39,7 @@ from shared.api.keymanager import (
     RevokeRequest,
 )
 from shared.errors import ConflictError, IntegrityError, InvalidInputError, KeyAccessError, RevokedError
+from shared.ids import KeyConfigurationId, WorkspaceId
 from tests.fixtures.customercloud import new_tenant
 from tests.fixtures.key_source_contract import NONCE, Losses, named
 from tests.fixtures.keymanager import Keymanager
@@ -76,14 +77,44 @@ class Keys(RuleBasedStateMachine):
 
     @initialize(numbers=st.permutations(range(3)))
     def two_customers(self, numbers: list[int]) -> None:
-        """Two key configurations, a project under each, and a DEK in each of them."""
+        """Two key configurations, a project under each, and a DEK in each of them; and a third without any."""
         self.cmks = [self.cmks[number] for number in numbers]
         for cmk in self.cmks[:2]:
             self.configurations.append(self._run(self._configure(cmk)))
             self.projects.append(self._run(self._create_project(self.configurations[-1])))
             self.projects[-1].deks += self._run(self._generate(self.projects[-1], 1))
+        self.configurations.append(self._run(self._configure(self.cmks[2])))
 
     # --- things come into being ---
+
+    @rule(number=NUMBERS)
+    @precondition(lambda self: len(self.configurations) < 4)
+    def new_configuration(self, number: int) -> None:
+        """Tried when it is made: only a key that may be used becomes one."""
+        cmk = self.cmks[number % 3]
+        if cmk.allowed:
+            self.configurations.append(self._run(self._configure(cmk)))
+        else:
+            with pytest.raises(InvalidInputError):
+                self._run(self._configure(cmk))
+
+    @rule(number=NUMBERS)
+    @precondition(lambda self: len(self.configurations) > 2)
+    def delete_configuration(self, number: int) -> None:
+        """Refused while a workspace or a project is under it, whatever its key is good for."""
+        configuration = self.configurations[number % len(self.configurations)]
+        with pytest.raises(ConflictError):
+            self._run(self._delete(configuration))
+        if configuration.had_project:
+            return
+        self._run(self._delete_workspace(configuration))
+        if any(known.configuration is configuration for known in self.projects):
+            with pytest.raises(ConflictError):
+                self._run(self._delete(configuration))
+            configuration.workspace_id = self._run(self._create_workspace(configuration.key_configuration_id))
+        else:
+            self._run(self._delete(configuration))
+            self.configurations.remove(configuration)
 
     @rule(number=NUMBERS)
     @precondition(lambda self: len(self.projects) < 4)
@@ -311,12 +342,25 @@ class Keys(RuleBasedStateMachine):
         body = CreateKeyConfiguration(name=f"kc-{secrets.token_hex(4)}", key=cmk.customer.cmk, probe_interval_s=3600)
         async with self.world.manager.keylake() as keylake:
             made = await keylake.create_key_configuration(body)
-            workspace = await keylake.create_workspace(f"w-{secrets.token_hex(4)}", made.key_configuration_id)
-        return Configuration(made.key_configuration_id, workspace.workspace_id, cmk)
+        return Configuration(made.key_configuration_id, await self._create_workspace(made.key_configuration_id), cmk)
+
+    async def _create_workspace(self, key_configuration_id: KeyConfigurationId) -> WorkspaceId:
+        async with self.world.manager.keylake() as keylake:
+            workspace = await keylake.create_workspace(f"w-{secrets.token_hex(4)}", key_configuration_id)
+        return workspace.workspace_id
+
+    async def _delete_workspace(self, configuration: Configuration) -> None:
+        async with self.world.manager.keylake() as keylake:
+            await keylake.delete_workspace(configuration.workspace_id)
+
+    async def _delete(self, configuration: Configuration) -> None:
+        async with self.world.manager.keylake() as keylake:
+            await keylake.delete_key_configuration(configuration.key_configuration_id)
 
     async def _create_project(self, configuration: Configuration) -> Known:
         async with self.world.manager.keylake() as keylake:
             project = await keylake.create_project(configuration.workspace_id, f"p-{secrets.token_hex(4)}")
+        configuration.had_project = True
         lease = await self.world.holder.acquire(project.project_id, Losses())
         return Known(project.project_id, configuration, lease)
 

@@ -23,6 +23,7 @@ from keymanager.kms.calls import CallLimits
 from shared.crypto.context import EncryptionContext
 from shared.crypto.secret import SecretKey
 from shared.errors import InvalidInputError
+from tests.fixtures.aws_import import external_key, import_material
 from tests.fixtures.kms_adapter import Observed, failure, observed
 
 if TYPE_CHECKING:
@@ -185,6 +186,22 @@ def _give_back_role(aws: AwsTenant, key: str) -> None:
     trust = trust_policy_document([aws.names.vendor.arn], aws.names.external_id)
     aws.admin.put_role(aws.account_id, aws.role_name, RoleRequest(trust_policy=trust))
     aws.customer.allow_role(key, aws.role_arn)
+
+
+async def test_own_material_that_the_customer_deletes_is_a_denial_and_can_be_brought_back(aws: AwsTenant) -> None:
+    kms, secret = aws.customer.kms, secrets.token_bytes(32)
+    key = external_key(kms)
+    aws.customer.allow_role(key, aws.role_arn)
+    imported = import_material(kms, key, secret)
+    async with provider(aws.kms_config(key)) as vendor:
+        kek = await vendor.kms.generate_kek(CONTEXT)
+        assert kek.key_version == imported["KeyMaterialId"]
+        kms.delete_imported_key_material(KeyId=key)
+        error = await failure(vendor.kms.unwrap(kek.wrapped, CONTEXT))
+        assert (error.verdict, error.reason) == (Verdict.DENIED, DenialReason.INVALID_STATE)
+        assert (await vendor.kms.describe()).state is KeyState.OTHER
+        import_material(kms, key, secret)
+        assert (await vendor.kms.unwrap(kek.wrapped, CONTEXT)).matches(kek.plaintext)
 
 
 async def test_a_cancelled_deletion_leaves_the_key_disabled(aws: AwsTenant, vendor: Observed, key: str) -> None:

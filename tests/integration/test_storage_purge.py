@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import boto3
 import pytest
 
 from shared.deletion import Deleted, ObjectKind
@@ -28,24 +27,14 @@ pytestmark = pytest.mark.integration
 @asynccontextmanager
 async def versioned(s3_server: S3Server, **options: Any) -> AsyncIterator[tuple[S3ObjectStore, Any, str]]:
     """A store on a bucket with versioning, and the bucket's owner."""
-    owner: Any = boto3.client(
-        "s3",
-        endpoint_url=s3_server.endpoint,
-        aws_access_key_id=s3_server.access_key,
-        aws_secret_access_key=s3_server.secret_key,
-        region_name="us-east-1",
-    )
-    bucket = s3_server.new_bucket()
-    owner.create_bucket(Bucket=bucket, **options)
-    owner.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     assert urlsplit(s3_server.endpoint).hostname == "127.0.0.1"
-    store = await open_store(s3_server.settings(bucket, "keylake"))
-    assert isinstance(store, S3ObjectStore)
-    try:
-        yield store, owner, bucket
-    finally:
-        await store.close()
-        owner.close()
+    with s3_server.versioned_bucket(**options) as (owner, bucket):
+        store = await open_store(s3_server.settings(bucket, "keylake"))
+        assert isinstance(store, S3ObjectStore)
+        try:
+            yield store, owner, bucket
+        finally:
+            await store.close()
 
 
 def versions(owner: Any, bucket: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from shared.errors import IntegrityError, KeylakeError, UnavailableError
 from shared.ids import ProjectId, TimelineId
 from shared.key_upkeep import KeyUpkeep, Pace, UpkeepTuning, merged
 from shared.lease import Lease
-from shared.storage.base import ObjectStore
+from shared.storage.base import ObjectNotFoundError, ObjectStore
 from shared.storage.faulty import FaultyObjectStore, Moment, Operation
 from shared.storage.memory import MemoryObjectStore
 from tests.fixtures.dying_store import DyingObjectStore
@@ -162,6 +162,29 @@ async def test_a_backup_of_the_object_store_opens_until_its_kek_is_destroyed(tmp
                 await restored.open()
         async with engine(tmp_path / "d", like=one) as two:
             assert await pages(await two.open()) == now
+
+
+async def copy(store: ObjectStore, into: ObjectStore, keys: Iterable[str]) -> None:
+    for key in keys:
+        with contextlib.suppress(ObjectNotFoundError):  # gone since the listing
+            await into.put(key, await store.get(key))
+
+
+async def test_a_backup_that_is_taken_meanwhile_is_whole_when_a_listing_has_nothing_new(tmp_path: Path) -> None:
+    async with engine(tmp_path / "a") as one:
+        timeline = await filled(one)
+        want = await pages(timeline)
+        for number in range(8):
+            backup, listed = MemoryObjectStore(), await names(one.store)
+            first = len(listed) * number // 7
+            await copy(one.store, backup, listed[:first])
+            one.keys.rotate(one.project_id, rekey=bool(number % 2))
+            await keep(project_keys(one, timeline), rekey=True)
+            await copy(one.store, backup, listed[first:])
+            while missing := set(await names(one.store)) - set(await names(backup)):
+                await copy(one.store, backup, missing)
+            async with engine(tmp_path / f"restored-{number}", like=one, store=backup) as restored:
+                assert await pages(await restored.open()) == want
 
 
 async def test_an_orphan_under_an_old_kek_goes_with_the_next_index(tmp_path: Path) -> None:
