@@ -155,6 +155,7 @@ crash-anywhere: $(VENV)/.dev ## a safekeeper, a pageserver, and a keymanager tha
 	@KEYLAKE_ALL_FAILPOINTS=1 $(BIN)/python -m pytest -q tests/integration/test_safekeeper_failpoints.py \
 	  tests/integration/test_pageserver_failpoints.py \
 	  tests/integration/test_keymanager_failpoints.py
+	@KEYLAKE_ALL_FAILPOINTS=1 $(BIN)/python -m pytest -q tests/cluster/test_durability.py -k as_it_sends
 
 lock: $(VENV)/.dev ## lock the newest versions that pyproject.toml allows
 	@$(BIN)/python -m pip install --quiet --upgrade uv

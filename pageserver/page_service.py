@@ -21,6 +21,7 @@ from pageserver.native import PAGE_SIZE_BYTES
 from pageserver.timeline import Timeline
 from shared.auth import Principal, Scope
 from shared.errors import KeyAccessError, KeylakeError, NotFoundError, UnavailableError
+from shared.failpoints import failpoint
 from shared.framed_tcp import FramedConnection
 from shared.ids import ProjectId, TimelineId
 from shared.lsn import Lsn
@@ -138,9 +139,7 @@ class PageService:
         if blocks is None or request.block >= blocks:
             raise NotFoundError(f"block {request.block} does not exist at {Lsn(request.lsn)}")
         page = await timeline.get_page(request.rel, request.block, request.lsn)
-        await connection.send(pack_page(request.request_id, page), timeline.check_lease)
-        self.pages_served += 1
-        self._latency.observe(perf_counter() - started)
+        await self._send_pages(connection, timeline, pack_page(request.request_id, page), 1, started)
 
     async def _get_pages(self, connection: FramedConnection, timeline: Timeline, request: BlocksRequest) -> None:
         started = perf_counter()
@@ -149,8 +148,15 @@ class PageService:
         if blocks is None or request.block + request.count > blocks:
             raise NotFoundError(f"not all of the blocks exist at {Lsn(request.lsn)}")
         pages = await timeline.get_pages(request.rel, range(request.block, request.block + request.count), request.lsn)
-        await connection.send(pack_pages(request.request_id, pages), timeline.check_lease)
-        self.pages_served += len(pages)
+        await self._send_pages(connection, timeline, pack_pages(request.request_id, pages), len(pages), started)
+
+    async def _send_pages(
+        self, connection: FramedConnection, timeline: Timeline, frame: bytes, pages: int, started: float
+    ) -> None:
+        failpoint("page-before-send")
+        await connection.send(frame, timeline.check_lease)
+        failpoint("page-sent")
+        self.pages_served += pages
         self._latency.observe(perf_counter() - started)
 
     async def _relations(self, connection: FramedConnection, timeline: Timeline, request: BasebackupRequest) -> None:
@@ -185,9 +191,11 @@ class PageService:
                     chunk = memoryview(piece)[start : start + _CHUNK_SIZE_BYTES]
                     # Invariant: the pages in it were read under a live lease; it may have ended while the client was
                     # slow.
+                    failpoint("basebackup-before-send")
                     await connection.send(pack_chunk(request.request_id, chunk), timeline.check_lease)
                 size += len(piece)
         await connection.send(pack_basebackup_end(request.request_id, size))
+        failpoint("basebackup-sent")
         self.pages_served += size // PAGE_SIZE_BYTES
         _log.info(
             "basebackup sent",

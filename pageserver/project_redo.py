@@ -54,20 +54,20 @@ class ProjectRedo:
         worker = await self._running_worker()
         try:
             return await worker.apply(rel, fork, blkno, base, records)
-        except UnavailableError:
-            self._forget(worker)
+        except UnavailableError as error:
+            self._forget(worker, error)
         worker = await self._running_worker()
         try:
             return await worker.apply(rel, fork, blkno, base, records)
-        except UnavailableError:
-            self._forget(worker)
+        except UnavailableError as error:
+            self._forget(worker, error)
             raise
 
-    def _forget(self, worker: RedoWorker) -> None:
+    def _forget(self, worker: RedoWorker, error: UnavailableError) -> None:
         if self._worker is worker:
             self._worker = None
             worker.kill()
-            _log.warning("redo worker died")
+            _log.warning("redo worker died", error=str(error))
 
     async def _running_worker(self) -> RedoWorker:
         worker = self._worker

@@ -25,6 +25,7 @@ from pageserver.quorum import NOTHING_COMMITTED, committed, majority
 from shared.auth import Scope, Service, TokenIssuer
 from shared.config import Address
 from shared.errors import CorruptedError, IntegrityError, KeylakeError, UnavailableError
+from shared.failpoints import failpoint
 from shared.framed_tcp import FramedConnection, connect
 from shared.ids import ProjectId, TimelineId
 from shared.telemetry import get_logger
@@ -284,7 +285,9 @@ class WalReceiver:
         # What is decoded is ingested, but for the slice at hand. Safekeepers hold commits back that run away from it.
         feedback = Feedback(complete, stored_lsn, self._decoder.end_lsn).pack()
         stored = Feedback(0, stored_lsn, 0).pack()
+        failpoint("feedback-before-send")
         for node_id, connection in self._connections.items():
             status = self._statuses.get(node_id)
             if status is not None:
                 connection.write(feedback if self._committed.is_agreed_by(status) else stored)
+        failpoint("feedback-sent")

@@ -162,12 +162,12 @@ def parse_greeting(reply: Reply) -> Greeting:
 
 
 def error_of(reply: Reply) -> KeylakeError:
-    """The exception for a reply that is not OK. Its text is a message format of Postgres or walredo.c: no user data."""
+    """The exception for a reply that is not OK. Its text says which record and why: no user data (walredo.c)."""
     text = reply.payload.decode("ascii", errors="replace")
     match reply.status:
         case Status.INVALID:
-            return InvalidInputError(f"redo: {text}")
+            return InvalidInputError(text)
         case Status.CORRUPTED:
-            return CorruptedError(f"redo: {text}")
+            return CorruptedError(text)
         case Status.FAILED | Status.PANIC | Status.OK:
-            return IntegrityError(f"redo: {text}")
+            return IntegrityError(text)

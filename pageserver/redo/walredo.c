@@ -52,8 +52,9 @@
  *
  * Errors. What Postgres raises as ERROR is answered and the worker goes on. PANIC (redo uses it for contradictions
  * between record and page) is answered with REPLY_PANIC and the process ends; a crash ends it without an answer; a
- * request that breaks the framing is answered and ends it. Error text is the message's *format*, never its arguments,
- * so no user data can be in it.
+ * request that breaks the framing is answered and ends it. The text names the record, then what Postgres says. Messages
+ * of redo are filled with LSNs, numbers of blocks and lengths, never with content of pages; detail, hint and context,
+ * which may quote more, are left out.
  *
  * Trust. Redo code believes its WAL, and WAL is written by the customer: whoever can forge records can take over this
  * process. So it serves one project, holds no key, runs in namespaces of its own (worker.py), and before its first
@@ -106,7 +107,10 @@ static shmem_startup_hook_type previous_shmem_startup_hook = NULL;
 static int request_fd = -1;
 static int reply_fd = -1;
 static MemoryContext request_context;
-static uint32 record_index; /* of the request at hand, for its error text */
+
+/* The record at hand, for its error text. */
+static XLogRecPtr record_end_lsn; /* 0: there is none */
+static RmgrId record_rmid;
 
 /* ---- pipes ---- */
 
@@ -194,10 +198,14 @@ static void
 reply_error(ReplyStatus status, const ErrorData *edata)
 {
     char text[512];
-    int length = snprintf(text, sizeof(text), "%s: %s (%s, record %u)", unpack_sql_state(edata->sqlerrcode),
-                          edata->message_id ? edata->message_id : "no message",
-                          edata->funcname ? edata->funcname : "?", record_index);
+    int length = 0;
 
+    if (record_end_lsn != 0)
+        length = snprintf(text, sizeof(text), "%s record that ends at %X/%X: ",
+                          RmgrIdIsBuiltin(record_rmid) ? RmgrTable[record_rmid].rm_name : "custom",
+                          LSN_FORMAT_ARGS(record_end_lsn));
+    length += snprintf(text + length, sizeof(text) - length, "%s: %s (%s)", unpack_sql_state(edata->sqlerrcode),
+                       edata->message ? edata->message : "no message", edata->funcname ? edata->funcname : "?");
     reply(status, text, Min(length, (int) sizeof(text) - 1));
 }
 
@@ -255,7 +263,7 @@ serve_apply(const char *payload, uint32 length)
     if (flags & APPLY_HAS_BASE)
         cursor += BLCKSZ;
 
-    for (record_index = 0; record_index < records; record_index++)
+    for (uint32 i = 0; i < records; i++)
     {
         uint64 end_lsn;
         uint32 record_length;
@@ -269,6 +277,8 @@ serve_apply(const char *payload, uint32 length)
             INVALID("a record of impossible length");
         if ((size_t) (end - cursor) < record_length)
             INVALID("the request ends in a record");
+        record_end_lsn = end_lsn;
+        record_rmid = (RmgrId) cursor[offsetof(XLogRecord, xl_rmid)];
         redo_apply_record(&target, cursor, record_length, end_lsn, (flags & APPLY_VERIFY_CRC) != 0);
         cursor += record_length;
     }
@@ -299,7 +309,7 @@ serve_mask(const char *payload, uint32 length)
 static void
 serve(char type, const char *payload, uint32 length)
 {
-    record_index = 0;
+    record_end_lsn = 0;
     PG_TRY();
     {
         switch (type)

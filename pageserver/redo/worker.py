@@ -31,6 +31,7 @@ from pageserver.redo.protocol import Greeting, Rel, Reply, ReplyParser, Status
 from shared.errors import KeylakeError, UnavailableError
 from shared.postgres import postgres_command, postgres_environment, unprivileged
 from shared.sandbox import Isolation, Sandbox, detect_isolation
+from shared.wal.page import format_lsn
 
 _TMPFS_SIZE_BYTES: Final = 4 * 1024 * 1024
 _PIPE_SIZE_BYTES: Final = 1024 * 1024  # the most that an unprivileged process may ask for by default
@@ -183,12 +184,19 @@ class RedoWorker:
         initialises or restores it. Every record must refer to this very block. `rel` is (tablespace OID, database
         OID, relfilenumber).
 
-        Raises InvalidInputError, CorruptedError, IntegrityError, UnavailableError.
+        Raises InvalidInputError, CorruptedError, IntegrityError, UnavailableError. Each says which page it is about; if
+        redo refused a record, also which one, and of which resource manager.
         """
         page = base
-        for run in protocol.split_chain(records):
-            request = protocol.apply_request(rel, fork, blkno, page, run, verify_crc=verify_crc)
-            page = await self._page(request)
+        try:
+            for run in protocol.split_chain(records):
+                request = protocol.apply_request(rel, fork, blkno, page, run, verify_crc=verify_crc)
+                page = await self._page(request)
+        except KeylakeError as error:
+            spc, db, number = rel
+            place = f"block {blkno} of {spc}/{db}/{number}, fork {fork}"
+            span = f" up to {format_lsn(records[-1][0])}" if records else ""
+            raise type(error)(f"redo of {place}{span}: {error}") from error
         assert page is not None  # noqa: S101 - split_chain never returns nothing
         return page
 

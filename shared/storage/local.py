@@ -51,6 +51,7 @@ _TEMPORARY: Final = "@tmp"
 _FOLDER_MARK: Final = "@"
 _LIST_BATCH_OBJECTS: Final = 500
 _REFUSALS: Final = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTSUP, errno.EXDEV}
+_NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class LocalObjectStore:
@@ -334,4 +335,7 @@ def _narrowed() -> Iterator[None]:
         name = errno.errorcode.get(error.errno or 0, "unknown error")
         if error.errno in _REFUSALS:
             raise StoreDeniedError(f"object store directory refused the operation ({name})") from error
+        if error.errno in _NO_ROOM:
+            message = f"no room in the object store directory ({name}): make some, and writing goes on by itself"
+            raise StoreUnavailableError(message) from error
         raise StoreUnavailableError(f"object store directory failed ({name})") from error

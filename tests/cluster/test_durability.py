@@ -22,21 +22,24 @@ import pytest_asyncio
 from keylake.cluster import Cluster, RunningProject
 from keylake.demo.ledger import Ledger
 from keylake.ports import free_port
+from shared.api.common import ArmFailpoints
 from shared.api.compute import Endpoint, EndpointState
 from shared.api.safekeeper import TimelineStatus
-from shared.auth import Service, TokenIssuer
+from shared.auth import Scope, Service, TokenIssuer
 from shared.config import Address
 from shared.errors import NotFoundError
+from shared.failpoints import VARIABLE
 from shared.http import ServiceClient
 from shared.roles import OWNER_SCOPES
 from shared.wire.pgauth import SASLInitialResponse
 from shared.wire.pgstartup import SSLRequest, StartupMessage
 from shared.wire.scram import MECHANISM, ScramClient
 from tests.cluster.bank import Bank, audit, open_bank
-from tests.cluster.primary import Session, connect, safekeeper_timelines
-from tests.cluster.processes import compute_of, find_compute
+from tests.cluster.primary import Session, caught_up, connect, safekeeper_timelines
+from tests.cluster.processes import ComputeProcesses, compute_of, find_compute
 from tests.fixtures.forked_cluster import ForkedCluster, ForkedService
 from tests.fixtures.waiting import all_threads_stopped, wait_until
+from tests.integration.test_pageserver_failpoints import EVERY_STEP, MORE_SENDS, SENDS
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
@@ -294,6 +297,35 @@ async def test_a_commit_that_is_cancelled_while_it_waits_is_no_success(place: Pl
     await admin.execute("DROP TABLE in_doubt")
     await admin.close()
     await place.check()
+
+
+# --- the pageserver ---
+
+
+@pytest.mark.parametrize("step", [*SENDS, *(MORE_SENDS if EVERY_STEP else [])])
+async def test_a_pageserver_that_dies_as_it_sends(place: Place, step: str) -> None:
+    """What is committed and stored, to safekeepers; pages, or the first files of all, to a compute. Whoever was sent
+    half of it, or all, goes on with the next pageserver."""
+    cluster, pageserver = place.cluster, place.cluster.service("pageserver")
+    await pageserver.kill()
+    pageserver._environment[VARIABLE] = ""
+    try:
+        await pageserver.start()
+    finally:
+        del pageserver._environment[VARIABLE]
+    async with place.bank() as bank:
+        await bank.commits(COMMITS_PER_ROUND)
+        issuer, ca = TokenIssuer.load(cluster.layout.keys / "compute.json"), cluster.layout.ca_certificate
+        address = Address(port=cluster.ports.pageserver)
+        async with ServiceClient(Service.PAGESERVER, address, ca, issuer, frozenset({Scope.STORAGE_ADMIN})) as client:
+            await client.request("POST", "/v1/failpoints", body=ArmFailpoints(order=step))
+        await cluster.client.kill_endpoint(place.project.endpoint.endpoint_id)  # the next one needs all of that
+        await wait_until(lambda: not pageserver.running, 30)
+        await pageserver.start()
+        await bank.commits(COMMITS_PER_ROUND)
+    await caught_up(cluster, place.project)
+    await place.check()
+    await converge(place)
 
 
 # --- two computes ---

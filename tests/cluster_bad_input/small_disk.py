@@ -1,13 +1,15 @@
-"""A safekeeper whose disk is small: a file system of its own where we may mount one, a limit on files elsewhere."""
+"""A safekeeper, or a pageserver, whose disk is small: a file system of its own where we may mount one, a limit on files
+elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,10 @@ from tests.cluster_bad_input.place import Place
 from tests.fixtures.waiting import wait_until
 
 _FILE_LIMIT_BYTES = 2 << 20
+_OBJECT_LIMIT_BYTES = 64 << 10
+"""Less than a layer has of what the test writes."""
+_PAGESERVERS = "projects@"
+"""The folder of all objects that a pageserver puts (shared/storage/local.py)."""
 
 
 @dataclass(slots=True)
@@ -67,10 +73,7 @@ class SmallDisk:
         await wait_until(said, 30)
 
     def grow(self) -> None:
-        if self.mounted is not None:
-            _run("mount", "-o", "remount,size=512m", str(self.mounted))
-        else:
-            _limit_files(self.place.cluster.service(self.name).pid, resource.RLIM_INFINITY)
+        _grow(self.mounted, self.place.cluster.service(self.name).pid)
 
     async def caught_up(self) -> None:
         async def equal() -> bool:
@@ -90,10 +93,10 @@ async def small_disk(place: Place, name: str, free_bytes: int) -> AsyncIterator[
         return
     aside = directory.with_name(f"{name}.aside")
     await service.stop()
-    used = sum(4096 + path.stat().st_size for path in directory.rglob("*"))
+    used = _used_bytes(directory)
     directory.rename(aside)
     directory.mkdir(mode=0o700)
-    _run("mount", "-t", "tmpfs", "-o", f"size={used + free_bytes},mode=0700", "keylake-test", str(directory))
+    _mount(directory, used + free_bytes)
     try:
         await asyncio.to_thread(shutil.copytree, aside, directory, dirs_exist_ok=True)
         await service.start()
@@ -106,6 +109,52 @@ async def small_disk(place: Place, name: str, free_bytes: int) -> AsyncIterator[
         directory.rmdir()
         aside.rename(directory)
         await service.start()
+
+
+@asynccontextmanager
+async def small_disk_of_the_pageserver(place: Place, free_bytes: int) -> AsyncIterator[Callable[[], None]]:
+    """Its objects and its cache. Restarts it, before and after; what it puts stays. Yields what makes room."""
+    layout, service = place.cluster.layout, place.cluster.service("pageserver")
+    config, objects = layout.config / "pageserver.json", layout.objects
+    if not _may_mount(layout.data):
+        _limit_files(service.pid, _OBJECT_LIMIT_BYTES)
+        yield lambda: _grow(None, service.pid)
+        return
+    before, disk = config.read_text(), layout.data / "small-disk"
+    small = disk / "objects"
+    await service.stop()
+    disk.mkdir()
+    _mount(disk, _used_bytes(objects) + free_bytes)
+    try:
+        # A copy, as safekeepers are at work in the other one; what is theirs is not read here.
+        await asyncio.to_thread(shutil.copytree, objects, small, ignore=shutil.ignore_patterns("@tmp"))
+        values = {"object_store": {"url": small.as_uri()}, "cache_dir": str(disk / "cache")}
+        config.write_text(json.dumps(json.loads(before) | values))
+        await service.start()
+        yield lambda: _grow(disk, service.pid)
+    finally:
+        await service.stop()
+        shutil.rmtree(objects / _PAGESERVERS)
+        shutil.copytree(small / _PAGESERVERS, objects / _PAGESERVERS)
+        _run("umount", str(disk))
+        disk.rmdir()
+        config.write_text(before)
+        await service.start()
+
+
+def _grow(mounted: Path | None, pid: int) -> None:
+    if mounted is not None:
+        _run("mount", "-o", "remount,size=512m", str(mounted))
+    else:
+        _limit_files(pid, resource.RLIM_INFINITY)
+
+
+def _used_bytes(directory: Path) -> int:
+    return sum(4096 + path.stat().st_size for path in directory.rglob("*"))
+
+
+def _mount(directory: Path, size_bytes: int) -> None:
+    _run("mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=0700", "keylake-test", str(directory))
 
 
 def _may_mount(parent: Path) -> bool:

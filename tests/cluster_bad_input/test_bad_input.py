@@ -15,6 +15,7 @@ import pytest_asyncio
 from pydantic import SecretStr
 
 from keylake.layout import SAFEKEEPERS
+from shared.api.pageserver import TimelineInfo
 from shared.api.safekeeper import (
     ComputeAddress,
     Donor,
@@ -25,7 +26,10 @@ from shared.api.safekeeper import (
     VoteRequest,
 )
 from shared.auth import Scope, Service
+from shared.errors import UnavailableError
 from shared.http import ServiceClient
+from tests.cluster.pages import page_client
+from tests.cluster.primary import caught_up, pageserver_timeline, tag_of
 from tests.cluster_bad_input import (
     cloud_cases,
     flood,
@@ -39,7 +43,7 @@ from tests.cluster_bad_input.gap import fake_primary
 from tests.cluster_bad_input.http_cases import Target, carry_out, dealt, every_route
 from tests.cluster_bad_input.listeners import configured_ports, listeners
 from tests.cluster_bad_input.place import CANARY, Place, place_under_attack
-from tests.cluster_bad_input.small_disk import small_disk
+from tests.cluster_bad_input.small_disk import small_disk, small_disk_of_the_pageserver
 from tests.cluster_bad_input.state import unchanged
 from tests.cluster_secrecy.keys import metadata
 from tests.fixtures.waiting import wait_until
@@ -220,6 +224,46 @@ async def test_a_safekeeper_whose_disk_is_full(whole_place: Place) -> None:
         await disk.caught_up()
     await connection.execute("drop table filler")
     await connection.close()
+
+
+async def test_a_pageserver_whose_disk_is_full(whole_place: Place) -> None:
+    """It says so, and what to do; commits and reads go on; with space it stores all that it has taken in meanwhile."""
+    cluster, busy, pageserver = whole_place.cluster, whole_place.busy, whole_place.cluster.service("pageserver")
+    connection = await whole_place.connect()
+
+    async def info() -> TimelineInfo:
+        found = await pageserver_timeline(cluster, busy)
+        assert found is not None
+        return found
+
+    async with small_disk_of_the_pageserver(whole_place, free_bytes=1 << 20) as make_room:
+        await connection.execute("create table kept as select n, md5(n::text) as body from generate_series(1, 60000) n")
+        stored_lsn = (await caught_up(cluster, busy)).remote_consistent_lsn
+        with pytest.raises(UnavailableError, match=r"no room .* make some, and writing goes on by itself"):
+            await cluster.client.checkpoint(busy.timeline)
+        assert "no room" in (await info()).fault
+        await connection.execute("insert into kept values (0, 'acknowledged')")
+        full = await caught_up(cluster, busy)
+        assert full.remote_consistent_lsn == stored_lsn, "nobody is told that something is stored"
+        async with page_client(cluster, busy) as pages:
+            assert any(await pages.page(await tag_of(connection, "kept"), 0, full.last_record_lsn.value))
+        make_room()
+
+        async def is_stored() -> bool:
+            now = await info()
+            return not now.fault and now.remote_consistent_lsn > stored_lsn
+
+        await wait_until(is_stored, 30)
+        await cluster.client.checkpoint(busy.timeline)
+        await pageserver.kill()
+        await pageserver.start()
+    await connection.close()
+    await cluster.client.kill_endpoint(busy.endpoint.endpoint_id)
+    connection = await whole_place.connect()
+    assert await connection.fetchval("select count(*) from kept where n = 0 or body = md5(n::text)") == 60_001
+    await connection.execute("drop table kept")
+    await connection.close()
+    await wait_until(whole_place.busy_has_answered)
 
 
 # --- what listens ---

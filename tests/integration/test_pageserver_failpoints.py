@@ -51,6 +51,16 @@ ALL_STEPS = [
     "removal-before-end:1",
     "project-purged:1",  # the end: nothing may follow
 ]
+SENDS = ["feedback-sent:2"]
+"""Steps of tests/cluster/test_durability.py: somebody has to be there who is sent something."""
+MORE_SENDS = [
+    "feedback-before-send:2",
+    "page-before-send:1",
+    "page-sent:3",
+    "basebackup-before-send:1",
+    "basebackup-before-send:2",  # the archive is torn
+    "basebackup-sent:1",
+]
 EVERY_STEP = os.environ.get("KEYLAKE_ALL_FAILPOINTS") == "1"  # make crash-anywhere
 
 
@@ -70,4 +80,4 @@ def test_it_dies_at_every_step_and_nothing_is_lost_or_left_over(tmp_path: Path) 
 def test_every_step_that_has_a_name_is_among_them() -> None:
     sources = [*(REPOSITORY / "pageserver").rglob("*.py"), REPOSITORY / "shared/storage/local.py"]
     named = {name for path in sources for name in re.findall(r'failpoint\("([a-z-]+)"\)', path.read_text())}
-    assert named == {step.partition(":")[0] for step in ALL_STEPS}
+    assert named == {step.partition(":")[0] for step in (*ALL_STEPS, *SENDS, *MORE_SENDS)}

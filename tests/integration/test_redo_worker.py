@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -24,6 +25,7 @@ from pageserver.redo.worker import RedoWorker
 from shared.errors import CorruptedError, IntegrityError, InvalidInputError, KeylakeError, UnavailableError
 from shared.sandbox import Isolation, detect_isolation
 from shared.wal.image import page_lsn
+from shared.wal.page import align8, format_lsn
 from shared.wal.record import parse_blocks
 from shared.wal.rmgr import RmgrId
 from tests.fixtures.redo_history import Change, History, Page, make_history
@@ -201,7 +203,7 @@ def first_image(history: History) -> tuple[Page, Change]:
     raise AssertionError("no full-page image in the whole history")
 
 
-async def test_what_redo_raises_is_an_error_without_data(worker: RedoWorker, history: History) -> None:
+async def test_what_redo_raises_says_which_record_of_which_page(worker: RedoWorker, history: History) -> None:
     page, change = first_image(history)
     record = bytearray(change.record)
     image_info = 24 + 4 + 4
@@ -211,11 +213,20 @@ async def test_what_redo_raises_is_an_error_without_data(worker: RedoWorker, his
     assert block.image is not None
     record[image_info + 1 : image_info + 1] = struct.pack("<H", block.image.hole_length)
     struct.pack_into("<I", record, 0, len(record))
+    start_lsn = change.end_lsn - align8(len(record))
     for _ in range(200):  # nothing that it held may stay held
         with pytest.raises(IntegrityError) as failure:
             await worker.apply(*page, None, [(change.end_lsn, bytes(record))])
-        # The format of its message, and where it is from. In full it would name the file of the relation.
-        assert str(failure.value) == "redo: XX000: %s (XLogReadBufferForRedoExtended, record 0)"
+        (spc, db, number), fork, block = page
+        lsn = format_lsn(change.end_lsn)
+        where = f"redo of block {block} of {spc}/{db}/{number}, fork {fork} up to {lsn}"
+        found = re.fullmatch(
+            rf"{where}: (\w+) record that ends at {lsn}: XX000: could not restore image at {format_lsn(start_lsn)} "
+            r"compressed with LZ4 not supported by build, block 0 \(XLogReadBufferForRedoExtended\)",
+            str(failure.value),
+        )
+        assert found, failure.value
+        assert found[1].upper() == RmgrId(change.rmgr_id).name
     await assert_usable(worker, history)
 
 

@@ -178,7 +178,7 @@ async def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # EFBIG is as good as ENOSPC
     try:
         for write in (store.put, store.put_if_absent):
-            with pytest.raises(StoreUnavailableError):
+            with pytest.raises(StoreUnavailableError, match=r"EFBIG\): make some, and writing goes on by itself"):
                 await write("key", bytes(2 << 20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
