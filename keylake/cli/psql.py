@@ -54,19 +54,54 @@ def psql(
 ) -> None:
     """Open psql on an endpoint whose password this home has saved. Ends with psql's own exit code.
 
-    The connection to the proxy is TLS, and the proxy's certificate is verified, also with a psql that has no TLS.
+    The connection to the proxy is TLS, and the proxy's certificate is verified, also with a psql that has no TLS. In
+    the operator's container no password is saved: it is PGPASSWORD's, or psql asks for it.
     """
+    from keylake.place import inside
+
+    target, given = split_arguments(target, arguments or [], sys.argv)
+    find_connection = _local if inside() is None else _of_the_containers
+    connection = find_connection(home, target)
+    program = find_psql()
+    raise typer.Exit(asyncio.run(run_psql(program, connection, given)))
+
+
+def _local(home: Path | None, target: str | None) -> Connection:
+    """Raises NotRunningError, NotFoundError, InvalidInputError."""
     from keylake.attached import Attached
     from keylake.connections import load_connections
 
-    target, given = split_arguments(target, arguments or [], sys.argv)
     directory = home_dir(home)
     attached = Attached.to(directory)
     saved = find_saved(load_connections(directory), target)
     proxy = attached.ports.addresses().proxy
-    connection = saved.connection(proxy.host, proxy.port, attached.layout.ca_certificate)
-    program = find_psql()
-    raise typer.Exit(asyncio.run(run_psql(program, connection, given)))
+    return saved.connection(proxy.host, proxy.port, attached.layout.ca_certificate)
+
+
+def _of_the_containers(home: Path | None, target: str | None) -> Connection:
+    """Raises what the services raise, and InvalidInputError when nobody can say the password."""
+    from keylake.cli.lookup import endpoint
+    from keylake.cli.session import ask
+    from keylake.client import Connection, KeylakeClient
+    from keylake.connections import load_connections
+    from shared.errors import InvalidInputError
+
+    saved = {each.endpoint_id: each.password for each in load_connections(home_dir(home))}
+
+    async def connect(client: KeylakeClient) -> Connection:
+        found = await endpoint(client, target)
+        known = saved.get(found.endpoint_id)
+        password = os.environ.get("PGPASSWORD", "") if known is None else known.get_secret_value()
+        proxy, ca = client.addresses.proxy, client.ca_certificate
+        return Connection(found.endpoint_id, proxy.host, proxy.port, found.user, password, found.database, ca)
+
+    connection = ask(home, connect)
+    if not connection.password and not sys.stdin.isatty():
+        raise InvalidInputError(
+            "the password was told when the project was made, and nobody is asked for it without a terminal: "
+            "`docker compose run --rm -T -e PGPASSWORD operator keylake psql …` takes it along"
+        )
+    return connection
 
 
 def split_arguments(target: str | None, rest: Sequence[str], argv: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -1,11 +1,11 @@
-"""Mermaid's sequence and state diagrams as SVG: a core, text in, text out.
+"""Mermaid's sequence and state diagrams and flowcharts as SVG: a core, text in, text out.
 
 Markdown has its diagrams as Mermaid's text, which code forges draw by themselves. Mermaid is 3 MB of script; the site
 has none of it, works without any, and prints. The subset is what our documents use; everything else raises ValueError.
-State diagrams are drawn in the same way as sequences: a state is a column, a transition an arrow in a row of its own,
-so that no two of them ever cross.
+State diagrams and flowcharts are drawn in the same way as sequences: a state or a box is a column, a transition or an
+edge an arrow in a row of its own, so that no two of them ever cross.
 
-Grammar: mermaid.js.org/syntax/sequenceDiagram.html and .../stateDiagram.html.
+Grammar: mermaid.js.org/syntax/sequenceDiagram.html, .../stateDiagram.html and .../flowchart.html.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ _NOTE: Final = re.compile(r"Note over (\w+)(?:,(\w+))?: (.+)")
 _MESSAGE: Final = re.compile(r"(\w+)(->>|-->>|--x)(\w+): (.+)")
 _COMPOSITE: Final = re.compile(r"state (\w+) \{")
 _TRANSITION: Final = re.compile(r"(\w+|\[\*\]) --> (\w+|\[\*\])(?:: (.+))?")
+_BOX: Final = re.compile(r'(\w+)\["?([^"\]]+)"?\]')
+_SUBGRAPH: Final = re.compile(r'subgraph \w+ \["?([^"\]]+)"?\]')
+_EDGE: Final = re.compile(r'(\w+) (-->|-\.->)\|"?([^"|]+)"?\| (\w+)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +69,17 @@ class Picture:
 def svg(source: str) -> str:
     """The picture. Raises ValueError for what is neither kind of diagram, and for a line that is not understood."""
     lines = [line.strip() for line in source.splitlines() if line.strip()]
+    if lines[:1] == ["sequenceDiagram"] and ";" in source:
+        raise ValueError("not understood: a semicolon, where Mermaid ends a line and then fails")
     match lines:
         case ["sequenceDiagram", *rest]:
             return _draw(_sequence(rest))
         case ["stateDiagram-v2", *rest]:
             return _draw(_states(rest))
+        case ["flowchart LR", *rest]:
+            return _draw(_flowchart(rest))
         case _:
-            raise ValueError(f"neither a sequence nor a state diagram: {lines[:1]}")
+            raise ValueError(f"neither a sequence, nor a state diagram, nor a flowchart: {lines[:1]}")
 
 
 def fence(source: str, language: str, css_class: str, options: Any, md: Any, **_: Any) -> str:
@@ -123,6 +130,28 @@ def _states(lines: list[str]) -> Picture:
     return picture
 
 
+def _flowchart(lines: list[str]) -> Picture:
+    """Boxes in the order in which they are declared, each before the first edge that names it."""
+    picture = Picture()
+    group: tuple[str, int] | None = None
+    for line in lines:
+        if found := _SUBGRAPH.fullmatch(line):
+            group = found[1], len(picture.columns)
+        elif line == "end" and group:
+            picture.groups.append((*group, len(picture.columns) - 1))
+            group = None
+        elif found := _BOX.fullmatch(line):
+            picture.columns[found[1]] = found[2]
+        elif found := _EDGE.fullmatch(line):
+            first, last = picture.index(found[1]), picture.index(found[4])
+            picture.rows.append(Row(first, last, _wrap(found[3], _WRAP), "->>" if found[2] == "-->" else "-->>"))
+        else:
+            raise ValueError(f"not understood: {line}")
+    if group:
+        raise ValueError(f"not understood: subgraph {group[0]} without its end")
+    return picture
+
+
 def _wrap(text: str, letters: int) -> tuple[str, ...]:
     return tuple(part for given in re.split(r"<br/?>", text) for part in textwrap.wrap(given.strip(), letters))
 
@@ -133,6 +162,9 @@ def _centres(picture: Picture) -> list[float]:
     for row in picture.rows:
         if not row.arrow and row.first == row.last:
             half[row.first] = max(half[row.first], row.width / 2)
+    for label, first, last in picture.groups:
+        if first == last:
+            half[first] = max(half[first], len(label) * _LETTER / 2 + _PADDING)
     centres = [half[0] + _PADDING]
     for column in range(1, len(half)):
         needed = centres[-1] + half[column - 1] + half[column] + _PADDING
@@ -157,8 +189,10 @@ def _draw(picture: Picture) -> str:
     ]
     for label, first, last in picture.groups:
         left, right = (centres[n] + sign * (len(labels[n]) * _LETTER / 2 + 16) for n, sign in ((first, -1), (last, 1)))
-        parts.append(f'<rect class="group" x="{left:.1f}" y="2" width="{right - left:.1f}" height="{heads + 4:.1f}"/>')
-        parts += _text((left + right) / 2, 17, (label,), "middle")
+        middle, wide = (left + right) / 2, max(right - left, len(label) * _LETTER + 2 * _PADDING)
+        x = f"{middle - wide / 2:.1f}"
+        parts.append(f'<rect class="group" x="{x}" y="2" width="{wide:.1f}" height="{heads + 4:.1f}"/>')
+        parts += _text(middle, 17, (label,), "middle")
     for centre, label in zip(centres, labels, strict=True):
         half = len(label) * _LETTER / 2 + _PADDING - 2
         parts.append(f'<line class="life" x1="{centre:.1f}" y1="{heads:.1f}" x2="{centre:.1f}" y2="{ends:.1f}"/>')

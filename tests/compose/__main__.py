@@ -177,11 +177,8 @@ def main() -> int:
     try:
         require("debootstrap", "psql", "tar")
         with running_engine() as own, tempfile.TemporaryDirectory(prefix="keylake-compose-") as directory:
-            print(
-                docker("version", "--format", "Docker {{.Server.Version}}").strip(),
-                "of our own" if own else "",
-                flush=True,
-            )
+            engine = docker("version", "--format", "Docker {{.Server.Version}}").strip()
+            print(engine, "of our own, Compose" if own else "with Compose", stack.compose_version, flush=True)
             try:
                 run(stack, outcome, Path(directory), alone=own)
             finally:

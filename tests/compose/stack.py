@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -80,14 +81,18 @@ class Stack:
             "KEYLAKE_S3_HEALTH": f'python -c "{_S3_HEALTH}"',
         }
 
+    @property
+    def compose_version(self) -> str:
+        return self.compose("version", "--short").stdout.strip()
+
     def compose(
-        self, *arguments: str, timeout_s: float = 600.0, check: bool = True
+        self, *arguments: str, timeout_s: float = 600.0, check: bool = True, more: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Raises CalledProcessError unless `check` is off."""
+        """`more`: of its environment. Raises CalledProcessError unless `check` is off."""
         return subprocess.run(
             [*compose_command(), *arguments],
             cwd=ROOT,
-            env=self.environment,
+            env=self.environment | (more or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -117,8 +122,13 @@ class Stack:
             check=check,
         )
 
-    def operator(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return self.compose("run", "--rm", "--no-deps", "-T", "operator", *arguments, check=check)
+    def operator(
+        self, *arguments: str, check: bool = True, password: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """`password`: PGPASSWORD there, and on no command line."""
+        given = ("-e", "PGPASSWORD") if password is not None else ()
+        more = {} if password is None else {"PGPASSWORD": password}
+        return self.compose("run", "--rm", "--no-deps", "-T", *given, "operator", *arguments, check=check, more=more)
 
     def keylake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """On the host, as people run it; its output goes where ours does."""

@@ -154,10 +154,11 @@ def fences(language: str) -> list[str]:
 def test_every_diagram_can_be_drawn() -> None:
     sources = fences("mermaid")
     assert len(sources) >= 6
+    assert {source.split()[0] for source in sources} == {"sequenceDiagram", "stateDiagram-v2", "flowchart"}
     for source in sources:
         drawn = diagrams.svg(source)
         assert drawn.startswith("<svg ")
-        arrows = len(re.findall(r"->>|--x|-->(?! \[)", source)) - source.count("[*] -->")
+        arrows = len(re.findall(r"->>|--x|-\.->|-->(?! \[)", source)) - source.count("[*] -->")
         assert drawn.count('class="arrow" x1') == arrows, "each arrow of the text is in the picture"
         assert "http" not in drawn.replace("http://www.w3.org/2000/svg", "")
 
@@ -168,7 +169,30 @@ def test_a_sequence_is_drawn_in_order() -> None:
     assert drawn.count("stroke-dasharray") == 1
 
 
-@pytest.mark.parametrize("source", ["", "graph TD", "sequenceDiagram\nloop x", "stateDiagram-v2\nwhat is this"])
+def test_a_flowchart_has_its_boxes_in_their_groups() -> None:
+    drawn = diagrams.svg(
+        'flowchart LR\na[one]\nsubgraph us [ours]\nb[two, x]\nc["@ three"]\nend\na -->|"go@1"| c\nc -.->|back| b\n'
+    )
+    for text in ("one", "ours", "two, x", "@ three", "go@1", "back"):
+        assert drawn.count(f">{text}<") == 1
+    assert drawn.count("stroke-dasharray") == drawn.count('class="group"') == 1
+    heads = [float(x) for x in re.findall(r'class="head" x="([\d.]+)"', drawn)]
+    [group] = [float(x) for x in re.findall(r'class="group" x="([\d.]+)"', drawn)]
+    assert heads[0] < group < heads[1] < heads[2]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "graph TD",
+        "sequenceDiagram\nloop x",
+        "sequenceDiagram\nparticipant A as one\nNote over A: this; that",
+        "stateDiagram-v2\nwhat is this",
+        "flowchart LR\na[one] --> b[two]",
+        "flowchart LR\nsubgraph us [ours]\na[one]",
+    ],
+)
 def test_what_is_not_understood_is_an_error(source: str) -> None:
     with pytest.raises(ValueError, match=r"understood|neither"):
         diagrams.svg(source)

@@ -339,8 +339,9 @@ def test_commands_in_the_operators_container_are_about_the_containers(
     refused = CliRunner().invoke(app, ["link", "cut", "pageserver"], env=environment)
     assert refused.exit_code == ExitCode.FAILED
     assert "docker network disconnect" in refused.stderr
-    absent = CliRunner().invoke(app, ["project", "list"], env={STACK_VARIABLE: str(tmp_path)})
-    assert "make up" in absent.stderr
+    for command in (["project", "list"], ["psql", "shop"]):
+        absent = CliRunner().invoke(app, command, env={STACK_VARIABLE: str(tmp_path)})
+        assert "make up" in absent.stderr, command
     monkeypatch.delenv(STACK_VARIABLE)
     outside = CliRunner().invoke(app, ["status"], env={"KEYLAKE_HOME": str(tmp_path)})
     assert outside.exit_code == ExitCode.NOT_RUNNING
