@@ -65,16 +65,23 @@ docs: $(VENV)/.docs ## the documentation as a site, in build/site; warnings are 
 demo: $(VENV)/.runtime ## the main job on an embedded local cluster, start to end, in under 3 minutes
 	@$(BIN)/keylake demo
 
+# CI runs the two halves beside each other, so each has a cache of its own. Every test that is not of the first is of the
+# second.
+NO_SERVERS := tests/unit tests/property tests/vectors tests/simulation tests/simulation_wal
+HALF_no-servers := $(NO_SERVERS)
+HALF_servers := $(addprefix --ignore=,$(NO_SERVERS))
+half = $(if $(HALF),-o cache_dir=.pytest_cache/$(HALF) $(or $(HALF_$(HALF)),$(error HALF is servers or no-servers)))
+
 test: $(VENV)/.dev ## all tests, with every server that they need; JOBS=2 modules at a time, in a new order unless SEED=N
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder \
-	  $(if $(SEED),--randomly-seed=$(SEED))
+	  $(if $(SEED),--randomly-seed=$(SEED)) $(half)
 
 # Failures stand in .pytest_cache. One that is gone when nothing else runs is printed as such, and still has a cause.
 test-again: $(VENV)/.dev ## the tests that failed, once more, alone: tells a mistake from a machine that was too busy
-	@$(BIN)/python -m pytest --last-failed --last-failed-no-failures none --maxfail 1 -rA
+	@$(BIN)/python -m pytest --last-failed --last-failed-no-failures none --maxfail 1 -rA $(half)
 
 test-unit: $(VENV)/.dev ## the tests that start no server
-	@$(BIN)/python -m pytest tests/unit tests/property tests/vectors tests/simulation tests/simulation_wal
+	@$(BIN)/python -m pytest $(NO_SERVERS)
 
 test-integration: $(VENV)/.dev ## the tests that start real processes
 	@$(BIN)/python -m pytest tests/integration

@@ -20,10 +20,10 @@ pytest_plugins = [
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that start whole clusters first, units last: parallel workers that take the next module when they are
-    free then end at nearly the same time. Within that, the order stays as pytest-randomly made it.
+    """Modules that start whole clusters first, then other long ones, units last: parallel workers that take the next
+    module when they are free then end at nearly the same time. Within that, the order stays as pytest-randomly made it.
     """
-    weights = ("cluster", "integration")
+    weights = ("cluster", "integration", "simulation", "property")
 
     def weight(item: pytest.Item) -> int:
         folder = item.path.parent.name

@@ -16,6 +16,8 @@ from typing import Final
 PREREQUISITES: Final = "apt-get install docker.io docker-compose debootstrap iptables postgresql-client"
 _START_TIMEOUT_S: Final = 120.0
 _STOP_TIMEOUT_S: Final = 120.0
+_ENOUGH_MEMORY_KB: Final = 10 << 20
+"""Images, layers and volumes take 2 GB, a base image that is made half of one, and what runs some GB."""
 
 
 class MissingError(Exception):
@@ -46,9 +48,27 @@ def running_engine() -> Iterator[bool]:
     if os.geteuid() != 0:
         raise MissingError("no Docker engine answers, and one of our own needs root")
     # Short: the engine's sockets are below it.
-    directory = Path(tempfile.mkdtemp(prefix="keylake-docker-", dir="/tmp"))
-    with _firewall_as_it_was(), _own_engine(directory):
+    with scratch("keylake-docker-") as directory, _firewall_as_it_was(), _own_engine(directory):
         yield True
+
+
+@contextlib.contextmanager
+def scratch(prefix: str) -> Iterator[Path]:
+    """A directory that is removed at the end; in memory, where there is enough. Needs root.
+
+    Packages and layers are synced to disk piece by piece: that takes most of their time, and whoever else has something
+    to sync on this machine, as a metadata database under test, waits for seconds."""
+    directory = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+    available = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    in_memory = available is not None and int(available[1]) >= _ENOUGH_MEMORY_KB
+    try:
+        if in_memory:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6g,mode=0700", "tmpfs", directory], check=True)
+        yield directory
+    finally:
+        if in_memory:
+            subprocess.run(["umount", "--lazy", directory], check=False)
+        shutil.rmtree(directory)
 
 
 @contextlib.contextmanager
@@ -86,7 +106,6 @@ def _own_engine(directory: Path) -> Iterator[None]:
             os.environ["DOCKER_HOST"] = before
         for where in _mounts_below(directory):
             subprocess.run(["umount", "--lazy", where], check=False)
-        shutil.rmtree(directory)
         if not was_there:
             shutil.rmtree(elsewhere, ignore_errors=True)
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from tests.compose.engine import docker
+from tests.compose.engine import docker, scratch
 from tests.compose.locked import excerpt, needed
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
@@ -20,8 +20,8 @@ PIP_SETTINGS: Final = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST
 
 def make_base(tag: str, *more: str) -> None:
     """Debian with Python, its venv module, `more`, and the authorities that this machine trusts. Needs root."""
-    with tempfile.TemporaryDirectory(prefix="keylake-base-") as directory:
-        root = Path(directory) / "root"
+    with scratch("keylake-base-") as directory:
+        root = directory / "root"
         include = f"--include={','.join(('python3', 'python3-venv', 'ca-certificates', *more))}"
         done = subprocess.run(
             ["debootstrap", "--variant=minbase", include, SUITE, str(root)],
