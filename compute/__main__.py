@@ -86,7 +86,11 @@ async def serve_until_shutdown(settings: ManagerSettings) -> None:
         app = create_app(manager, repository, verifier, CollectorRegistry(), Readiness())
         http = await stack.enter_async_context(HttpServer(app, settings.listen, identity.files))
         _log.info("compute manager is up", http_port=http.port)
-        ends = {asyncio.create_task(wait_for_shutdown_signal()), asyncio.create_task(keys.wait_replaced())}
+        ends = {
+            asyncio.create_task(wait_for_shutdown_signal()),
+            asyncio.create_task(keys.wait_replaced()),
+            asyncio.create_task(keys.tend_deletions(manager.delete_project)),
+        }
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in ends:
             task.cancel()

@@ -18,6 +18,8 @@ def verifier_of(endpoint: EndpointRow, listed: ListedRole, user: bytes, now: dat
     """None: nobody knows who may log in. Of a role that does not exist, or has no password that is valid, a decoy."""
     if endpoint.read_only_lsn is not None:
         return None  # it has the roles of a point in time
+    if not endpoint.scram_verifier:
+        return None  # the project is shredded: whoever starts it is told
     if listed.term is not None and listed.term == listed.last_term and listed.mock_nonce is not None:
         role, nonce = listed.role, bytes.fromhex(listed.mock_nonce)
         # The start of an endpoint gives the owner its own password, unless that was the last to start (agent/roles.py).

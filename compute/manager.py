@@ -47,6 +47,7 @@ from shared.api.compute import (
 )
 from shared.api.pageserver import AncestorInfo
 from shared.api.safekeeper import CreateTimeline
+from shared.deletion import Deleted, Deletion, ObjectKind
 from shared.errors import (
     ConflictError,
     InvalidInputError,
@@ -599,6 +600,15 @@ class Manager:
         return await self.endpoint(endpoint_id)
 
     # --- keys ---
+
+    async def delete_project(self, project_id: ProjectId) -> Deletion:
+        """Password verifiers, of a shredded project: see `shared.deletion.DeleteProject`. Raises UnavailableError."""
+        # They are ending, as no lease is left, and store the list of roles last.
+        ending = {self._tasks[each] for each, run in self._runs.items() if run.project_id == project_id}
+        if ending:
+            await asyncio.wait(ending)
+        verifiers = await self._repository.delete_verifiers(project_id)
+        return Deletion({ObjectKind.VERIFIER: Deleted(objects=verifiers)} if verifiers else {})
 
     async def _hold_all(self, project_ids: Sequence[ProjectId]) -> list[Lease]:
         """All or none. Raises as `_hold`."""

@@ -224,7 +224,7 @@ class Receipts:
         if await shred_store.wraps_left(self._repository, entry.project_id) == 0:
             verified.insert(0, "no wrapped KEK of the project is in the metadata database, in use or staged")
         if not silent:
-            verified.append(f"all {len(shred.nodes)} nodes that were given keys have reported that nothing is left")
+            verified.append(f"all {len(shred.nodes)} nodes that keep anything of it have reported that nothing is left")
         not_verified = [f"what {node_id} stores: it has not reported that nothing is left" for node_id in silent]
         not_verified += [
             f"by {node.node_id}: {text}" for node in shred.nodes if node.looked_at for text in node.not_checked

@@ -104,6 +104,8 @@ SESSION_SCOPE: Final = Scope.KEYS_SESSION
 KEYS_SCOPE: Final = Scope.KEYS_USE
 KEY_USERS: Final = frozenset({Role.SAFEKEEPER, Role.PAGESERVER})
 """Roles that store data; the only ones that may have DEKs."""
+KEEPERS: Final = KEY_USERS | {Role.MANAGER}
+"""Roles that keep something of a project, and delete it when it is shredded: the manager has verifiers of passwords."""
 _KeyRequest = Generate | Unwrap | RewrapKeys | ReportUses | NoteBranch | ReportDeletion
 _ACTIONS: Final[dict[type[object], str]] = {
     Generate: "dek.generate",
@@ -201,16 +203,16 @@ class Sessions:
         session = self._by_node.get(node_id)
         if (
             session is None
-            or session.holder.role not in KEY_USERS
+            or session.holder.role not in KEEPERS
             or not all(map(session.may_touch, message.project_ids))
         ):
             return False
         session.push(message)
         return True
 
-    def stores(self) -> list[str]:
-        """Connected nodes that store data."""
-        return [node_id for node_id, session in self._by_node.items() if session.holder.role in KEY_USERS]
+    def keepers(self) -> list[str]:
+        """Connected nodes that keep something of projects."""
+        return [node_id for node_id, session in self._by_node.items() if session.holder.role in KEEPERS]
 
     def announce(self, message: Restored) -> None:
         for session in self._by_node.values():
@@ -505,7 +507,7 @@ class Session:
         """Answer, record, and refuse in the same way, whatever was asked."""
         try:
             if isinstance(message, ReportDeletion):
-                self._require_store(message.project_id)
+                self._require_keeper(message.project_id)
                 await self._deps.shredder.reported(self.holder.node_id, message)
                 self.push(Recorded(request_id=message.request_id))
                 return
@@ -555,6 +557,14 @@ class Session:
         await self._record(_ACTIONS[RewrapKeys], "ok", message.project_id, len(envelopes), envelopes)
         entry.check(epoch)
         self.push(Envelopes(request_id=message.request_id, items=[envelope.serialize() for envelope in envelopes]))
+
+    def _require_keeper(self, project_id: ProjectId) -> None:
+        if self.holder.role not in KEEPERS:
+            raise PermissionDeniedError(f"the role {self.holder.role} keeps nothing of projects")
+        if self.holder.role in KEY_USERS:
+            self._require_store(project_id)
+        elif not self.may_touch(project_id):
+            raise PermissionDeniedError("this token is for another project")
 
     def _require_store(self, project_id: ProjectId) -> None:
         if KEYS_SCOPE not in self._principal.scopes:
@@ -649,7 +659,7 @@ async def serve_session(socket: WebSocket, principal: Principal, deps: SessionDe
     try:
         for message in deps.revoker.unanswered(session.holder.instance_id):
             session.push(message)
-        if to_delete := deps.shredder.due(session.holder.node_id):
+        if to_delete := deps.shredder.due(session.holder.node_id, session.holder.role):
             session.push(DeleteData(project_ids=to_delete))
         await session.run()
     finally:

@@ -5,7 +5,8 @@
                  1  stop and drop the KEKs, as in a revocation; fan out when it is stored  (revocation.py)
                  2  in the transaction that stores this: every wrapped KEK, of all versions, staged ones too, is gone
                  3  the tables that held them are written anew
-                 4  when all leases are over, every node that stores data deletes what it has, and says what is left
+                 4  when all leases are over, every node that stores data deletes what it has, and says what is left;
+                    so does the compute manager, which has verifiers of passwords
     cancel     anybody who may ask, before that
 
 Neither person is the owner's signing key: that is a key, and whoever has it could be both. Two tokens with one name are
@@ -34,11 +35,12 @@ from keymanager.repository import Repository
 from keymanager.revocation import Revoker
 from keymanager.shred_store import StoredShred
 from keymanager.transaction import Transaction
-from shared.api.keymanager import MAX_PROJECTS_PER_REQUEST, DeleteData, KeyState, ReportDeletion, Revocation
+from shared.api.keymanager import MAX_PROJECTS_PER_REQUEST, DeleteData, KeyState, ReportDeletion, Revocation, Role
 from shared.api.shredding import ApproveShred, AskShred, Shred, ShredNode
 from shared.audit_chain import AuditEntry
 from shared.auth import Principal
 from shared.clock import Clock
+from shared.deletion import ObjectKind
 from shared.errors import (
     ConflictError,
     InvalidInputError,
@@ -58,12 +60,12 @@ _ASK_AGAIN_S: Final = 30.0
 _MAX_REVOCATIONS: Final = 1000
 
 
-class Stores(Protocol):
+class Keepers(Protocol):
     """The sessions, as seen from here. Must not block and must not raise."""
 
     def delete_data(self, node_id: str, message: DeleteData) -> bool: ...
 
-    def stores(self) -> list[str]: ...
+    def keepers(self) -> list[str]: ...
 
 
 class Shredder:
@@ -75,7 +77,7 @@ class Shredder:
         projects: Projects,
         key_users: KeyUsers,
         revoker: Revoker,
-        stores: Stores,
+        keepers: Keepers,
         clock: Clock,
         tasks: asyncio.TaskGroup,
         lock_of: Callable[[ProjectId | KeyConfigurationId], asyncio.Lock],
@@ -87,7 +89,7 @@ class Shredder:
         self._projects = projects
         self._key_users = key_users
         self._revoker = revoker
-        self._stores = stores
+        self._keepers = keepers
         self._clock = clock
         self._tasks = tasks
         self._lock_of = lock_of
@@ -96,6 +98,10 @@ class Shredder:
         self._changing = asyncio.Lock()
         self._open: set[ProjectId] = set()
         """Shredded, and not everybody has said that nothing is left."""
+        self._shredded: set[ProjectId] = set()
+        """All of them."""
+        self._told: dict[ProjectId, set[str]] = {}
+        """Those that we have told, whether or not they were given keys."""
         self._done: set[tuple[ProjectId, str]] = set()
         """Nodes that have said so."""
         self._heard: dict[ProjectId, asyncio.Event] = {}
@@ -107,6 +113,7 @@ class Shredder:
         for project_id in await shred_store.approved(self._repository):
             entry = self._projects.get(project_id)
             self._open.add(project_id)
+            self._shredded.add(project_id)
             if not entry.access.state.final:
                 _log.error("a project was shredded, and is not: its row was changed", project_id=str(project_id))
                 continue
@@ -251,6 +258,7 @@ class Shredder:
                 entry.keks[version] = replace(kek, wrapped=None, destroyed_at=now)
         self._forget_staged(entry.project_id)
         self._open.add(entry.project_id)
+        self._shredded.add(entry.project_id)
         self._tasks.create_task(self._delete(entry))
         await self._vacuum(done)
 
@@ -280,27 +288,32 @@ class Shredder:
         project_id = entry.project_id
         while entry.unsealed:
             await entry.sealed.wait()
-        self._look(project_id, self._stores.stores())
-        while waiting := {
-            u.node_id for u in self._key_users.of(project_id) if (project_id, u.node_id) not in self._done
-        }:
+        self._look(project_id, self._keepers.keepers())
+        while waiting := {each for each in self._wanted(project_id) if (project_id, each) not in self._done}:
             await asyncio.sleep(_ASK_AGAIN_S)
-            self._look(project_id, waiting.intersection(self._stores.stores()))
+            self._look(project_id, waiting.intersection(self._keepers.keepers()))
         self._open.discard(project_id)
+
+    def _wanted(self, project_id: ProjectId) -> set[str]:
+        """Who has to say that nothing is left: those that were given keys of it, and whoever else was told."""
+        return {user.node_id for user in self._key_users.of(project_id)} | self._told.get(project_id, set())
 
     def _look(self, project_id: ProjectId, node_ids: Iterable[str]) -> list[str]:
         """Have these nodes delete what they have, and say what is left. Returns those that were told."""
         message = DeleteData(project_ids=[project_id])
-        return [node_id for node_id in node_ids if self._stores.delete_data(node_id, message)]
+        told = [node_id for node_id in node_ids if self._keepers.delete_data(node_id, message)]
+        self._told.setdefault(project_id, set()).update(told)
+        return told
 
-    def due(self, node_id: str) -> list[ProjectId]:
-        """What a node that has just connected still has to delete: of what it was given keys for."""
+    def due(self, node_id: str, role: Role) -> list[ProjectId]:
+        """What a node that has just connected still has to delete: of what it was given keys for; a manager, whatever
+        it has not spoken of yet."""
         wanted = (
             project_id
-            for project_id in self._open
+            for project_id in (self._shredded if role is Role.MANAGER else self._open)
             if (project_id, node_id) not in self._done
             and not self._projects.get(project_id).unsealed
-            and any(user.node_id == node_id for user in self._key_users.of(project_id))
+            and (role is Role.MANAGER or node_id in self._wanted(project_id))
         )
         return sorted(wanted)[:MAX_PROJECTS_PER_REQUEST]
 
@@ -331,7 +344,7 @@ class Shredder:
     async def fresh_look(self, project_id: ProjectId) -> list[ShredNode]:
         """Have everybody look again now, and wait for those that are connected, for a while."""
         asked_at = self._clock.now()
-        asked = set(self._look(project_id, self._stores.stores()))
+        asked = set(self._look(project_id, self._keepers.keepers()))
         with suppress(TimeoutError):
             async with asyncio.timeout(_FRESH_LOOK_S):
                 while True:
@@ -349,10 +362,10 @@ class Shredder:
         ]
 
     async def nodes(self, project_id: ProjectId) -> list[ShredNode]:
-        """Everybody who was given keys of it, and everybody who has said something, by name."""
+        """Everybody who was given keys of it or was told, and everybody who has said something, by name."""
         said = await shred_store.nodes(self._repository, project_id)
-        for user in self._key_users.of(project_id):
-            said.setdefault(user.node_id, ShredNode(node_id=user.node_id, looked_at=None))
+        for node_id in self._wanted(project_id):
+            said.setdefault(node_id, ShredNode(node_id=node_id, looked_at=None))
         return [said[node_id] for node_id in sorted(said)]
 
     # --- what there is to see ---
@@ -397,8 +410,8 @@ class Shredder:
             f"whatever was copied before: backups of the metadata database hold wrapped KEKs, and bring the data back "
             f"together with a copy of the object store until these keys are destroyed: {keys}",
             "the metadata database's write-ahead log, until it is recycled: the same wraps",
-            "names, ids, times and the audit chain, in the metadata database; names of its endpoints and verifiers of "
-            "its roles' passwords, in the compute manager's",
+            "names, ids, times and the audit chain, in the metadata database; names of its endpoints, in the compute "
+            "manager's",
             "freed blocks of the disks, with sealed bytes that no KEK opens",
         ]
         left += [
@@ -408,6 +421,11 @@ class Shredder:
             for each in await shred_store.branches(self._repository, stored.project_id)
             if not (branch := self._projects.get(each)).state.final
         ]
+        if not any(each.kind is ObjectKind.VERIFIER for node in nodes for each in node.deleted):
+            left.append(
+                "verifiers of its roles' passwords, if it had endpoints, in the compute manager's database: no manager "
+                "has said that it deleted any"
+            )
         if stored.vacuumed_at is None:
             left.insert(1, "the tables of wrapped KEKs were not written anew: their files may hold the same wraps")
         for node in nodes:

@@ -21,6 +21,8 @@ class ObjectKind(enum.StrEnum):
     INDEX = "index"
     WAL = "wal"
     ENVELOPE = "envelope"
+    VERIFIER = "verifier"
+    """Of a role's password, in the compute manager's database."""
     OTHER = "other"
     """Control files, marks, and whatever nobody knows."""
 
@@ -88,7 +90,8 @@ def counted(each: Iterable[tuple[ObjectKind, Deleted]]) -> dict[ObjectKind, Dele
 
 
 DeleteProject = Callable[[ProjectId], Awaitable[Deletion]]
-"""Deletes everything that a node stores of a project. Idempotent. Raises KeylakeError, and is called again then."""
+"""Deletes everything that a node stores of a project, but names. Idempotent. Raises KeylakeError, and is called again
+then."""
 
 
 def plain_text(text: str) -> str:

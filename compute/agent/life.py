@@ -66,6 +66,7 @@ from compute.agent.protocol import (
 from compute.agent.roles import bootstrap_sql, ensure_database
 from compute.agent.steps import Steps
 from compute.agent.tunnel import Tunnel
+from compute.lease_file import LeaseFile
 from compute.sealed_log import KEY_LABEL, SealedLog
 from compute.volume.base import Source, Volume
 from shared.api.compute import StageTiming
@@ -94,7 +95,7 @@ _VOLUME_WIPE_TIMEOUT_S: Final = 0.5
 """It takes milliseconds. Nothing leaves meanwhile: who could use the volume is stopped. The manager's patience with
 us is not longer than a second."""
 _LEASE_NEWS_INTERVAL_S: Final = 0.5
-"""How often a lazy volume's server hears until when it may let data out. A lease is renewed with most of it left."""
+"""How often who lets data out hears until when it may. A lease is renewed with most of it left."""
 
 
 def _verifier(password: str) -> str:
@@ -121,6 +122,7 @@ class Agent:
         self._login_roles: LoginRoles | None = None
         self._replica: Replica | None = None
         self._tunnel: Tunnel | None = None
+        self._lease_file = LeaseFile(boot.socket_dir)
         self._start: asyncio.Future[Start] = asyncio.get_running_loop().create_future()
         self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
         self._lost: asyncio.Future[KeyLoss] = asyncio.get_running_loop().create_future()
@@ -280,8 +282,7 @@ class Agent:
         )
         await self._pipe.send(prepared)
         start = await self._start
-        if self._volume.is_lazy:
-            self._lease_news = asyncio.create_task(self._tell_lease(leases), name="lease news")
+        self._lease_news = asyncio.create_task(self._tell_lease(leases), name="lease news")
         control = await self._fill_volume(start, leases)
         lap.skip()
         check_leases()
@@ -307,7 +308,7 @@ class Agent:
         if not self._boot.postgres.read_only:
             await ensure_database(self._boot.socket_dir, self._admin_password, self._boot.owner, self._boot.database)
             lap("database")
-        address = await self._address()
+        address = await self._address(check_leases)
         pages = await self._volume.pages_fetched()
         check_leases()
         await self._pipe.send(Running(compute=address, pages_fetched=pages, stages=self._stages))
@@ -377,9 +378,14 @@ class Agent:
         return control
 
     async def _tell_lease(self, leases: Sequence[Lease]) -> None:
-        """Until cancelled. A volume that hears nothing lets nothing out."""
+        """Until cancelled. Who hears nothing lets nothing out: a lazy volume, and a proxy at our socket."""
         while True:
-            self._volume.lease_until(_lease_until_s(leases))
+            until_s = _lease_until_s(leases)
+            self._volume.lease_until(until_s)
+            try:
+                self._lease_file.write(until_s)
+            except OSError as error:
+                _log.error("the proxy cannot be told of the lease, and will end sessions", reason=error.strerror)
             await asyncio.sleep(_LEASE_NEWS_INTERVAL_S)
 
     async def _set_up_postgres(self, control: ControlFile) -> ComputePostgres:
@@ -425,12 +431,13 @@ class Agent:
             user.give(signal_file)
         return postgres
 
-    async def _address(self) -> ComputeAddress:
+    async def _address(self, check_leases: Callable[[], None]) -> ComputeAddress:
         boot = self._boot
         if boot.tunnel is None:
             return ComputeAddress(host=str(boot.socket_dir), port=POSTGRES_PORT)
         socket_path = boot.socket_dir / f".s.PGSQL.{POSTGRES_PORT}"
-        self._tunnel = Tunnel(boot.tunnel, socket_path, self._volume.path, 2 * boot.postgres.max_connections)
+        max_connections = 2 * boot.postgres.max_connections
+        self._tunnel = Tunnel(boot.tunnel, socket_path, self._volume.path, max_connections, check_leases)
         port = await self._tunnel.start()
         host = boot.tunnel_advertised_host or boot.tunnel.host
         return ComputeAddress(host=host, port=port, certificate_pem=self._tunnel.certificate_pem)
@@ -475,6 +482,7 @@ class Agent:
         return self._steps.run()
 
     def _cut_off(self) -> None:
+        self._lease_file.remove()
         if self._tunnel is not None:
             self._tunnel.close()
         if self._replica is not None:

@@ -4,6 +4,8 @@ The wheel's Postgres is built without OpenSSL. So this is a plain TLS listener, 
 speaks TLS from the first byte and the Postgres protocol inside. The certificate is made at boot, with a key that
 never leaves this process, and is *pinned*: whoever connects got it from the manager and trusts no other. Who may do
 what is still decided by Postgres's own authentication.
+
+What Postgres says passes the lease: a process tree that was stopped (SIGSTOP) may go on with bytes that wait for us.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from shared.config import Address
+from shared.errors import KeyAccessError
 from shared.open_files import allow_open_files
 from shared.receiver import start_tls_server
 from shared.sockets import drop
@@ -31,9 +34,12 @@ _OWN_FILES: Final = 256
 
 class Tunnel:
     """Listens while it is entered. `key_dir` must be in memory: the private key passes through it for a moment, because
-    OpenSSL's Python API loads keys from files only."""
+    OpenSSL's Python API loads keys from files only. `check`: raises KeyAccessError unless data may leave."""
 
-    def __init__(self, listen: Address, socket_path: Path, key_dir: Path, max_connections: int) -> None:
+    def __init__(
+        self, listen: Address, socket_path: Path, key_dir: Path, max_connections: int, check: Callable[[], None]
+    ) -> None:
+        self._check = check
         self._listen = listen
         self._socket_path = socket_path
         self._max_connections = max_connections
@@ -80,16 +86,25 @@ class Tunnel:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(_copy(reader, inner_writer, writer.transport.abort))
-                group.create_task(_copy(inner_reader, writer, inner_writer.transport.abort))
+                group.create_task(_copy(inner_reader, writer, inner_writer.transport.abort, self._check))
+        except* KeyAccessError:
+            drop(writer.transport)  # the agent's clean-up, which is due, kills Postgres
         finally:
             writer.transport.abort()
             inner_writer.transport.abort()
 
 
-async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter, at_end: Callable[[], None]) -> None:
-    """Until the source ends; then the sink gets what is left and is closed, and `at_end` ends the other direction."""
+async def _copy(
+    source: asyncio.StreamReader,
+    sink: asyncio.StreamWriter,
+    at_end: Callable[[], None],
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Until the source ends; then the sink gets what is left and is closed, and `at_end` ends the other direction.
+    Raises what `check` raises."""
     with contextlib.suppress(OSError, ssl.SSLError):
         while data := await source.read(_READ_SIZE_BYTES):
+            check()
             sink.write(data)
             await sink.drain()
         sink.close()

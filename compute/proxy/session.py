@@ -4,7 +4,8 @@
     client ◄── ClientSide.transport ◄── BackendStream ◄── ServerSide ◄── Postgres
 
 Bytes from the client are passed on as they come. Bytes from Postgres go through `BackendStream`, one pass over the
-message headers, and past the lease: a chunk that arrives when the lease is not live is not passed on. Flow control: a
+message headers, and past two leases, ours and the compute's own: a chunk that arrives when one of them is not live is
+not passed on. A compute whose own is over is as good as gone (compute/lease_file.py). Flow control: a
 transport whose write buffer is full pauses the reading of the other one, so memory per session is bounded by the
 buffers' limits.
 
@@ -23,11 +24,13 @@ import asyncio
 import enum
 from typing import Final, cast
 
+from compute.lease_file import ComputeLease
 from compute.proxy import goodbye
 from compute.proxy.backend_stream import BackendStream
 from compute.proxy.cancel import CancelKeys
 from compute.proxy.first_row import FirstRow
 from shared.api.safekeeper import ComputeAddress
+from shared.clock import SystemClock
 from shared.errors import KeyAccessError
 from shared.ids import ProjectId
 from shared.lease import Lease
@@ -133,6 +136,7 @@ class ClientSide(Receiver):
         self._arrived = asyncio.Event()
         self._server: ServerSide | None = None
         self._lease: Lease | None = None
+        self._compute_lease: ComputeLease | None = None
         self._compute: ComputeAddress | None = None
         self._key_data: BackendKeyData | None = None
         self._server_gone: asyncio.Future[None] = loop.create_future()
@@ -222,6 +226,7 @@ class ClientSide(Receiver):
             return
         self.phase = Phase.RELAYING
         self._server, self._compute, self._lease, self._first_row = server, compute, lease, first_row
+        self._compute_lease = ComputeLease(compute, SystemClock())
         if self._buffer and server.transport is not None:
             server.transport.write(bytes(self._buffer))
             self._buffer.clear()
@@ -231,11 +236,16 @@ class ClientSide(Receiver):
     # --- relay ---
 
     def from_server(self, server: ServerSide, data: bytes) -> None:
-        transport, lease = self.transport, self._lease
-        if self.phase is not Phase.RELAYING or transport is None or lease is None:
+        transport, lease, compute_lease = self.transport, self._lease, self._compute_lease
+        if self.phase is not Phase.RELAYING or transport is None or lease is None or compute_lease is None:
             return
         if not lease.live:
             self.cut(lease.error())
+            return
+        if not compute_lease.live:
+            self._compute_lease = None  # it does not come back for what follows the chunk that is dropped here
+            server.abort()
+            self._finish(self._server_gone)
             return
         stream = server.stream
         begins_whole = stream.at_boundary

@@ -38,6 +38,7 @@ from tests.cluster.pages import page_client
 from tests.cluster.people import person, shred_by_two
 from tests.cluster.processes import below
 from tests.cluster.tenants import said_over_http
+from tests.cluster_secrecy.keys import metadata
 from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.waiting import wait_until
 
@@ -73,6 +74,28 @@ async def rows(cluster: Cluster, connection: Connection) -> list[str]:
 def files_of(home: Path, project: Project) -> list[Path]:
     """Everything of the project on any disk of the cluster, by name."""
     return [p for p in home.rglob("*") if str(project.project_id) in str(p.relative_to(home)) and p.is_file()]
+
+
+async def verifiers_of(cluster: Cluster, project: Project) -> set[str]:
+    """Of the passwords of its roles, the owner's too, as the compute manager's database has them."""
+    async with metadata(cluster) as database:
+        owners = await database.fetch(
+            "SELECT scram_verifier FROM compute.endpoints WHERE project_id = $1", str(project.project_id)
+        )
+        listed = await database.fetch(
+            "SELECT role.value ->> 'verifier' FROM compute.login_roles JOIN compute.timelines USING (timeline_id),"
+            " jsonb_each(roles) role WHERE project_id = $1",
+            str(project.project_id),
+        )
+    return {verifier for (verifier,) in (*owners, *listed) if verifier}
+
+
+async def in_table_files(cluster: Cluster, verifiers: set[str]) -> set[str]:
+    """Those that are in the file of any table, as what was deleted is until it is vacuumed. The log is no table."""
+    async with metadata(cluster) as database:
+        await database.execute("CHECKPOINT")
+    content = b"".join(p.read_bytes() for p in (cluster.layout.metadata / "base").rglob("*") if p.is_file())
+    return {each for each in verifiers if each.rpartition(":")[2].encode() in content}
 
 
 async def shred(stack: AsyncExitStack, cluster: Cluster, project: Project) -> Shred:
@@ -220,12 +243,21 @@ async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path
         assert files_of(backup, project)
 
         # Shredded: gone from every disk, and said so by everybody.
+        await cluster.client.stop_endpoint(running.endpoint.endpoint_id)  # gracefully: who may log in is listed
         await rows(cluster, running.connection)  # a compute runs, and holds a lease
-        before = len(files_of(home, project))
+        before, verifiers = len(files_of(home, project)), await verifiers_of(cluster, project)
+        assert await in_table_files(cluster, verifiers) == verifiers
+        kept_verifiers = await verifiers_of(cluster, kept.project)
         done = await shred(stack, cluster, project)
-        assert [node.node_id for node in done.nodes] == ["pageserver", *(f"safekeeper-{n}" for n in (1, 2, 3))]
-        assert all(node.deleted_objects > 0 for node in done.nodes)
-        assert sum(node.deleted_objects for node in done.nodes) <= before
+        manager, *storage = done.nodes
+        assert [node.node_id for node in storage] == ["pageserver", *(f"safekeeper-{n}" for n in (1, 2, 3))]
+        assert all(node.deleted_objects > 0 for node in storage)
+        assert sum(node.deleted_objects for node in storage) <= before
+        assert (manager.node_id, manager.deleted_kinds) == ("compute", "2 verifier"), "its endpoint's, and its list's"
+        assert await verifiers_of(cluster, project) == set()
+        assert await in_table_files(cluster, verifiers) == set()
+        assert await verifiers_of(cluster, kept.project) == kept_verifiers != set()
+        assert not [text for text in done.left if "verifiers" in text]
         assert files_of(home, project) == []
         assert done.revocation is not None
         assert {each.outcome for each in done.revocation.instances} == {"acknowledged"}
@@ -246,10 +278,11 @@ async def test_a_backup_brings_it_back_until_the_key_is_destroyed(tmp_path: Path
         for node in receipt.receipt.nodes:
             kinds = {each.kind: each.objects for each in node.deleted}
             assert sum(kinds.values()) == node.deleted_objects
-            assert kinds.keys() >= {
-                ObjectKind.WAL if "safekeeper" in node.node_id else ObjectKind.INDEX,
-                ObjectKind.ENVELOPE,
-            }
+            expected = {
+                "pageserver": {ObjectKind.INDEX, ObjectKind.ENVELOPE},
+                "compute": {ObjectKind.VERIFIER},
+            }.get(node.node_id, {ObjectKind.WAL, ObjectKind.ENVELOPE})
+            assert kinds.keys() >= expected
         assert "pageserver" in page(receipt)
         # A backup of the objects alone opens nothing; and the next look removes it.
         shutil.copytree(backup / "data" / "objects", home / "data" / "objects", dirs_exist_ok=True)

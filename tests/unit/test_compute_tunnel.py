@@ -13,6 +13,7 @@ import pytest
 
 from compute.agent.tunnel import TUNNEL_HOST_NAME, Tunnel, tunnel_client_context
 from shared.config import Address
+from shared.errors import LeaseExpiredError
 from tests.fixtures.sockets import LOOP_NAMES, LOOPS, rest_of, take_all
 from tests.fixtures.waiting import wait_until
 
@@ -35,7 +36,7 @@ def test_what_waits_for_a_slow_client_stays_here(
 
     async def scenario() -> None:
         postgres = await asyncio.start_unix_server(talk, str(tmp_path / "postgres"))
-        tunnel = Tunnel(Address(port=0), tmp_path / "postgres", tmp_path, max_connections=2)
+        tunnel = Tunnel(Address(port=0), tmp_path / "postgres", tmp_path, 2, lambda: None)
         port = await tunnel.start()
         context = tunnel_client_context(tunnel.certificate_pem)
 
@@ -52,5 +53,48 @@ def test_what_waits_for_a_slow_client_stays_here(
             assert await rest_of(slow) == b""
             await wait_until(lambda: not tunnel._connections)
         postgres.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("run", LOOPS, ids=LOOP_NAMES)
+def test_what_comes_when_the_lease_is_over_is_not_passed_on(
+    run: Callable[[Coroutine[Any, Any, None]], None], tmp_path: Path
+) -> None:
+    """As after a pause of everything: Postgres is the first to go on, and nobody has closed the tunnel yet."""
+
+    async def scenario() -> None:
+        talkers: list[asyncio.StreamWriter] = []
+
+        async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            talkers.append(writer)
+            writer.write(b"live")
+
+        def check() -> None:
+            if over:
+                raise LeaseExpiredError("over")
+
+        over = False
+        postgres = await asyncio.start_unix_server(answer, str(tmp_path / "postgres"))
+        tunnel = Tunnel(Address(port=0), tmp_path / "postgres", tmp_path, 2, check)
+        port = await tunnel.start()
+        context = tunnel_client_context(tunnel.certificate_pem)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=TUNNEL_HOST_NAME)
+        async with asyncio.timeout(20):
+            assert await reader.readexactly(4) == b"live"
+            over = True
+            talkers[0].write(b"a row")
+            assert await rest_of_stream(reader) == b""
+            await wait_until(lambda: not tunnel._connections)
+        for each in (writer, *talkers):
+            each.close()
+        tunnel.close()
+        postgres.close()
+
+    async def rest_of_stream(reader: asyncio.StreamReader) -> bytes:
+        try:
+            return await reader.read()
+        except OSError:
+            return b""
 
     run(scenario())
