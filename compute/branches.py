@@ -7,11 +7,11 @@ pageserver may be a little behind them; so it is waited for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-from compute.proposer import majority
+from compute.proposer import Membership, majority
 from compute.repository import TimelineRow
 from compute.storage_clients import PageserverClient, SafekeeperClient
 from shared.api.pageserver import LsnKind, TimelineInfo
@@ -37,6 +37,16 @@ def acknowledged(flush_lsns: Sequence[Lsn], nodes: int) -> Lsn:
         raise UnavailableError("no quorum of safekeepers says how far the log goes")
     ordered = sorted(flush_lsns, reverse=True)
     return ordered[majority(nodes) - 1] if len(ordered) == nodes else ordered[0]
+
+
+def ends_of_members(answers: Iterable[tuple[str, TimelineStatus | None]], membership: Membership) -> list[Lsn]:
+    """Where the logs end of those that answer, by node. Another disk than the member's is no answer: the end of one
+    that was replaced would count for a member that may hold more."""
+    return [
+        status.flush_lsn
+        for node_id, status in answers
+        if status is not None and status.seat == membership.seat(node_id)
+    ]
 
 
 class Points:
@@ -76,14 +86,14 @@ class Points:
         """Once the pageserver has ingested everything that was acknowledged before this call."""
         project_id, timeline_id = timeline.project_id, timeline.timeline_id
 
-        async def ask(safekeeper: SafekeeperClient) -> TimelineStatus | None:
+        async def ask(safekeeper: SafekeeperClient) -> tuple[str, TimelineStatus | None]:
             try:
-                return await safekeeper.status(project_id, timeline_id)
+                return safekeeper.node_id, await safekeeper.status(project_id, timeline_id)
             except KeylakeError:
-                return None
+                return safekeeper.node_id, None
 
         answers = await asyncio.gather(*map(ask, self._safekeepers))
-        target = acknowledged([a.flush_lsn for a in answers if a is not None], len(self._safekeepers))
+        target = acknowledged(ends_of_members(answers, timeline.membership), len(self._safekeepers))
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _CATCH_UP_TIMEOUT_S
         before, settled = None, 0

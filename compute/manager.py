@@ -666,7 +666,7 @@ class _Members:
     timeline_id: TimelineId
 
     async def reserve(self, at_least: int) -> Reservation:
-        return await self.repository.reserve_term(self.timeline_id, at_least)
+        return await self.repository.reserve_term(self.timeline_id, at_least, next_generation=True)
 
     async def new_seat(self) -> int:
         return await self.repository.new_seat(self.timeline_id)

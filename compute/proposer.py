@@ -61,6 +61,7 @@ class Membership:
     """Which disks the members are, as a candidate read it together with its term."""
 
     generation: int = 0
+    """One more for each attempt to replace a disk; who has voted in it votes in no earlier one."""
     seats: Mapping[str, int] = field(default_factory=dict)
     """Node → number of its disk; 0 for those that are not named."""
 

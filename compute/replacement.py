@@ -6,15 +6,17 @@ of which only one knows of a commit. In this order:
 
  1. An election without the lost one, with the votes of *all* others, which are brought to the start of its term. What
     was ever committed is on a majority of the old members, so on at least one of them, so in the log that they elect:
-    from here on each of them holds it.
+    from here on each of them holds it. It is an election of the *next* generation of the membership, which is reserved
+    with its term: so before anything changes, all others have promised to vote in no earlier one.
  2. The new disk is told of the timeline under a number that no disk ever had, votes in that term, and copies the log
     up to the start. It is no member yet: nobody asks a disk of that number.
  3. One statement in the metadata database makes it the member, *if no later term has been reserved*. Whoever reserves
     a term reads the members in the same statement: who came before makes this fail, who comes later knows of it.
 
-The old disk is asked for no term after that under its number, so it never gets into one; and who has promised a term in
-the new membership promises none in an old one (`safekeeper.acceptor.check_member`), whatever a database that was
-restored from a backup says. No compute runs meanwhile: the election ends it.
+The old disk is asked for no term after that under its number, so it never gets into one. And a database that was
+restored from a backup, and names it again, elects nobody: of the old generation are its own vote, and no other one
+(`safekeeper.acceptor.check_member`). The same replacement, done again, brings such a database up to date. No compute
+runs meanwhile: the election ends it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ _ATTEMPTS: Final = 3
 class Members(Protocol):
     """Of one timeline, in the metadata database."""
 
-    async def reserve(self, at_least: int) -> Reservation: ...
+    async def reserve(self, at_least: int) -> Reservation:
+        """In the next generation."""
 
     async def new_seat(self) -> int: ...
 
@@ -102,7 +105,8 @@ class Replacer:
             return False  # of a later attempt, by somebody else
         await self._bring_up(new, plan, donor)
         await self.before_change(new.node_id)
-        return await self.members.change_seat(new.node_id, seat, plan.term)
+        changed = await self.members.change_seat(new.node_id, seat, plan.term)
+        return changed
 
     async def _bring_up(self, safekeeper: SafekeeperClient, plan: Plan, donor: SafekeeperClient) -> None:
         """Returns when its log is the plan's, up to the start; that it does not take part any more is an error."""

@@ -228,13 +228,17 @@ class Repository:
             node_id,
         )
 
-    async def reserve_term(self, timeline_id: TimelineId, at_least: int) -> Reservation:
+    async def reserve_term(
+        self, timeline_id: TimelineId, at_least: int, *, next_generation: bool = False
+    ) -> Reservation:
         """A term ≥ `at_least` that was never returned before, and who the members are; in one statement, which
-        `change_seat` relies on."""
+        `change_seat` relies on. `next_generation`: the members are about to change."""
         rows = await self._rows(
-            "UPDATE timelines SET term = greatest(term + 1, $2) WHERE timeline_id = $1 RETURNING *",
+            "UPDATE timelines SET term = greatest(term + 1, $2), generation = generation + $3"
+            " WHERE timeline_id = $1 RETURNING *",
             str(timeline_id),
             at_least,
+            int(next_generation),
         )
         if not rows:
             raise NotFoundError("no such timeline")
@@ -254,7 +258,7 @@ class Repository:
         """From now on the node's disk `seat` is the member. False, and nothing changes, when somebody has reserved a
         later term than `term`, which is the one that everything was copied in."""
         rows = await self._rows(
-            "UPDATE timelines SET generation = generation + 1, seats = seats || jsonb_build_object($2::text, $3::int)"
+            "UPDATE timelines SET seats = seats || jsonb_build_object($2::text, $3::int)"
             " WHERE timeline_id = $1 AND term = $4 RETURNING 1",
             str(timeline_id),
             node_id,

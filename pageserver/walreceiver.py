@@ -7,9 +7,10 @@ forgotten, and another one is asked from the position after the last byte that t
 less than the quorum and does not catch up (it was away, and no compute runs that would bring it up) is given up, too.
 
 A quorum may hold half a record: a commit position in bytes says nothing of records. The next term cuts such a log at
-the end of its last complete record and writes other bytes behind it. So a new source is asked from there, with a
-decoder that has forgotten the half; and what safekeepers are told to be committed, which no election may cut, ends with
-a complete record, too.
+the end of its last complete record and writes other bytes behind it. So a position is about the logs of its own term
+alone, and bytes of a later term wait until a quorum holds them in that term (ADR 50); a new source is asked from the
+end of the last complete record, with a decoder that has forgotten the half; and what safekeepers are told to be
+committed, which no election may cut, ends with a complete record, too.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ from shared.wire.walstream import (
 )
 
 MAX_BUFFER_SIZE_BYTES: Final = 32 * 1024 * 1024
-_RECONNECT_DELAY_S: Final = 0.2
 _MAX_FEED_BYTES: Final = 64 * 1024
 _SOURCE_CHECK_S: Final = 0.5
 _REPORT_PACE_S: Final = 0.05
@@ -67,6 +67,9 @@ IngestRecords = Callable[[Sequence[RawRecord]], Awaitable[None]]
 
 class WalReceiver:
     """One timeline's feed. `run` works until it is cancelled or the WAL turns out to be corrupt."""
+
+    reconnect_delay_s = 0.2
+    """Before a safekeeper that was not to be had is asked again; longer after each failure."""
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class WalReceiver:
 
     @property
     def commit_lsn(self) -> int:
-        """What a quorum is known to hold. Never goes back."""
+        """What a quorum is known to hold. Goes back only with a new term, by half a record."""
         return self._committed.lsn
 
     async def run(self) -> None:
@@ -136,15 +139,16 @@ class WalReceiver:
 
     def _is_behind(self, status: Status) -> bool:
         """Does a quorum have more than this source can give?"""
-        if self._decoder.next_lsn >= self.commit_lsn:
-            return False
-        return self._decoder.next_lsn >= status.flush_lsn or not self._committed.is_held_by(status)
+        if not self._committed.is_agreed_by(status):
+            # Its bytes behind the last complete record are not those that are committed.
+            return self._decoder.end_lsn < self.commit_lsn
+        return status.flush_lsn <= self._decoder.next_lsn < self.commit_lsn
 
     @property
     def _feedable_lsn(self) -> int:
         """How far the source's bytes may be ingested. 0 while it is not known whether they are the committed ones."""
         status = None if self._source is None else self._statuses.get(self._source)
-        return self.commit_lsn if status is not None and self._committed.is_held_by(status) else 0
+        return self.commit_lsn if status is not None and self._committed.is_agreed_by(status) else 0
 
     # --- connections ---
 
@@ -163,7 +167,7 @@ class WalReceiver:
                     _log.info("safekeeper is not available", peer=peer.node_id, code=error.code, message=str(error))
             finally:
                 self._lost(peer.node_id)
-            await asyncio.sleep(min(_RECONNECT_DELAY_S * failures, 2.0) or 0.01)
+            await asyncio.sleep(min(self.reconnect_delay_s * failures, 2.0) or 0.01)
 
     async def _connect(self, peer: Peer) -> FramedConnection:
         scopes = [Scope.WAL_READ, Scope.WAL_FEEDBACK]
@@ -225,7 +229,7 @@ class WalReceiver:
         if node_id == self._source:
             self._changed.set()  # it may be in a newer term now
         now = committed(self._statuses.values(), majority(len(self._peers)))
-        if now.lsn > self.commit_lsn or (now.lsn == self.commit_lsn and now.term > self._committed.term):
+        if now > self._committed:
             self._committed = now
             self._changed.set()
 

@@ -99,7 +99,10 @@ def check_member(state: AcceptorState, seat: int, generation: int) -> None:
     if seat != state.seat:
         raise ConflictError(f"the member is disk number {seat} of this safekeeper, and this is number {state.seat}")
     if generation < state.generation:
-        raise ConflictError(f"membership {generation} is over: this safekeeper has voted in {state.generation}")
+        raise ConflictError(
+            f"membership {generation} is over: this safekeeper has voted in {state.generation}; if the compute"
+            " manager's database was restored from a backup, replace again what was replaced since"
+        )
 
 
 def elected(state: AcceptorState, flush_lsn: int, term: int, history: TermHistory) -> list[Effect]:

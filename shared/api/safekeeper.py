@@ -20,7 +20,7 @@ MAX_SEAT: Final = (1 << 11) - 1
 Seat = Annotated[int, Field(ge=0, le=MAX_SEAT)]
 """Which disk: the first one of a node has 0; each that takes the place of a lost one has a number of its own."""
 Generation = Annotated[int, Field(ge=0, lt=1 << 31)]
-"""Of the membership: how often a member's disk was replaced."""
+"""Of the membership: one more for each attempt to replace a member's disk."""
 
 
 class TermStart(ApiModel):

@@ -30,9 +30,10 @@ async def test_a_seat_changes_only_while_no_later_term_is_reserved(metadata_dsn:
         assert (first.term, first.membership) == (1, Membership())
         seats = [await repository.new_seat(timeline_id) for _ in range(2)]
         assert seats == [1, 2]
-        rival = await repository.reserve_term(timeline_id, 1)
+        rival = await repository.reserve_term(timeline_id, 1, next_generation=True)
+        assert rival.membership == Membership(1), "whoever votes in it votes in no earlier one"
         assert not await repository.change_seat(timeline_id, "safekeeper-2", 1, first.term)
-        assert (await repository.timeline(timeline_id)).membership == Membership()
+        assert (await repository.timeline(timeline_id)).membership == Membership(1)
         assert await repository.change_seat(timeline_id, "safekeeper-2", 2, rival.term)
         changed = Membership(1, {"safekeeper-2": 2})
         assert (changed.seat("safekeeper-2"), changed.seat("safekeeper-1")) == (2, 0)

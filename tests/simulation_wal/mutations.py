@@ -24,7 +24,7 @@ from safekeeper.timeline import Timeline
 from shared.api.safekeeper import EndOfWal, VoteResponse
 from shared.crypto.envelope import Envelope
 from shared.lsn import Lsn
-from shared.wire.walstream import Status
+from shared.wire.walstream import Feedback, Status
 from tests.simulation_wal import safekeeper, world
 
 _vote = acceptor.vote
@@ -61,6 +61,17 @@ def _any_disk(state: AcceptorState, seat: int, generation: int) -> None:
     """One that was replaced votes, too."""
 
 
+async def _change_seat_and_generation(self: world.Members, node_id: str, seat: int, term: int) -> bool:
+    """The new generation begins with the new member, so that not all of the others need have heard of it."""
+    changed = await _change_seat(self, node_id, seat, term)
+    if changed:
+        self.true = self.shown = replace(self.shown, generation=self.shown.generation + 1)
+    return changed
+
+
+_change_seat = world.Members.change_seat
+
+
 def _one_voter_is_enough(nodes: Sequence[str], term: int, needed: int) -> Tally:
     """For a replacement."""
     return Tally(nodes, term, needed=min(needed, 1))
@@ -86,8 +97,21 @@ def _commit_any_log(state: AcceptorState, flush_lsn: int, candidate_lsn: int) ->
     return replace(state, commit_lsn=max(state.commit_lsn, min(candidate_lsn, flush_lsn)))
 
 
-def _agrees(self: quorum.Committed, status: Status) -> bool:
-    return True
+def _tell_all(self: walreceiver.WalReceiver) -> None:
+    complete = min(self.commit_lsn, self._decoder.end_lsn)
+    for connection in self._connections.values():
+        connection.write(Feedback(complete, self._remote_consistent_lsn(), self._decoder.end_lsn).pack())
+
+
+def _whatever_the_source_sends(self: walreceiver.WalReceiver) -> int:
+    return self.commit_lsn
+
+
+def _also_of_a_later_term(self: walreceiver.WalReceiver) -> int:
+    """As if a later log began with all *bytes* that were committed: the last half record is not among them."""
+    status = self._statuses.get(self._source or "")
+    is_held = status is not None and status.last_log_term == status.term >= self._committed.term
+    return self.commit_lsn if is_held else 0
 
 
 def _count_any_term(statuses: Iterable[Status], needed: int) -> quorum.Committed:
@@ -156,17 +180,24 @@ MUTATIONS: Final[Mapping[str, Mutation]] = {
     "the common point is found by LSN": lambda: [patch.object(TermHistory, "common_point", _clip_too_little)],
     "commit_lsn is told to any log, and taken over": lambda: [
         patch.object(acceptor, "commit", _commit_any_log),
-        patch.object(quorum.Committed, "is_agreed_by", _agrees),
+        patch.object(walreceiver.WalReceiver, "_send_feedback", _tell_all),
     ],
     "the pageserver counts positions of any term": lambda: [patch.object(walreceiver, "committed", _count_any_term)],
     "the pageserver takes its source's word for the log": lambda: [
-        patch.object(quorum.Committed, "is_held_by", _agrees)
+        patch.object(walreceiver.WalReceiver, "_feedable_lsn", property(_whatever_the_source_sends))
+    ],
+    "the pageserver takes a later term's bytes for an earlier one's": lambda: [
+        patch.object(walreceiver.WalReceiver, "_feedable_lsn", property(_also_of_a_later_term))
     ],
     "the log is cut nowhere": lambda: [patch.object(safekeeper.SimTimeline, "end_of_wal", _cut_nothing)],
     "what is not synced is acknowledged": lambda: [
         patch.object(safekeeper.SimLog, "_append_frame", _acknowledge_unsynced)
     ],
     "a disk that was replaced votes": lambda: [patch.object(acceptor, "check_member", _any_disk)],
+    "the others vote for a replacement in the old generation": lambda: [
+        patch.object(world.Members, "reserve", world.Members.reserve_same),
+        patch.object(world.Members, "change_seat", _change_seat_and_generation),
+    ],
     "a replacement takes one vote": lambda: [patch.object(election, "Tally", _one_voter_is_enough)],
     "a new disk is a member before it holds the log": lambda: [
         patch.object(replacement.Replacer, "_bring_up", _copy_nothing)

@@ -16,7 +16,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
 import structlog
@@ -26,6 +26,7 @@ from compute.follower import Follower, RunInfo
 from compute.proposer import Membership, Plan, Reservation, majority
 from compute.replacement import Replacer
 from compute.storage_clients import SafekeeperAddress, SafekeeperClient
+from pageserver.quorum import NOTHING_COMMITTED
 from pageserver.walreceiver import Peer, WalReceiver
 from safekeeper.control_file import FILE_NAME, ControlState
 from safekeeper.log_map import LogMap, Place
@@ -337,7 +338,7 @@ class Manager:
             task.cancel()
 
     async def _reserve(self, at_least: int) -> Reservation:
-        return await self.world.members.reserve(at_least)
+        return await self.world.members.reserve_same(at_least)
 
     async def _before_create(self, node_id: str) -> None:
         self.world.told.add(node_id)
@@ -347,24 +348,44 @@ class Manager:
 
 
 class Members:
-    """What the metadata database is to `compute.replacement`, and to those who reserve terms."""
+    """What the metadata database is to `compute.replacement`, and to those who reserve terms. May be restored from a
+    backup of before the last replacement."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._term = 0
-        self._membership = Membership()
+        self.shown = Membership()
+        """What the database says."""
+        self.true = Membership()
+        """What it would say, had it not been restored."""
         self._last_seat = 0
+        self._backups: dict[int, tuple[int, Membership]] = {}
+        """Of just before a term was reserved, to replace a disk in it."""
+        self._backup = self._term, self.shown
 
-    @property
-    def now(self) -> Membership:
-        return self._membership
+    def restore(self) -> None:
+        self._world.note("members", "are those of a backup")
+        self._term, self.shown = self._backup
+
+    def repair(self) -> None:
+        self.shown = self.true
 
     async def reserve(self, at_least: int) -> Reservation:
+        return await self._reserve(at_least, 1)
+
+    async def reserve_same(self, at_least: int) -> Reservation:
         if not self._world.shares_terms:
             return Reservation(at_least)  # nobody keeps terms apart but the votes; and there are no replacements
+        return await self._reserve(at_least, 0)
+
+    async def _reserve(self, at_least: int, generations: int) -> Reservation:
         await self._way()
+        before = self._term, self.shown
         self._term = max(self._term + 1, at_least)
-        reserved = Reservation(self._term, self._membership)
+        self._backups[self._term] = before
+        self.shown = replace(self.shown, generation=self.shown.generation + generations)
+        self.true = replace(self.true, generation=max(self.true.generation, self.shown.generation))
+        reserved = Reservation(self._term, self.shown)
         await self._way()
         return reserved
 
@@ -377,8 +398,8 @@ class Members:
         await self._way()
         changed = self._may_change(term)
         if changed:
-            seats = {**self._membership.seats, node_id: seat}
-            self._membership = Membership(self._membership.generation + 1, seats)
+            self.true = self.shown = replace(self.shown, seats={**self.shown.seats, node_id: seat})
+            self._backup = self._backups[term]
             self._world.note(node_id, f"is disk {seat} from now on")
         await self._way()
         return changed
@@ -420,7 +441,7 @@ class Replacing:
             told,
         )
         try:
-            replaced = await replacer.replace(self.node_id, world.members.now)
+            replaced = await replacer.replace(self.node_id, world.members.shown)
         except KeylakeError as error:
             if isinstance(error, IntegrityError) and "simulated" not in str(error):  # a disk's own trouble
                 raise InvariantError(f"{self.name}: {error}") from None
@@ -440,7 +461,6 @@ class SimPageserver:
         self.receiver: _Receiver | None = None
         self.remote_consistent_lsn = world.start_lsn
         self.ingested_lsn = world.start_lsn
-        self.highest_commit_lsn = world.start_lsn
 
     def start(self) -> None:
         self.process = Process("pageserver")
@@ -460,9 +480,7 @@ class SimPageserver:
             self.process = self.receiver = None
 
     async def ingest(self, records: Sequence[Any]) -> None:
-        receiver, oracle = self.receiver, self.world.oracle
-        assert receiver is not None
-        self.highest_commit_lsn = max(self.highest_commit_lsn, receiver.commit_lsn)
+        oracle = self.world.oracle
         for lsn, record in records:
             if lsn != self.ingested_lsn:
                 raise InvariantError(f"ingested a record at {lsn}, after {self.ingested_lsn}")
@@ -492,6 +510,9 @@ class _Receiver(WalReceiver):
             pageserver.ingest,
             lambda: pageserver.remote_consistent_lsn,
         )
+        self.reconnect_delay_s = world.reconnect_delay_s
+        self.known = NOTHING_COMMITTED
+        """As it was looked at last."""
 
     async def _connect(self, peer: Peer) -> FramedConnection:
         serve = self._world.nodes[peer.node_id].serve_wal
@@ -534,6 +555,7 @@ class World:
         self.members = Members(self)
         self.replacings: list[Replacing] = []
         self.serial = 0
+        self.reconnect_delay_s = self.rng.choice((0.02, 0.05, WalReceiver.reconnect_delay_s))
         self.shares_terms = self.rng.random() < 0.5
         self.replaces = self.shares_terms and self.rng.random() < 0.6
         """Disks are lost, replaced, and turn up again."""
@@ -814,6 +836,10 @@ class World:
                 return
             node.bring_old_disk()
             node.start()
+            if self.rng.random() < 0.5:
+                for replacing in self.replacings:
+                    replacing.process.kill()
+                self.members.restore()
             for who in (compute or behind, self.lead().name):
                 self._cut(other, who)
 
@@ -838,8 +864,8 @@ class World:
         if not node.disk.lost:
             return False
         data = node.disk.files.get(FILE_NAME)
-        replaced = data is not None and ControlState.parse(data).acceptor.seat == self.members.now.seat(node.node_id)
-        if replaced and self.members.now.seats.get(node.node_id):
+        replaced = data is not None and ControlState.parse(data).acceptor.seat == self.members.true.seat(node.node_id)
+        if replaced and self.members.true.seats.get(node.node_id):
             node.disk.lost = False
         return node.disk.lost
 
@@ -859,6 +885,7 @@ class World:
         self._start_pageserver()
         for who in self._operators:
             who.process.kill()
+        self.members.repair()
         deadline = self.loop.time() + SETTLING_S
         while True:
             manager = self.lead()
@@ -921,9 +948,9 @@ class World:
                     raise InvariantError(f"the logs of {name} and {other} diverge inside of what they share")
         receiver = self.pageserver.receiver
         if receiver is not None:
-            if receiver.commit_lsn and receiver.commit_lsn < self._commit_lsns.get(("pageserver", id(receiver)), 0):
+            if receiver._committed < receiver.known:
                 raise InvariantError("what the pageserver knows as committed goes back")
-            self._commit_lsns["pageserver", id(receiver)] = receiver.commit_lsn
+            receiver.known = receiver._committed
 
     def _check_offloaded(self, node_id: str, log: LogMap) -> None:
         """By what its disk says: it keeps whatever is not in layers, and what it has given away is to be had."""

@@ -19,17 +19,18 @@ from compute.agent.postgres_conf import (
 )
 from compute.agent.protocol import PostgresOptions, Start, Stop, pack_line, parse_from_agent, parse_to_agent
 from compute.agent.roles import bootstrap_sql
-from compute.branches import acknowledged
+from compute.branches import acknowledged, ends_of_members
 from compute.crashes import MAX_DELAY_S, SETTLED_S, Crashes, delay_s
 from compute.endpoint import Event, next_state
-from compute.proposer import check_members, majority
+from compute.proposer import Membership, check_members, majority
 from compute.sealed_log import MAX_BATCH_SIZE_BYTES, SealedLog, read_batches
 from compute.sizes import MAX_CONNECTIONS, RESERVED_CONNECTIONS, resources
 from shared.api.compute import ChangeEndpoint, EndpointSize, EndpointState
+from shared.api.safekeeper import TimelineStatus
 from shared.crypto.aead import AeadKey
 from shared.crypto.secret import KeyWipedError, SecretKey
 from shared.errors import ConflictError, CorruptedError, IntegrityError, InvalidInputError, UnavailableError
-from shared.ids import EndpointId, InstanceId
+from shared.ids import EndpointId, InstanceId, ProjectId, TimelineId
 from shared.lsn import Lsn
 from shared.wire.scram import ScramVerifier
 
@@ -293,3 +294,32 @@ def test_no_majority_that_answers_can_hide_what_was_acknowledged() -> None:
                         assert found.value == held, "no tail that nobody waits for"
             with pytest.raises(UnavailableError):
                 acknowledged([Lsn(each) for each in positions[: majority(nodes) - 1]], nodes)
+
+
+def test_a_disk_that_was_replaced_hides_nothing_that_was_acknowledged() -> None:
+    """The member is off, its old disk in its place. What it has acknowledged, one of the others alone may hold."""
+
+    def status(flush_lsn: int, seat: int = 0) -> TimelineStatus:
+        return TimelineStatus(
+            project_id=ProjectId.new(),
+            timeline_id=TimelineId.new(),
+            system_identifier=7,
+            term=1,
+            last_log_term=1,
+            term_history=[],
+            timeline_start_lsn=Lsn(10),
+            flush_lsn=Lsn(flush_lsn),
+            commit_lsn=Lsn(10),
+            streaming=False,
+            wal_size_bytes=0,
+            seat=seat,
+        )
+
+    answers = [("safekeeper-1", status(30)), ("safekeeper-2", status(10)), ("safekeeper-3", status(20))]
+    assert acknowledged(ends_of_members(answers, Membership()), 3) == Lsn(20)
+    replaced = Membership(1, {"safekeeper-2": 4})
+    assert acknowledged(ends_of_members(answers, replaced), 3) == Lsn(30)
+    answers[1] = ("safekeeper-2", status(10, seat=4))
+    assert acknowledged(ends_of_members(answers, replaced), 3) == Lsn(20)
+    with pytest.raises(UnavailableError):
+        acknowledged(ends_of_members([*answers[:1], ("safekeeper-3", None)], replaced), 3)

@@ -57,3 +57,9 @@ def test_only_safekeepers_of_the_committed_history_agree() -> None:
     assert quorum.is_agreed_by(Status(5, 5, 10, 0))
     assert not quorum.is_agreed_by(Status(4, 4, 500, 0))
     assert not quorum.is_agreed_by(Status(6, 5, 500, 0))
+    assert not quorum.is_agreed_by(Status(6, 6, 500, 0)), "it may have others in place of the last half record"
+
+
+def test_a_later_terms_position_takes_the_place_of_an_earlier_ones() -> None:
+    """Behind the last complete record of term 5 are other bytes now, and fewer."""
+    assert committed(said((6, 170), (6, 160)), majority(3)) > committed(said((5, 200), (5, 180)), majority(3))

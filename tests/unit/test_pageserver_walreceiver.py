@@ -151,6 +151,74 @@ async def _ingest_nothing(records: Sequence[RawRecord]) -> None:
     raise AssertionError("nothing is committed")
 
 
+async def test_a_half_record_that_a_quorum_holds_commits_no_later_terms_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Term 1 leaves a record and half of another one on two nodes. Term 2 cuts the half off, and what it writes in its
+    place gets to one node only; term 3, which knows nothing of that, commits other and fewer bytes there."""
+    monkeypatch.setattr(walreceiver, "_SOURCE_CHECK_S", 0.05)
+    realm = Realm.create(tmp_path)
+    logs = [WalBuilder(START) for _ in range(3)]
+    for wal, size in zip(logs, (900, 300, 150), strict=True):
+        wal.append_noop(100)
+        wal.append_noop(size)
+    cut, second, third = bytes(logs[0].data[:-200]), bytes(logs[1].data), bytes(logs[2].data)
+    assert len(third) < len(second) < len(cut)
+    a, b, c = Safekeeper("a", 1, cut), Safekeeper("b", 1, cut), Safekeeper("c", 3, third)
+    ingested: list[RawRecord] = []
+    arrived = asyncio.Event()
+
+    async def ingest(records: Sequence[RawRecord]) -> None:
+        ingested.extend(records)
+        arrived.set()
+
+    async with AsyncExitStack() as stack:
+        servers = {each.node_id: await stack.enter_async_context(each.server(realm)) for each in (a, b, c)}
+        receiver = WalReceiver(
+            ProjectId.new(),
+            TimelineId.new(),
+            [Peer(node, Address(host="127.0.0.1", port=each.port)) for node, each in servers.items()],
+            realm.issuers[Service.PAGESERVER],
+            client_context(realm.ca_certificate),
+            WalStreamDecoder(START, system_identifier=logs[0].system_identifier),
+            ingest,
+            lambda: START,
+        )
+        reachable = {node: asyncio.Event() for node in "abc"}
+        reachable["a"].set()
+        reachable["b"].set()
+        connect = receiver._connect
+
+        async def connect_when_reachable(peer: Peer) -> FramedConnection:
+            await reachable[peer.node_id].wait()
+            return await connect(peer)
+
+        monkeypatch.setattr(receiver, "_connect", connect_when_reachable)
+        work = asyncio.create_task(receiver.run())
+        try:
+            async with asyncio.timeout(20):
+                await arrived.wait()
+                assert receiver.commit_lsn == START + len(cut)
+                reachable["b"].clear()
+                arrived.clear()
+                a.sent.clear()
+                a.term, a.log = 2, second
+                for connection in list(receiver._connections.values()):
+                    connection.abort()
+                await a.sent.wait()
+                while not receiver._buffer and not arrived.is_set():  # noqa: ASYNC110 - the receiver tells nobody
+                    await asyncio.sleep(0.01)
+                b.term, b.log = 3, third
+                reachable["b"].set()
+                reachable["c"].set()
+                await arrived.wait()
+        finally:
+            work.cancel()
+            await asyncio.wait([work])
+    assert ingested == logs[2].records
+    assert receiver.commit_lsn == START + len(third)
+
+
 async def test_a_source_that_filled_the_buffer_and_lost_an_election_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
