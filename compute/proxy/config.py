@@ -49,7 +49,13 @@ class ProxySettings(ServiceSettings):
         default=None,
         ge=1,
         description="of these, how many may come from one address (of IPv6: from one /64), behind a load balancer from "
-        "one that it names; more are refused (SQLSTATE 53000). Unset: all of them",
+        "one that it names; more wait for their turn. Unset: a tenth",
+    )
+    max_waiting_handshakes: int = Field(
+        default=1000,
+        ge=0,
+        description="connections that wait for their turn; more are refused (SQLSTATE 53000), those first whose "
+        "address has most of them",
     )
     startup_timeout_s: float = Field(default=10.0, gt=0, description="from connect to a complete start-up packet")
     wake_timeout_s: float = Field(default=120.0, gt=0, description="how long a client waits for its compute to start")
@@ -69,7 +75,11 @@ class ProxySettings(ServiceSettings):
     lease_linger_s: float = Field(default=30.0, ge=0, description="a lease is kept this long without a session")
 
     @property
+    def address_handshakes(self) -> int:
+        return self.max_address_handshakes or max(1, self.max_handshakes // 10)
+
+    @property
     def open_files(self) -> int:
-        """File descriptors at the most: both ends of each session, those that shake hands, cancels, and some of our
-        own."""
-        return 2 * self.max_connections + self.max_handshakes + 256
+        """File descriptors at the most: both ends of each session, those that shake hands or wait for it, cancels, and
+        some of our own."""
+        return 2 * self.max_connections + self.max_handshakes + self.max_waiting_handshakes + 256

@@ -26,7 +26,6 @@ from typing import Final
 
 from compute.proxy import goodbye, proxy_protocol
 from compute.proxy.cancel import CancelKeys
-from compute.proxy.crowd import Crowd
 from compute.proxy.proxy_protocol import Peer
 from compute.proxy.session import ClientSide
 from shared.errors import UnauthenticatedError
@@ -65,7 +64,6 @@ class FrontTls:
 class Greeting:
     client: ClientSide
     peer: Peer | None
-    """The client's address: the connection's other end, or what a load balancer says. None: not by IP."""
     request: StartupMessage | CancelRequest
     server_name: str | None
 
@@ -78,14 +76,17 @@ class Manners:
     proxy_protocol_from: tuple[IPv4Network | IPv6Network, ...] = ()
 
 
-async def greet(
-    connection: socket.socket, tls: FrontTls, cancel_keys: CancelKeys, manners: Manners, crowd: Crowd
-) -> Greeting | None:
-    """None when the client went away or was refused. Takes the socket over.
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who connected, before a word of the client's own is read."""
 
-    Raises ProtocolViolationError, OSError, OverloadedError; the caller bounds the time, and closes the socket if this
-    raises.
-    """
+    peer: Peer | None
+    """Its address: the connection's other end, or what a load balancer says. None: not by IP."""
+    plain_is_good: bool
+
+
+async def identify(connection: socket.socket, manners: Manners) -> Caller:
+    """Raises ProtocolViolationError, OSError; the caller bounds the time, and closes the socket if this raises."""
     peer = _peer(connection)
     plain_is_good = manners.allow_plaintext_loopback and _is_loopback(peer)
     if peer is not None and any(peer.address in network for network in manners.proxy_protocol_from):
@@ -93,16 +94,14 @@ async def greet(
         # Whoever comes through a load balancer on this machine is not on this machine, and cannot say so.
         plain_is_good = plain_is_good and (named is None or _is_loopback(named))
         peer = named or peer
-    with crowd.place_for(peer):
-        return await _shake_hands(connection, tls, cancel_keys, peer, plain_is_good=plain_is_good)
+    return Caller(peer, plain_is_good)
 
 
-async def _shake_hands(
-    connection: socket.socket, tls: FrontTls, cancel_keys: CancelKeys, peer: Peer | None, *, plain_is_good: bool
-) -> Greeting | None:
+async def greet(connection: socket.socket, caller: Caller, tls: FrontTls, cancel_keys: CancelKeys) -> Greeting | None:
+    """None when the client went away or was refused. Takes the socket over. Raises as `identify`."""
     loop = asyncio.get_running_loop()
     if await _peek(connection) == _TLS_HANDSHAKE:
-        return await _over_tls(connection, tls, cancel_keys, peer, direct=True)
+        return await _over_tls(connection, tls, cancel_keys, caller.peer, direct=True)
     gss_refused = False
     while True:
         payload = await _packet(connection)
@@ -112,7 +111,7 @@ async def _shake_hands(
         match parse_startup(payload):
             case SSLRequest():
                 await loop.sock_sendall(connection, b"S")
-                return await _over_tls(connection, tls, cancel_keys, peer, direct=False)
+                return await _over_tls(connection, tls, cancel_keys, caller.peer, direct=False)
             case GSSENCRequest():
                 if gss_refused:
                     raise ProtocolViolationError("a second GSSENCRequest")
@@ -120,10 +119,10 @@ async def _shake_hands(
                 await loop.sock_sendall(connection, b"N")
             case CancelRequest() | StartupMessage() as request:
                 _, client = await loop.connect_accepted_socket(lambda: ClientSide(cancel_keys), connection)
-                if isinstance(request, StartupMessage) and not plain_is_good:
+                if isinstance(request, StartupMessage) and not caller.plain_is_good:
                     client.end(goodbye.tls_required())
                     return None
-                return Greeting(client, peer, request, None)
+                return Greeting(client, caller.peer, request, None)
 
 
 async def _proxied(connection: socket.socket) -> Peer | None:

@@ -17,7 +17,7 @@ from compute.proxy.config import ProxySettings
 from compute.proxy.crowd import Crowd
 from compute.proxy.directory import Directory, open_compute
 from compute.proxy.first_row import FirstRow
-from compute.proxy.greeting import FrontTls, Greeting, Manners, greet
+from compute.proxy.greeting import FrontTls, Greeting, Manners, greet, identify
 from compute.proxy.login import Proof, ask, log_in, role_name
 from compute.proxy.projects import Projects
 from compute.proxy.routing import Route, route
@@ -66,8 +66,6 @@ class ProxyServer:
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
-        self._handshakes = 0
-        self._handshake_places = asyncio.Semaphore(settings.max_handshakes)
         self._clients: dict[ClientSide, EndpointId] = {}
         """All that have said whom they want, also those that wait for it."""
         self._per_endpoint: collections.Counter[EndpointId] = collections.Counter()
@@ -75,7 +73,7 @@ class ProxyServer:
         """Those that do not wait for it any more."""
         self._draining = False
         self._all_gone = asyncio.Event()
-        self._crowd = Crowd(settings.max_address_handshakes)
+        self._crowd = Crowd(settings.max_handshakes, settings.address_handshakes, settings.max_waiting_handshakes)
         self._manners = Manners(settings.allow_plaintext_loopback, settings.proxy_protocol_from)
         self._opened = Counter("keylake_proxy_sessions", "Sessions that reached a compute", registry=registry)
         self._refused = Counter("keylake_proxy_refused", "Sessions refused", ["sqlstate"], registry=registry)
@@ -133,25 +131,22 @@ class ProxyServer:
 
     @property
     def handshakes(self) -> int:
-        return self._handshakes
+        return self._crowd.present
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            # Who comes when all places are taken waits in the backlog: a thousand clients that come at once are all
-            # served, and whoever does not say what it wants has its place for `startup_timeout_s` only.
-            await self._handshake_places.acquire()
             try:
                 connection, _ = await loop.sock_accept(listener)
             except OSError as error:
                 # Out of file descriptors, for one. The connection stays in the backlog until there are some.
-                self._handshake_places.release()
                 _log.error("a connection cannot be accepted", error=error.strerror)
                 await asyncio.sleep(0.1)
                 continue
             task = asyncio.create_task(self._serve(connection), name="proxy session")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            await asyncio.sleep(0)  # it has a place, waits for one or is refused, before there is another one
 
     async def _serve(self, connection: socket.socket) -> None:
         greeting = await self._greet(connection)
@@ -167,20 +162,16 @@ class ProxyServer:
             greeting.client.end(b"")
 
     async def _greet(self, connection: socket.socket) -> Greeting | None:
-        self._handshakes += 1
+        timeout_s = self._settings.startup_timeout_s
         try:
             connection.setblocking(False)
             if connection.family in (socket.AF_INET, socket.AF_INET6):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            async with asyncio.timeout(self._settings.startup_timeout_s):
-                return await greet(
-                    connection,
-                    self._tls,
-                    self._cancel_keys,
-                    self._manners,
-                    self._crowd,
-                )
+            async with asyncio.timeout(timeout_s):
+                caller = await identify(connection, self._manners)
+            async with self._crowd.place_for(caller.peer), asyncio.timeout(timeout_s):
+                return await greet(connection, caller, self._tls, self._cancel_keys)
         except (ProtocolViolationError, OverloadedError) as error:
             self._refused.labels(error.sqlstate).inc()
             # A short word into an empty buffer: it fits, or the client is gone.
@@ -191,9 +182,6 @@ class ProxyServer:
         except (OSError, TimeoutError):
             connection.close()  # it has not even said hello
             return None
-        finally:
-            self._handshakes -= 1
-            self._handshake_places.release()
 
     # --- sessions ---
 

@@ -15,13 +15,19 @@ A core: no I/O. Node ids are never used twice, so they are the identity that a b
 from __future__ import annotations
 
 import stat
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from compute.volume.fuse_wire import ROOT_ID, Attributes
 from compute.volume.read_ahead import ReadAhead
 from compute.volume.sealed_blocks import BLOCK_SIZE_BYTES
 from shared.keyspace import RelTag
+
+_GONE: Final = (0, None)
+_GONE_MAX: Final = 64
+"""So few of a directory's names that are gone may be more than those that are there."""
 
 
 @dataclass(slots=True)
@@ -58,11 +64,32 @@ class Directory(Node):
     that is interrupted by changes misses nothing and repeats nothing."""
     last_position: int = 0
     parent: Directory | None = None
+    _positions: list[int] = field(default_factory=list)
+    """Of all entries, and of some that are gone: a database with many tables is listed in many steps, and each of them
+    finds its place here. As long as `_names`, which has the name at each."""
+    _names: list[bytes] = field(default_factory=list)
+
+    def put(self, name: bytes, node: Node) -> None:
+        """The name must be free."""
+        self.last_position += 1
+        self.entries[name] = (self.last_position, node)
+        self._positions.append(self.last_position)
+        self._names.append(name)
+
+    def take(self, name: bytes) -> Node:
+        """Away. The name must be there."""
+        _, node = self.entries.pop(name)
+        if len(self._names) > 2 * len(self.entries) + _GONE_MAX:
+            self._positions = [position for position, _ in self.entries.values()]  # a dict is in the order of insertion
+            self._names = list(self.entries)
+        return node
 
     def listing(self, after: int) -> Iterator[tuple[bytes, int, Node]]:
-        """(name, position, node) of those behind position `after`."""
-        for name, (position, node) in list(self.entries.items()):
-            if position > after:
+        """(name, position, node) of those behind position `after`. Nothing may change meanwhile."""
+        for at in range(bisect_right(self._positions, after), len(self._names)):
+            name = self._names[at]
+            position, node = self.entries.get(name, _GONE)
+            if node is not None and position == self._positions[at]:
                 yield name, position, node
 
 
@@ -133,7 +160,7 @@ class Tree:
 
     def remove(self, directory: Directory, name: bytes, now_ns: int) -> Node:
         """Take away a name that is there; of a directory, an empty one's."""
-        _, node = directory.entries.pop(name)
+        node = directory.take(name)
         directory.mtime_ns = directory.time_ns = now_ns
         node.links = 0
         if isinstance(node, Directory):
@@ -142,7 +169,7 @@ class Tree:
 
     def move(self, old: Directory, old_name: bytes, new: Directory, new_name: bytes, now_ns: int) -> None:
         """The old name is there and the new one is free."""
-        _, node = old.entries.pop(old_name)
+        node = old.take(old_name)
         old.mtime_ns = old.time_ns = now_ns
         if isinstance(node, Directory):
             old.links -= 1
@@ -157,8 +184,7 @@ class Tree:
         return self._nodes.pop(node.node_id, None) is not None
 
     def _link(self, directory: Directory, name: bytes, node: Node, now_ns: int) -> None:
-        directory.last_position += 1
-        directory.entries[name] = (directory.last_position, node)
+        directory.put(name, node)
         directory.mtime_ns = directory.time_ns = now_ns
         self._nodes[node.node_id] = node
 

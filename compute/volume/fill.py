@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -57,13 +57,23 @@ class TreeSink:
 
 def directory_of(tree: Tree, path: PurePosixPath) -> Directory:
     """The directory that `path` is in. Raises CorruptedError."""
+    return _with_room(_descend(tree, [part.encode() for part in path.parts[:-1]]), path.name.encode())
+
+
+def _descend(tree: Tree, path: Iterable[bytes]) -> Node:
+    """Raises CorruptedError."""
     node: Node = tree.root
-    for part in path.parts[:-1]:
-        entry = node.entries.get(part.encode()) if isinstance(node, Directory) else None
+    for part in path:
+        entry = node.entries.get(part) if isinstance(node, Directory) else None
         if entry is None:
             raise CorruptedError("a member of the basebackup has no directory")
         node = entry[1]
-    if not isinstance(node, Directory) or path.name.encode() in node.entries:
+    return node
+
+
+def _with_room(node: Node, name: bytes) -> Directory:
+    """A directory that has nothing of that name. Raises CorruptedError."""
+    if not isinstance(node, Directory) or name in node.entries:
         raise CorruptedError("a member of the basebackup is there twice, or below a file")
     return node
 
@@ -77,11 +87,12 @@ def add_relation(tree: Tree, tag: RelTag, blocks: int, now_ns: int) -> None:
 
 
 def _add_fork(tree: Tree, tag: RelTag, blocks: int, suffix: str, now_ns: int) -> None:
-    directory = "global" if tag.spc == GLOBAL_TABLESPACE_OID else f"base/{tag.db}"
+    path = (b"global",) if tag.spc == GLOBAL_TABLESPACE_OID else (b"base", b"%d" % tag.db)
+    directory = _descend(tree, path)
     for first in range(0, max(blocks, 1), _SEGMENT_BLOCKS):
         segment = first // _SEGMENT_BLOCKS
-        path = PurePosixPath(f"{directory}/{tag.rel}{suffix}" + (f".{segment}" if segment else ""))
-        file = tree.add_file(directory_of(tree, path), path.name.encode(), 0o600, now_ns)
+        name = (f"{tag.rel}{suffix}" + (f".{segment}" if segment else "")).encode()
+        file = tree.add_file(_with_room(directory, name), name, 0o600, now_ns)
         file.origin = Origin(tag, first)
         file.origin_blocks = min(blocks - first, _SEGMENT_BLOCKS)
         file.size = file.origin_blocks * BLOCK_SIZE_BYTES

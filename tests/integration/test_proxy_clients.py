@@ -267,8 +267,8 @@ async def test_more_than_may_shake_hands_wait_for_their_turn(backend: Backend) -
 
 async def test_no_more_sessions_than_file_descriptors(backend: Backend) -> None:
     """The machine allows a few: they are served, the others are told that they are too many."""
-    # 2 * 9 + 10 + 256, where max_connections = 2000 would take 4266.
-    async with proxy_bench(backend, max_handshakes=10, open_files=(284, 284)) as bench:
+    # 2 * 9 + 10 + 20 + 256, where max_connections = 2000 would take 4286.
+    async with proxy_bench(backend, max_handshakes=10, max_waiting_handshakes=20, open_files=(304, 304)) as bench:
         assert "too few file descriptors" in bench.log
         connections = [await bench.connect() for _ in range(9)]
         with pytest.raises(asyncpg.TooManyConnectionsError, match="to this proxy"):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
+import random
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 
 from compute.volume import mount
 from compute.volume.base import Source, VolumeKind
+from compute.volume.files import Node, Tree
 from compute.volume.fill import TreeSink, add_relation
 from compute.volume.fuse import FuseVolume, make_volume
 from compute.volume.sealed_blocks import (
@@ -279,6 +283,46 @@ async def test_a_listing_is_exact_while_what_it_has_shown_is_removed(kernel: Fus
     shown = await kernel.names(ROOT, size=100)
     assert len(shown) == len(wanted)
     assert set(shown) == wanted
+
+
+class Counted(dict[bytes, tuple[int, Node]]):
+    """Counts what is looked at."""
+
+    seen = 0
+
+    def get(self, *arguments: Any) -> Any:
+        Counted.seen += 1
+        return super().get(*arguments)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_long_listing_goes_on_where_it_was_whatever_comes_and_goes_meanwhile(seed: int) -> None:
+    """What is there all the time is shown once, what is gone is not; and no step begins at the beginning."""
+    luck = random.Random(seed)
+    tree, size = Tree(0, 0, 0), 1000
+    root = tree.root
+    for number in range(size):
+        tree.add_file(root, b"%d" % number, 0o600, 0)
+    root.entries = Counted(root.entries)
+    Counted.seen = 0
+    always, again, shown, position = set(root.entries), set[bytes](), list[bytes](), 0
+    while step := list(itertools.islice(root.listing(position), 10)):
+        assert all(root.entries[name] == (at, node) for name, at, node in step)
+        shown += [name for name, _, _ in step]
+        position = step[-1][1]
+        for _ in range(luck.randrange(30)):
+            name = luck.choice(list(root.entries))
+            tree.remove(root, name, 0)
+            always.discard(name)
+            if not luck.randrange(3):
+                tree.add_file(root, name, 0o600, 0)  # another one of the same name
+                again.add(name)
+    once = [name for name in shown if name not in again]
+    assert always <= set(once)
+    assert len(once) == len(set(once))
+    assert again
+    assert Counted.seen < 3 * size
+    assert [name for name, _, _ in root.listing(0)] == list(root.entries)
 
 
 async def test_a_kernel_without_what_the_volume_relies_on_is_refused(kernel: FuseKernel) -> None:
