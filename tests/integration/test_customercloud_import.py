@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,13 @@ def test_a_key_is_what_was_imported_and_nothing_without_it(aws: AwsTenant, kms: 
     new = metadata(kms, key)
     assert (new["Origin"], new["KeyState"], new["Enabled"]) == ("EXTERNAL", "PendingImport", False)
     assert new.keys().isdisjoint({"ExpirationModel", "ValidTo", "CurrentKeyMaterialId"})
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: kms.encrypt(KeyId=key, Plaintext=b"x"),
         lambda: kms.generate_data_key(KeyId=key, KeySpec="AES_256"),
         lambda: kms.enable_key(KeyId=key),
         lambda: kms.disable_key(KeyId=key),
-    ):
+    )
+    for call in calls:
         with refused("KMSInvalidStateException", pending):
             call()
 

@@ -218,7 +218,7 @@ def test_metadata_of_a_new_key(aws: AwsTenant, kms: Any) -> None:
     for unsupported in (
         {"KeySpec": "RSA_2048", "KeyUsage": "SIGN_VERIFY"},
         {"MultiRegion": True},
-        {"Origin": "EXTERNAL"},
+        {"Origin": "EXTERNAL_KEY_STORE"},
     ):
         with refused("UnsupportedOperationException"):
             kms.create_key(**unsupported)

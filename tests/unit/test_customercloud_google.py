@@ -138,9 +138,14 @@ def test_assertions(account: ServiceAccount) -> None:
     assert verify(_assertion(account, aud=None)) is Problem.INVALID
     scoped = verify_assertion(_assertion(account, aud=None), TOKEN_AUDIENCE, accounts.get, NOW, or_scopes=True)
     assert scoped.scopes == ("a", "b")
-    for changes in ({"aud": None, "scope": None}, {"aud": None, "scope": ""}, {"aud": "https://elsewhere/"}):
+    unscoped: tuple[dict[str, Any], ...] = (
+        {"aud": None, "scope": None},
+        {"aud": None, "scope": ""},
+        {"aud": "https://elsewhere/"},
+    )
+    for claims in unscoped:
         with pytest.raises(TokenError):
-            verify_assertion(_assertion(account, **changes), TOKEN_AUDIENCE, accounts.get, NOW, or_scopes=True)
+            verify_assertion(_assertion(account, **claims), TOKEN_AUDIENCE, accounts.get, NOW, or_scopes=True)
     unsigned = jwt.encode({"iss": account.email, "aud": TOKEN_AUDIENCE}, "", "none", {"kid": account.keys[0].key_id})
     symmetric = jwt.encode({"iss": account.email, "aud": TOKEN_AUDIENCE, "exp": 2**33, "iat": 1}, "k" * 32, "HS256")
     for token in (unsigned, symmetric, "", "eyJ", "a.b.c", "eyJ" * 5000, _assertion(account)[:-4]):

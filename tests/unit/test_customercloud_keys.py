@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from customercloud.aws.errors import AwsError
 from customercloud.aws.identity import AccessKey, Rights, Role, account_of_access_key
-from customercloud.aws.keys import Key, KeyPolicy, KeyState
+from customercloud.aws.keys import Key, KeyOrigin, KeyPolicy, KeyState
 from customercloud.aws.state import Alias
 
 NOW = dt.datetime(2026, 11, 22, 2, 0, tzinfo=dt.UTC)
@@ -30,6 +30,8 @@ def in_state(state: KeyState) -> Key:
             return new_key().disable(NOW, NO_DELAY)
         case KeyState.PENDING_DELETION:
             return new_key().schedule_deletion(7, NOW, NO_DELAY)
+        case KeyState.PENDING_IMPORT:
+            return Key.new("111122223333", "eu-central-1", "", POLICY, NOW, origin=KeyOrigin.EXTERNAL)
 
 
 TRANSITIONS = ("enable", "disable", "schedule", "cancel", "policy", "rotate", "enable rotation")
@@ -54,21 +56,23 @@ def move(key: Key, transition: str, now: dt.datetime = NOW, delay: dt.timedelta 
     raise ValueError(transition)
 
 
-E, D, P = KeyState.ENABLED, KeyState.DISABLED, KeyState.PENDING_DELETION
-# Key states of AWS KMS keys, KMS Developer Guide: transition → (from enabled, from disabled, from pending deletion).
-TABLE: dict[str, tuple[KeyState | str, KeyState | str, KeyState | str]] = {
-    "enable": (E, E, "KMSInvalidStateException"),
-    "disable": (D, D, "KMSInvalidStateException"),
-    "schedule": (P, P, "KMSInvalidStateException"),
-    "cancel": ("KMSInvalidStateException", "KMSInvalidStateException", D),
-    "policy": (E, D, P),
-    "rotate": (E, "DisabledException", "KMSInvalidStateException"),
-    "enable rotation": (E, "DisabledException", "KMSInvalidStateException"),
+E, D, P, W = KeyState.ENABLED, KeyState.DISABLED, KeyState.PENDING_DELETION, KeyState.PENDING_IMPORT
+INVALID, UNSUPPORTED = "KMSInvalidStateException", "UnsupportedOperationException"
+# Key states of AWS KMS keys, KMS Developer Guide: transition → (from enabled, disabled, pending deletion, and from
+# waiting for an import).
+TABLE: dict[str, tuple[KeyState | str, ...]] = {
+    "enable": (E, E, INVALID, INVALID),
+    "disable": (D, D, INVALID, INVALID),
+    "schedule": (P, P, INVALID, P),
+    "cancel": (INVALID, INVALID, D, INVALID),
+    "policy": (E, D, P, W),
+    "rotate": (E, "DisabledException", INVALID, UNSUPPORTED),
+    "enable rotation": (E, "DisabledException", INVALID, UNSUPPORTED),
 }
 
 
 @pytest.mark.parametrize("transition", TRANSITIONS)
-@pytest.mark.parametrize(("column", "state"), list(enumerate((E, D, P))))
+@pytest.mark.parametrize(("column", "state"), list(enumerate((E, D, P, W))))
 def test_every_state_under_every_transition(transition: str, column: int, state: KeyState) -> None:
     expected = TABLE[transition][column]
     key = in_state(state)
