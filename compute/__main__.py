@@ -20,13 +20,13 @@ from compute.run import RunServices
 from compute.storage_clients import PageserverClient, SafekeeperClient
 from shared.api.keymanager import Role
 from shared.auth import Service, TokenIssuer, TokenVerifier, TrustBundle
-from shared.config import settings_from_arguments
 from shared.entry import run, wait_for_shutdown_signal
 from shared.hardening import harden_process
 from shared.keyclient import KeyClient
 from shared.keysession import session_tokens
 from shared.sandbox import sandboxes_dir
 from shared.service import HttpServer, Readiness
+from shared.settings import settings_from_arguments
 from shared.telemetry import configure_logging, get_logger
 from shared.tracing import configure_tracing
 

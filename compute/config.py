@@ -11,7 +11,8 @@ from compute.launcher import Blocks
 from compute.sizes import Resources
 from compute.storage_clients import SafekeeperAddress
 from compute.volume.base import VolumeKind
-from shared.config import Address, Addresses, ServiceSettings
+from shared.config import Address, Addresses
+from shared.settings import ServiceSettings
 
 
 class ManagerSettings(ServiceSettings):

@@ -14,12 +14,13 @@ from keymanager.replica import Replica
 from keymanager.seat import place_of
 from shared.auth import Service, TrustBundle
 from shared.clock import SystemClock
-from shared.config import Address, settings_from_arguments
+from shared.config import Address
 from shared.entry import run, wait_for_shutdown_signal
 from shared.errors import KeylakeError
 from shared.failpoints import arm, refuse_failpoints
 from shared.hardening import harden_process
 from shared.service import HttpServer
+from shared.settings import settings_from_arguments
 from shared.telemetry import configure_logging, get_logger
 from shared.tracing import configure_tracing
 

@@ -12,8 +12,8 @@ from pydantic_settings import SettingsConfigDict
 
 from keymanager.kms.kind import KmsKind
 from keymanager.providers import KINDS
-from shared.config import ServiceSettings
 from shared.crypto.limits import MAX_WRAPS_PER_KEK
+from shared.settings import ServiceSettings
 from shared.storage.config import ObjectStoreSettings
 
 S = TypeVar("S", bound=BaseModel)

@@ -21,7 +21,6 @@ from pageserver.timeline import TimelineConfig
 from pageserver.walreceiver import Peer
 from shared.api.keymanager import Role
 from shared.auth import Service, TokenIssuer, TokenVerifier, TrustBundle
-from shared.config import settings_from_arguments
 from shared.entry import run, wait_for_shutdown_signal
 from shared.failpoints import arm, refuse_failpoints
 from shared.framed_tcp import FramedServer
@@ -31,6 +30,7 @@ from shared.keyclient import KeyClient
 from shared.keysession import session_tokens
 from shared.sandbox import sandboxes_dir
 from shared.service import HttpServer, Readiness
+from shared.settings import settings_from_arguments
 from shared.storage.config import open_store
 from shared.storage.threads import BlockingPool
 from shared.telemetry import configure_logging, get_logger

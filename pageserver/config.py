@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import SettingsConfigDict
 
 from pageserver.retention import MAX_LEASE_S, MAX_RETENTION_AGE_S
-from shared.config import Address, Addresses, ServiceSettings
+from shared.config import Address, Addresses
+from shared.settings import ServiceSettings
 from shared.storage.config import ObjectStoreSettings
 
 

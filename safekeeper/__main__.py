@@ -10,12 +10,12 @@ from safekeeper.config import SafekeeperSettings
 from safekeeper.server import running_safekeeper
 from shared.api.keymanager import Role
 from shared.auth import TokenIssuer
-from shared.config import settings_from_arguments
 from shared.entry import run, wait_for_shutdown_signal
 from shared.failpoints import arm, refuse_failpoints
 from shared.hardening import harden_process
 from shared.keyclient import KeyClient
 from shared.keysession import session_tokens
+from shared.settings import settings_from_arguments
 from shared.telemetry import configure_logging, get_logger
 from shared.tracing import configure_tracing
 

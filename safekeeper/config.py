@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from shared.config import Address, Addresses, ServiceSettings
+from shared.config import Address, Addresses
+from shared.settings import ServiceSettings
 from shared.storage.config import ObjectStoreSettings
 
 

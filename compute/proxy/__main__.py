@@ -16,7 +16,6 @@ from compute.proxy.projects import Projects
 from compute.proxy.server import ProxyServer
 from shared.api.keymanager import Role
 from shared.auth import Scope, Service, TokenIssuer, TokenVerifier, TrustBundle
-from shared.config import settings_from_arguments
 from shared.entry import run, wait_for_shutdown_signal
 from shared.hardening import harden_process
 from shared.http import ServiceClient
@@ -24,6 +23,7 @@ from shared.keyclient import KeyClient
 from shared.keysession import session_tokens
 from shared.open_files import allow_open_files
 from shared.service import HttpServer, Readiness
+from shared.settings import settings_from_arguments
 from shared.telemetry import configure_logging, get_logger
 from shared.tls import CertificateFiles
 from shared.tracing import configure_tracing

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from shared.config import Address, Addresses, ServiceSettings
+from shared.config import Address, Addresses
+from shared.settings import ServiceSettings
 
 
 class ProxySettings(ServiceSettings):

@@ -45,9 +45,10 @@ from safekeeper.config import SafekeeperSettings
 from shared import tls
 from shared.audit_anchor import ANCHOR_PREFIX
 from shared.auth import Service, TokenIssuer, TokenVerifier, TrustBundle
-from shared.config import Address, ServiceSettings
+from shared.config import Address
 from shared.errors import PermissionDeniedError, UnavailableError
 from shared.roles import SERVICE_SCOPES
+from shared.settings import ServiceSettings
 
 SETTINGS: Mapping[Service, type[ServiceSettings]] = {
     Service.KEYMANAGER: KeymanagerSettings,
