@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import httpx
 from pydantic import SecretStr
@@ -41,7 +41,7 @@ from shared.api.keymanager import AwsKey, CreateKeyConfiguration, KeyConfigurati
 from shared.auth import Service, TokenIssuer
 from shared.crypto.aead import NULL_CIPHER_VARIABLE
 from shared.errors import ConflictError, UnavailableError
-from shared.ids import WorkspaceId
+from shared.ids import InstanceId, WorkspaceId
 from shared.postgres import Auth, PostgresServer, initdb
 from shared.tls import client_context, service_host_name
 
@@ -109,6 +109,7 @@ class Cluster:
 
     service_process: type[ServiceProcess] = ServiceProcess
     """How a service is run."""
+    _safekeepers: Final = tuple(f"safekeeper-{number}" for number in range(1, SAFEKEEPERS + 1))
 
     def __init__(
         self,
@@ -175,9 +176,8 @@ class Cluster:
         self._progress("keymanager, safekeepers, pageserver, compute manager, proxy")
         configs = await self._configs(metadata, bootstrap)
         await self._start_keymanagers(configs)
-        storage = [f"safekeeper-{n}" for n in range(1, SAFEKEEPERS + 1)]
         await asyncio.gather(
-            *(self._start_service(name, "safekeeper", configs[name], Service.SAFEKEEPER) for name in storage),
+            *(self._start_service(name, "safekeeper", configs[name], Service.SAFEKEEPER) for name in self._safekeepers),
             self._start_service("pageserver", "pageserver", configs["pageserver"], Service.PAGESERVER),
         )
         await self._start_service("compute", "compute", configs["compute"], Service.COMPUTE)
@@ -364,13 +364,30 @@ class Cluster:
         """From now on `one` and `other` do not hear each other; without `other`, nobody hears `one`.
 
         Names as for `service`, and `metadata`. `pids`: only connections that these processes have opened, silently:
-        the agent of one compute, which otherwise counts as `compute`. What goes over Unix sockets is not cut: the proxy
-        and the safekeepers with a compute on this machine; and a safekeeper that copies from another one uses the
-        manager's link to it. You and the customer still reach everybody.
+        the agent of one compute, which otherwise counts as `compute`. The proxy and the safekeepers reach a compute
+        over its Unix socket, which is cut when it was linked before (`link_compute`). A safekeeper that copies from
+        another one uses the manager's link to it; between two safekeepers, its connections are cut there, silently. You
+        and the customer still reach everybody.
 
         Raises InvalidInputError for two that do not speak with each other, ConflictError without `links`.
         """
-        await self._require_links().cut(one, other, how, pids)
+        links = self._require_links()
+        if one in self._safekeepers and other in self._safekeepers:
+            for source, target in ((one, other), (other, one)):
+                await links.cut("compute", target, Cut.SILENT, [self.service(source).pid])
+        else:
+            await links.cut(one, other, how, pids)
+
+    async def link_compute(self, instance_id: InstanceId) -> None:
+        """From now on who connects to the socket of this compute, which runs, can be cut off from it: the proxy and
+        each safekeeper. Who is connected already cannot. Raises ConflictError without `links`."""
+        sources = ("proxy", *self._safekeepers)
+
+        def name_of(pid: int) -> str:
+            return next((name for name in sources if (each := self.services[name]).running and each.pid == pid), "")
+
+        directory = self.runtime_dir / "c" / str(instance_id)
+        await self._require_links().take_over(directory, "compute", sources, name_of)
 
     async def heal(self) -> None:
         """Ends all partitions."""

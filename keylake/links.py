@@ -12,6 +12,10 @@ it. TLS goes through end to end.
               the link is healed, as TCP would send it again. New connections are taken, and hear nothing
     REFUSED   a port closed: connections are reset, new ones refused
 
+A compute's Unix socket is where it is, and several services come to it. It is taken over while it is in use
+(`take_over`): it gets another name, which those who are connected do not notice, and a *door* of ours takes its place.
+Behind the door each service has a link of its own; which one comes is told by its process (SO_PEERCRED, unix(7)).
+
 The links run in a thread of their own: a test that blocks its event loop must not stop its cluster.
 """
 
@@ -27,16 +31,24 @@ import threading
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from shared.errors import InvalidInputError
 
 T = TypeVar("T")
 _CHUNK_SIZE_BYTES: Final = 64 * 1024
 _SOCKET_NAME: Final = ".s.PGSQL.5432"
+_TAKEN_OVER: Final = ".taken-over"
+_DOOR: Final = ".door"
+_CREDENTIALS: Final = struct.Struct("3i")
+"""struct ucred: pid, uid, gid."""
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]
+
+
+class _Listening(Protocol):
+    def close(self) -> None: ...
 
 
 class Cut(enum.StrEnum):
@@ -72,8 +84,8 @@ class _Link:
 
     between: frozenset[str]
     connect: Callable[[], Awaitable[Streams]]
-    listen: Callable[[Accept], Awaitable[asyncio.Server]]
-    server: asyncio.Server | None = None
+    listen: Callable[[Accept], Awaitable[_Listening]]
+    server: _Listening | None = None
     is_cut: bool = False
     cut_pids: Collection[int] | None = None
     """Whose connections are cut; None: everybody's."""
@@ -88,6 +100,8 @@ class _Link:
 
     def hold(self, pids: Collection[int] | None) -> None:
         """Nothing passes from now on."""
+        if self.is_cut and pids is not None:
+            pids = None if self.cut_pids is None else {*self.cut_pids, *pids}
         self.is_cut, self.cut_pids = True, pids
         for connection in self.connections:
             if connection.is_of(pids):
@@ -133,6 +147,51 @@ class _Link:
             raise
         finally:
             await _close(ends)
+
+
+class _Door:
+    """A Unix socket at which several services come in. Behind it each of them has its own link."""
+
+    def __init__(self, name_of: Callable[[int], str]) -> None:
+        """`name_of`: the service that a process is; empty for any other, which comes in as nobody."""
+        self._name_of = name_of
+        self._accepts: dict[str, Accept] = {}
+        self._server: asyncio.Server
+
+    async def open(self, path: Path) -> None:
+        """When everybody listens."""
+        self._server = await asyncio.start_unix_server(self._take, path, limit=_CHUNK_SIZE_BYTES)
+
+    def close(self) -> None:
+        self._server.close()
+
+    def listen_for(self, name: str) -> Callable[[Accept], Awaitable[_Listening]]:
+        async def listen(accept: Accept) -> _Listening:
+            self._accepts[name] = accept
+            return _Entry(self._accepts, name)
+
+        return listen
+
+    def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        credentials = writer.get_extra_info("socket").getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+        )
+        accept = self._accepts.get(self._name_of(_CREDENTIALS.unpack(credentials)[0]))
+        if accept is None:
+            _reset(writer)
+        else:
+            accept(reader, writer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One service's way in."""
+
+    accepts: dict[str, Accept]
+    name: str
+
+    def close(self) -> None:
+        self.accepts.pop(self.name, None)
 
 
 async def _close(ends: Sequence[asyncio.StreamWriter]) -> None:
@@ -196,6 +255,7 @@ class Links:
 
     def __init__(self) -> None:
         self._links: list[_Link] = []
+        self._doors: list[_Door] = []
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread
 
@@ -206,6 +266,8 @@ class Links:
 
     async def stop(self) -> None:
         async def close_all() -> None:
+            for door in self._doors:
+                door.close()
             await asyncio.gather(*(link.close() for link in self._links))
 
         await self._run(close_all())
@@ -245,6 +307,25 @@ class Links:
 
         await self._add(_Link(frozenset({source, target}), connect, listen))
 
+    async def take_over(
+        self, socket_dir: Path, target: str, sources: Collection[str], name_of: Callable[[int], str]
+    ) -> None:
+        """Who connects to this Postgres socket of `target` from now on comes over links: one for each of `sources`,
+        and one that is never cut for whoever is none of them. `name_of`: which of them a process is, or empty."""
+        path, taken_over, ours = (socket_dir / name for name in (_SOCKET_NAME, _TAKEN_OVER, _DOOR))
+
+        async def connect() -> Streams:
+            return await asyncio.open_unix_connection(taken_over, limit=_CHUNK_SIZE_BYTES)
+
+        door = _Door(name_of)
+        for name in sources:
+            await self._add(_Link(frozenset({name, target}), connect, door.listen_for(name)))
+        await self._add(_Link(frozenset(), connect, door.listen_for("")))
+        taken_over.hardlink_to(path)
+        await self._run(door.open(ours))
+        self._doors.append(door)
+        ours.rename(path)  # nobody finds it missing
+
     async def _add(self, link: _Link) -> None:
         await self._run(link.open())
         self._links.append(link)
@@ -270,8 +351,11 @@ class Links:
         async def look() -> dict[tuple[str, str], Cut | None]:
             found: dict[tuple[str, str], Cut | None] = {}
             for link in self._links:
+                if not link.between:
+                    continue
                 one, other = sorted(link.between)
-                how = None if not link.is_cut else Cut.SILENT if link.server is not None else Cut.REFUSED
+                is_cut = link.is_cut and link.cut_pids is None  # for everybody, that is
+                how = None if not is_cut else Cut.SILENT if link.server is not None else Cut.REFUSED
                 found[one, other] = how or found.get((one, other))
             return found
 

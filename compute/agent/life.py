@@ -94,8 +94,9 @@ _POSTGRES_START_TIMEOUT_S: Final = 60.0
 _VOLUME_WIPE_TIMEOUT_S: Final = 0.5
 """It takes milliseconds. Nothing leaves meanwhile: who could use the volume is stopped. The manager's patience with
 us is not longer than a second."""
-_LEASE_NEWS_INTERVAL_S: Final = 0.5
-"""How often who lets data out hears until when it may. A lease is renewed with most of it left."""
+_LEASE_NEWS_INTERVAL_S: Final = (0.05, 0.5)
+"""How often who lets data out hears until when it may: at least, at most. A lease is renewed with most of it left; of
+what is left, the news may take a tenth."""
 
 
 def _verifier(password: str) -> str:
@@ -386,7 +387,9 @@ class Agent:
                 self._lease_file.write(until_s)
             except OSError as error:
                 _log.error("the proxy cannot be told of the lease, and will end sessions", reason=error.strerror)
-            await asyncio.sleep(_LEASE_NEWS_INTERVAL_S)
+            left_s = min(lease.remaining_s for lease in leases)
+            shortest_s, longest_s = _LEASE_NEWS_INTERVAL_S
+            await asyncio.sleep(min(max(left_s / 10, shortest_s), longest_s))
 
     async def _set_up_postgres(self, control: ControlFile) -> ComputePostgres:
         boot, pgdata, replica = self._boot, self._volume.path, self._replica

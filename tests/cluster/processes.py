@@ -50,6 +50,14 @@ def _read(pid: int) -> Process | None:
     return Process(pid, int(fields[19]), int(fields[1]), fields[0], before.partition(" (")[2])
 
 
+def title(process: Process) -> str:
+    """What it calls itself: of Postgres's, which kind and whose; empty when it has ended."""
+    try:
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 @contextmanager
 def standing_still(pids: Iterable[int]) -> Iterator[None]:
     """These processes are stopped (SIGSTOP) within the block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -186,10 +187,11 @@ async def refused(tenant: Tenant, expected: type[KeyAccessError]) -> None:
     await wait_until(look)
 
 
-async def sqlstate_of_connecting(tenant: Tenant) -> str:
-    """How the proxy refuses; empty when it does not."""
+async def sqlstate_of_connecting(tenant: Tenant, timeout_s: float = 60.0) -> str:
+    """How the proxy refuses, or that it says nothing for as long; empty when it lets in."""
     try:
-        connection = await tenant.connect()
+        async with asyncio.timeout(timeout_s):
+            connection = await tenant.connect()
     except CLIENT_ERRORS as error:
         return describe(error)[0]
     await connection.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 from time import monotonic
 
 import asyncpg
@@ -33,8 +34,8 @@ from shared.wire.pagestream import GET_PAGE
 from tests.cluster.bank import Bank
 from tests.cluster.pages import page_client
 from tests.cluster.people import shred_by_two
-from tests.cluster.primary import Session, connect, stopped
-from tests.cluster.processes import ComputeProcesses, compute_of, standing_still
+from tests.cluster.primary import Session, connect, safekeeper_timelines, stopped
+from tests.cluster.processes import ComputeProcesses, Process, below, compute_of, standing_still, title
 from tests.cluster.tenants import (
     LEASE_TTL_S,
     PROBE_INTERVAL_S,
@@ -60,6 +61,10 @@ OUTAGE_GRACE_S = 3.0
 RESTORE_HOLD_S = 2.0
 QUIET_S = 1.0
 """Clients of a live database commit hundreds of times in this time."""
+SHORT_S = 0.5
+"""Several commits, and a safekeeper that lacks some pages of the log has them."""
+START_S = 10.0
+"""A compute that is started takes connections after a fifth of it."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -241,37 +246,50 @@ class Copied:
         await wait_until(lambda: len(self.came_at) > seen)
 
 
-async def test_of_a_compute_that_was_stopped_as_a_whole_no_row_arrives_when_it_goes_on(cluster: Cluster) -> None:
-    """Its Postgres goes on first, with nobody there yet who would kill it, and has rows to send: the proxy takes none.
-    (Who has got at its own socket is sent them: docs/honesty.md.)"""
-    async with new_tenant(cluster, "frozen") as tenant, AsyncExitStack() as stack:
+async def hears_nothing_of(tenant: Tenant, revoked: bool) -> None:
+    """A client whose compute is stopped as a whole until its lease is over, and goes on: Postgres first, with nobody
+    there yet who would kill it, and rows to send."""
+    cluster = tenant.cluster
+    async with AsyncExitStack() as stack:
+        session = await tenant.connect()
         manager, compute = cluster.service("compute"), await tenant.compute()
-        through_proxy = Copied(await tenant.connect())
-        directly = Copied(await connect_directly(tenant, compute))
-        query = asyncio.create_task(through_proxy.run())
-        other = asyncio.create_task(directly.run())
+        through_proxy, directly = Copied(session), Copied(await connect_directly(tenant, compute))
+        query, other = asyncio.create_task(through_proxy.run()), asyncio.create_task(directly.run())
         await asyncio.gather(through_proxy.goes_on(), directly.goes_on())
         manager.send_signal(signal.SIGSTOP)
         stack.callback(manager.send_signal, signal.SIGCONT)
         compute.pause_all()
         stack.callback(compute.resume_all)
-
-        await disable(cluster.customer, tenant.key_arn)
-        revocation = await tenant.sealed()
-        sealed = monotonic()
-        outcomes = {i.role.value: i.outcome for i in revocation.instances}
-        assert outcomes["compute"] == "fenced", "its lease was over before it woke up"
-        assert outcomes["proxy"] == "acknowledged"
+        if revoked:
+            await disable(cluster.customer, tenant.key_arn)
+            revocation = await tenant.sealed()
+            outcomes = {i.role.value: i.outcome for i in revocation.instances}
+            assert outcomes["compute"] == "fenced", "its lease was over before it woke up"
+            assert outcomes["proxy"] == "acknowledged"
+        else:
+            await asyncio.sleep(LEASE_TTL_S)
+        over = monotonic()
         compute.resume_all(but_the_agent=True)
         await directly.goes_on()
+        with pytest.raises(CLIENT_ERRORS) as told:
+            await asyncio.wait_for(query, START_S)
+        assert compute.postmaster.exists, "the proxy alone has ended it"
+        assert describe(told.value)[0] == (RevokedError.sqlstate if revoked else "57P01")
+        assert through_proxy.came_at[-1] < over
         await stack.aclose()
         await compute.gone()
-        with pytest.raises(CLIENT_ERRORS) as told:
-            await query
-        assert describe(told.value)[0] == RevokedError.sqlstate
-        assert through_proxy.came_at[-1] < sealed
         with pytest.raises(CLIENT_ERRORS):
             await other
+
+
+async def test_of_a_compute_that_was_stopped_as_a_whole_no_row_arrives_when_it_goes_on(cluster: Cluster) -> None:
+    """Whether the project is revoked meanwhile, or nobody has said anything and its own lease is over. (Who has got at
+    its own socket is sent rows: docs/honesty.md.)"""
+    async with new_tenant(cluster, "frozen") as tenant:
+        await hears_nothing_of(tenant, revoked=False)
+        assert await tenant.state() is KeyState.ACTIVE
+        assert not await tenant.revocations()
+        await hears_nothing_of(tenant, revoked=True)
         await restored(tenant)
 
 
@@ -437,21 +455,74 @@ async def test_without_the_keymanager_leases_run_out_and_come_back(cluster: Clus
 # --- cut off, while states change ---
 
 
+QUORUM = [f"safekeeper-{number}" for number in range(1, SAFEKEEPERS + 1)]
+LAGS = 2
+"""The last of them."""
+FROM_KEYMANAGER = [(name, "keymanager") for name in ("pageserver", *QUORUM, "compute", "proxy")]
+FROM_EACH_OTHER = [
+    *combinations(QUORUM, 2),
+    *(("compute", name) for name in ("pageserver", *QUORUM, "proxy")),
+    *(("pageserver", name) for name in QUORUM),
+]
+
+
 @asynccontextmanager
-async def cut_off(cluster: Cluster, *, from_each_other: bool) -> AsyncIterator[float]:
-    """Everybody from the keymanager within the block, and then also the manager and the pageserver from the others.
-    Gives the time."""
-    safekeepers = [f"safekeeper-{number}" for number in range(1, SAFEKEEPERS + 1)]
-    pairs = [(name, "keymanager") for name in ("pageserver", *safekeepers, "compute", "proxy")]
-    if from_each_other:
-        pairs += [("compute", name) for name in ("pageserver", *safekeepers, "proxy")]
-        pairs += [("pageserver", name) for name in safekeepers]
+async def cut_off(cluster: Cluster, pairs: Sequence[tuple[str, str]]) -> AsyncIterator[float]:
+    """From each other within the block. Gives the time."""
     try:
         for one, other in pairs:
             await cluster.partition(one, other)
         yield monotonic()
     finally:
         await cluster.heal()
+
+
+async def link(tenant: Tenant) -> None:
+    """Its compute's socket can be cut when this returns: the safekeepers and the clients have come to it once more."""
+    compute = await tenant.compute()
+    endpoint = await tenant.cluster.client.endpoint(tenant.project.endpoint.endpoint_id)
+    assert endpoint.instance_id is not None
+    before = sessions(compute)
+    await tenant.cluster.link_compute(endpoint.instance_id)
+    for process in before:
+        os.kill(process.pid, signal.SIGTERM)
+
+    def are_back() -> bool:
+        names = [title(process) for process in sessions(compute) if process not in before]
+        return sum("walsender" in name for name in names) == SAFEKEEPERS and not [p for p in before if p.exists]
+
+    await wait_until(are_back)
+
+
+def sessions(compute: ComputeProcesses) -> list[Process]:
+    """Of the safekeepers and of clients; not the agent's own."""
+    kinds = ("postgres: walsender ", "postgres: app ")
+    return [process for process in below(compute.postmaster.pid) if title(process).startswith(kinds)]
+
+
+async def nothing_is_acknowledged(tenant: Tenant, bank: Bank, clients: int) -> None:
+    """But what was on its way."""
+    with pytest.raises(TimeoutError):
+        await bank.commits(clients + 1, timeout_s=SHORT_S)
+    assert await tenant.state() is KeyState.ACTIVE
+
+
+async def only_the_manager_hears_nothing(tenant: Tenant) -> None:
+    """Of a revocation: its computes hold leases of their own."""
+    cluster = tenant.cluster
+    manager, compute = cluster.service("compute"), await tenant.compute()
+    try:
+        await cluster.partition("compute", "keymanager", pids=[manager.pid])
+        cut_at = monotonic()
+        await schedule_deletion(cluster.customer, tenant.key_arn)
+        await compute.gone()
+        assert monotonic() < cut_at + LEASE_TTL_S, "it does not wait for its manager"
+        outcomes = {i.node_id: i.outcome for i in (await tenant.sealed()).instances}
+        assert {name for name, outcome in outcomes.items() if outcome == "fenced"} == {"compute"}
+        await silent(tenant, cut_at)
+    finally:
+        await cluster.heal()
+    await told(tenant, RevokedError)
 
 
 async def silent(tenant: Tenant, cut_at: float) -> None:
@@ -466,7 +537,8 @@ async def silent(tenant: Tenant, cut_at: float) -> None:
     for port in tenant.cluster.ports.safekeepers_wal:
         with pytest.raises((KeyAccessError, NotFoundError)):  # nothing is there of one that is shredded
             await first_wal(tenant.cluster, tenant.project, port, lsn)
-    assert await sqlstate_of_connecting(tenant)
+    # A proxy that does not reach the manager does not answer before its patience is over.
+    assert await sqlstate_of_connecting(tenant, START_S)
     assert await tenant.flushed() == flushed
     assert not tenant.acknowledged_since(cut_at + bound_s)
 
@@ -484,13 +556,15 @@ async def test_who_is_cut_off_is_silent_within_a_lease_in_every_state_and_then_b
     cluster: Cluster,
 ) -> None:
     """Cut off while ACTIVE, and the state changes to each of the others; cut off in each of these, and it changes back.
-    One customer schedules the key's deletion, the other takes the right to use it away."""
+    One customer schedules the key's deletion, the other takes the right to use it away. Before and after that, what
+    depends on one cut alone: the commits' path, the rows', what a safekeeper that lags lacks, and the manager's."""
     customer = cluster.customer
     spared = frozenset({customer.bootstrap.customer.access_key_id})
     async with AsyncExitStack() as stack:
         names = ("active", "suspended", "revoked", "shredded")
         tenants = [await stack.enter_async_context(new_tenant(cluster, f"cut off, {name}")) for name in names]
         active, suspended, revoked, shredded = tenants
+        await link(active)
         banks = [await stack.enter_async_context(tenant.bank(clients=2)) for tenant in tenants]
         for bank in banks:
             await bank.commits(10)
@@ -499,7 +573,12 @@ async def test_who_is_cut_off_is_silent_within_a_lease_in_every_state_and_then_b
             _, _, lsn = tenant.page
             assert await first_wal(cluster, tenant.project, port, lsn)
 
-        async with cut_off(cluster, from_each_other=False) as cut_at:
+        for path in ([("compute", name) for name in QUORUM[1:]], [("proxy", "compute")]):
+            async with cut_off(cluster, path):
+                await nothing_is_acknowledged(active, banks[0], clients=2)
+            await banks[0].commits(10)
+
+        async with cut_off(cluster, FROM_KEYMANAGER) as cut_at:
             silence = KeyFaults(outage=Outage.REFUSE)
             faults = Faults(of_keys={suspended.key_arn.rpartition("/")[2]: silence}, spared_access_key_ids=spared)
             await asyncio.to_thread(customer.simulation.set_faults, faults)
@@ -519,7 +598,11 @@ async def test_who_is_cut_off_is_silent_within_a_lease_in_every_state_and_then_b
         await told(revoked, RevokedError)
         await told(shredded, ShreddedError)
 
-        async with cut_off(cluster, from_each_other=True) as cut_at:
+        await link(active)
+        stack.push_async_callback(cluster.heal)
+        await cluster.partition("compute", QUORUM[LAGS])
+        await banks[0].commits(10)  # which it lacks from here on
+        async with cut_off(cluster, FROM_KEYMANAGER + FROM_EACH_OTHER) as cut_at:
             await asyncio.to_thread(customer.simulation.clear_faults)
             await cancel_deletion(customer, revoked.key_arn)
             await deny(customer, active.key_arn)
@@ -532,11 +615,21 @@ async def test_who_is_cut_off_is_silent_within_a_lease_in_every_state_and_then_b
             await bank.commits(10)
         await told(active, RevokedError)
         await told(shredded, ShreddedError)
-        await allow(customer, active.key_arn)
-        await banks[0].commits(10)
+        async with cut_off(cluster, [(QUORUM[LAGS], name) for name in QUORUM[:LAGS]]):
+            await allow(customer, active.key_arn)
+            await banks[0].commits(10)
+            with pytest.raises(TimeoutError):
+                await wait_until(lambda: has_caught_up(active), SHORT_S)
+        await wait_until(lambda: has_caught_up(active))
         for tenant, bank in zip(tenants[:3], banks, strict=False):
             await bank.stop()
             await tenant.check()
+        await only_the_manager_hears_nothing(revoked)
+
+
+async def has_caught_up(tenant: Tenant) -> bool:
+    """The safekeeper that was cut off, with the log of before it, which it can have from the other ones only."""
+    return (await safekeeper_timelines(tenant.cluster, tenant.project))[LAGS].streaming
 
 
 # --- a pageserver that was asleep ---

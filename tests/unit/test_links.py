@@ -160,6 +160,13 @@ async def test_one_process_is_cut_off_and_another_is_not() -> None:
         await links.cut("a", "b", Cut.SILENT, [os.getpid()])
         child.stdin.write(b"three\n")
         assert await child.stdout.readline() == b"three\n"
+        await links.cut("a", "b", Cut.SILENT, [child.pid])  # and still
+        fresh_reader, fresh = await asyncio.open_connection("127.0.0.1", port)
+        fresh.write(b"x")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(fresh_reader.read(1), QUIET_S)
+        fresh.close()
+        await links.heal()
         child.stdin.close()
         await child.wait()
         writer.close()
@@ -181,6 +188,53 @@ async def test_a_unix_socket_is_a_link_as_well(tmp_path: Path) -> None:
             reader, writer = await asyncio.open_unix_connection(tmp_path / "l" / ".s.PGSQL.5432")
             writer.write(b"x")
             assert await reader.read(2) == b"x"
+            writer.close()
+
+
+async def test_a_socket_in_use_is_taken_over_and_who_comes_is_told_apart(tmp_path: Path) -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(100):
+            writer.write(data)
+        writer.close()
+
+    async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"x")
+        try:
+            return await asyncio.wait_for(reader.readexactly(1), 10 * QUIET_S) == b"x"
+        except TimeoutError:
+            return False
+
+    path, name = tmp_path / ".s.PGSQL.5432", "a"
+    ends: list[asyncio.StreamWriter] = []
+
+    async def come() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_unix_connection(path)
+        ends.append(writer)
+        return reader, writer
+
+    async with running_links() as links, await asyncio.start_unix_server(echo, path):
+        early = await come()
+        await links.take_over(tmp_path, "c", ("a", "b"), lambda _: name)
+        assert [each.between for each in await links.state()] == [("a", "c"), ("b", "c")]
+        of_a = await come()
+        assert await answers(*of_a)
+        name = "b"
+        of_b = await come()
+        assert await answers(*of_b)
+        name = ""
+        of_nobody = await come()
+        await links.cut("a", "c", Cut.SILENT)
+        assert [await answers(*each) for each in (early, of_a, of_b, of_nobody)] == [True, False, True, True]
+        name = "a"
+        assert not await answers(*await come())
+        await links.cut("c", None, Cut.REFUSED)
+        for reader, writer in (of_a, of_b, await come()):
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await answers(reader, writer)
+        assert [await answers(*each) for each in (early, of_nobody)] == [True] * 2
+        await links.heal()
+        assert await answers(*await come())
+        for writer in ends:
             writer.close()
 
 
