@@ -1,6 +1,6 @@
 """A stopped compute, from a client's connect to its first row; and how little that grows with the database.
 
-    python -m benchmarks.cold_start [--small 50MB] [--large 1GB] [--starts 30]
+    python -m benchmarks.cold_start [--small 50MB] [--large 1GB] [--relations 0] [--starts 30]
 
 One cluster with lazy volumes holds a small and a large database, rows made on the server. Each is stopped, and started
 by a connection through the proxy, over TLS, in turn, so that a slow minute hits both. The first row is one of
@@ -9,6 +9,9 @@ rest: who wakes a compute after minutes finds an agent that has done its imports
 
 The peer restores the same database, made by the same pgbench, with pg_basebackup over a Unix socket, and starts it:
 on the same disk, nothing synced.
+
+A start lists all relations, so it grows with their number: `--relations 10000` are made in the large database, half of
+them empty tables and half their keys. `--large 50MB` with it shows what that alone costs.
 
 The large database lies on the disk many times: as WAL of three safekeepers and in the object store, as layers and in
 the pageserver's cache, in the volume while it is loaded, and twice at the peer. `--large 5GB` needs tens of GB.
@@ -27,6 +30,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final
 
+import asyncpg
 import uvloop
 from rich.console import Console
 
@@ -52,6 +56,8 @@ _EMPTY_MB: Final = 8
 _ROWS_PER_SCALE: Final = 100_000
 _QUERY: Final = "SELECT abalance FROM pgbench_accounts WHERE aid = $1"
 _RESTORES: Final = 3
+_TABLES_AT_ONCE: Final = 500
+"""Each is two locks of one transaction."""
 _RNG: Final = random.Random(1)
 
 
@@ -61,6 +67,8 @@ class Starts:
 
     scale: int
     size_mb: int
+    relations: int
+    """Made in it, besides pgbench's."""
     seconds: list[float] = field(default_factory=list)
     """Connect to first row."""
     stages: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -74,7 +82,7 @@ class Starts:
 
     @property
     def name(self) -> str:
-        return f"{self.size_mb} MB"
+        return f"{self.size_mb} MB" + (f" in {self.relations} relations" if self.relations else "")
 
     @property
     def p50_s(self) -> float:
@@ -85,20 +93,25 @@ class Starts:
         return percentile(self.seconds, 0.99)
 
 
-async def measure(small_mb: int = 50, large_mb: int = 1000, starts: int = 30) -> list[Row]:
-    scales = [max(1, round((size_mb - _EMPTY_MB) / _MB_PER_SCALE)) for size_mb in (small_mb, large_mb)]
+async def measure(small_mb: int = 50, large_mb: int = 1000, starts: int = 30, relations: int = 0) -> list[Row]:
+    wanted = [
+        (max(1, round((size_mb - _EMPTY_MB) / _MB_PER_SCALE)), more)
+        for size_mb, more in ((small_mb, 0), (large_mb, relations))
+    ]
     # The disk of a volume is what one compute may write, and one compute loads the whole database, index and WAL.
     volume = {"compute": {"volume": VolumeKind.FUSE.value, "volume_disk_mb": max(4096, 4 * large_mb)}}
     measured: list[Starts] = []
     async with Cluster(settings=PLAINTEXT | volume) as cluster:
         projects: list[tuple[KeylakeBench, Starts]] = []
-        for scale in scales:
-            bench = await KeylakeBench.create(cluster, scale, f"scale-{scale}")
+        for name, (scale, more) in zip(("small", "large"), wanted, strict=True):
+            bench = await KeylakeBench.create(cluster, scale, name)
             connection = await bench.connect()
+            await _make_relations(connection, more)
             size = await connection.fetchval("SELECT pg_database_size(current_database())")
             await connection.close()
+            await bench.ingested()
             await bench.stop()
-            projects.append((bench, Starts(scale, round(size / 1e6))))
+            projects.append((bench, Starts(scale, round(size / 1e6), more)))
         for _ in range(starts):
             for bench, of in projects:
                 await at_rest()
@@ -107,12 +120,26 @@ async def measure(small_mb: int = 50, large_mb: int = 1000, starts: int = 30) ->
         measured = [of for _, of in projects]
     with tempfile.TemporaryDirectory(prefix="keylake-bench-") as name:
         for of in measured:
-            async with stock_primary(Path(name, f"scale-{of.scale}")) as server:
+            async with stock_primary(Path(name, f"scale-{of.scale}-{of.relations}")) as server:
                 await pgbench_init(socket_env(server), of.scale)
+                connection = await asyncpg.connect(
+                    host=server.host, port=server.port, user="postgres", database="postgres"
+                )
+                await _make_relations(connection, of.relations)
+                await connection.close()
                 of.restored_s = statistics.median(
                     [await restored_start_s(server, Path(name), _QUERY, _any_row(of.scale)) for _ in range(_RESTORES)]
                 )
     return _rows(*measured)
+
+
+async def _make_relations(connection: asyncpg.Connection[asyncpg.Record], count: int) -> None:
+    for first in range(0, count // 2, _TABLES_AT_ONCE):
+        last = min(first + _TABLES_AT_ONCE, count // 2) - 1
+        await connection.execute(
+            f"DO $$ BEGIN FOR i IN {first} .. {last} LOOP "
+            "EXECUTE format('CREATE TABLE many_%s (id int PRIMARY KEY)', i); END LOOP; END $$"
+        )
 
 
 async def _start(cluster: Cluster, bench: KeylakeBench, of: Starts) -> None:
@@ -201,9 +228,11 @@ def main() -> None:
     )
     parser.add_argument("--small", type=_megabytes, default=50, help="size of the small database (50MB)")
     parser.add_argument("--large", type=_megabytes, default=1000, help="size of the large database (1GB)")
+    parser.add_argument("--relations", type=int, default=0, help="made in the large database (none)")
     parser.add_argument("--starts", type=int, default=30, help="starts of each (30)")
     arguments = parser.parse_args()
-    show(uvloop.run(measure(arguments.small, arguments.large, arguments.starts)), Console(highlight=False))
+    rows = uvloop.run(measure(arguments.small, arguments.large, arguments.starts, arguments.relations))
+    show(rows, Console(highlight=False))
 
 
 if __name__ == "__main__":

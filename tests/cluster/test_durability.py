@@ -541,6 +541,7 @@ async def test_only_who_knows_a_password_wakes_a_compute(place: Place) -> None:
     compute = await compute_of(place.cluster, endpoint_id)
     os.kill(compute.agent.pid, signal.SIGKILL)
     await compute.gone()
+    assert not await try_to_log_in(place, "app", place.project.connection.password), "as the list of before has it"
     assert await try_to_log_in(place, "clara", "c")
     assert await try_to_log_in(place, "app", "of the owner")
     # The same when a role is being changed at the end.

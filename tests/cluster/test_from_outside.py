@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 import pytest_asyncio
+import sqlalchemy
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from keylake.layout import PROXY_DOMAIN
 from keylake.roles_table import http_operations
@@ -71,6 +73,50 @@ async def test_node_postgres(place: Place, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "ok a pool", done.stdout
     assert (await place.owner.endpoint(endpoint_id)).state is EndpointState.RUNNING
+
+
+async def test_sqlalchemys_pools_outlive_a_compute(place: Place) -> None:
+    """Of psycopg and asyncpg, which ask before they lend a connection out: that wakes the next compute."""
+    running = await place.cluster.create_project(f"pools {secrets.token_hex(4)}")
+    connection, endpoint_id = running.connection, running.endpoint.endpoint_id
+    arguments = connection.asyncpg_arguments()
+    by_name = {
+        "host": f"{endpoint_id}.{PROXY_DOMAIN}",
+        "hostaddr": "127.0.0.1",
+        "port": connection.port,
+        "user": connection.user,
+        "password": connection.password,
+        "dbname": connection.database,
+        "sslmode": "verify-full",
+        "sslrootcert": str(connection.ca_certificate),
+    }
+    engines = [
+        create_async_engine(sqlalchemy.URL.create(f"postgresql+{driver}"), connect_args=how, pool_pre_ping=True)
+        for driver, how in (("psycopg", by_name), ("asyncpg", arguments))
+    ]
+    items = sqlalchemy.Table(
+        "items",
+        sqlalchemy.MetaData(),
+        sqlalchemy.Column("id", sqlalchemy.Integer, primary_key=True),
+        sqlalchemy.Column("name", sqlalchemy.Text),
+    )
+    wanted, instances = [], set()
+    for round_number in range(2):
+        for engine in engines:
+            async with engine.begin() as session:
+                await session.run_sync(items.metadata.create_all)
+                names = [f"{round_number} {engine.driver} {n}" for n in range(100)]
+                await session.execute(items.insert(), [{"name": name} for name in names])
+            wanted += names
+            async with engine.connect() as session:
+                result = await session.stream(sqlalchemy.select(items.c.name).order_by(items.c.id))
+                assert [row.name async for row in result] == wanted
+        endpoint = await place.owner.endpoint(endpoint_id)
+        instances.add(endpoint.instance_id)
+        await place.owner.stop_endpoint(endpoint_id)
+    assert len(instances) == 2
+    for engine in engines:
+        await engine.dispose()
 
 
 GO_WHERE_THEY_ARE_TOLD = {
