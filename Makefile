@@ -62,7 +62,7 @@ docs: $(VENV)/.docs ## the documentation as a site, in build/site; warnings are 
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
-demo: $(VENV)/.runtime ## the main job on an embedded local cluster, start to end, in under 3 minutes
+demo: $(VENV)/.runtime ## the main job on an embedded local cluster, start to end, in about a minute
 	@$(BIN)/keylake demo
 
 test: $(VENV)/.dev ## all tests, with every server that they need; JOBS=2 modules at a time, in a new order unless SEED=N
