@@ -62,7 +62,7 @@ docs: $(VENV)/.docs ## the documentation as a site, in build/site; warnings are 
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
-demo: $(VENV)/.runtime ## the main job on an embedded local cluster, start to end, in under 3 minutes
+demo: $(VENV)/.runtime ## the main job on an embedded local cluster, start to end, in about a minute
 	@$(BIN)/keylake demo
 
 # CI runs the two halves beside each other, so each has a cache of its own. Every test that is not of the first is of the

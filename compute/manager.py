@@ -653,7 +653,7 @@ class Manager:
         if late:
             for run in runs:
                 if not run.gone.is_set():
-                    run.stop(f"the keys are gone ({loss.state.value}): {loss.reason}", graceful=False)
+                    run.stop(f"stopped when the keys were lost ({loss.state.value}): {loss.reason}", graceful=False)
         await gone
         return {"computes_gone": round(time.monotonic() - began, 6)}
 

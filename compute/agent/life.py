@@ -205,7 +205,7 @@ class Agent:
         assert self._work is not None  # noqa: S101 - run() made it
         if self._lost.done():
             loss = self._lost.result()
-            return f"the keys are gone ({loss.state.value}): {loss.reason}", False, False
+            return f"stopped when the keys were lost ({loss.state.value}): {loss.reason}", False, False
         if self._stop.done():
             return await self._stop_gracefully(self._stop.result()), True, False
         if self._work.done():

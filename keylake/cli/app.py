@@ -43,7 +43,7 @@ app = typer.Typer(
     cls=KeylakeGroup,
     help=_HELP,
     epilog=examples(
-        "keylake demo  # everything, start to end, in under 3 minutes",
+        "keylake demo  # everything, start to end, in about a minute",
         "keylake up",
         "keylake cloud key create my-key",
         "keylake key-config create main --key my-key",

@@ -289,7 +289,7 @@ def revocations(project: ProjectName, home: Home = None, as_json: AsJson = False
                 *(table(("holder", "role", "outcome", "seconds", "steps"), columns(r), title=heading(r)) for r in found)
             )
             if found
-            else "no revocations"
+            else "no revocations; `keylake project revalidate` has the customer's KMS asked now"
         ),
     )
 

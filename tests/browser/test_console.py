@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, FilePayload, Page, Playwright, expect, sync_playwright
@@ -114,6 +115,13 @@ def test_the_guided_tour_from_a_key_to_its_loss_and_back(page: Page) -> None:
     expect(page.locator("#stored-hex")).to_contain_text("not found", timeout=60_000)
     page.locator("#stored-list button").first.click()
     expect(page.locator("#stored-hex")).to_contain_text("00000000")
+    long = page.locator("#stored-list tr", has=page.locator("td", has_text=re.compile(r"^\d{5,}$"))).first
+    long.get_by_role("button").click()
+    expect(page.locator("#stored-hex")).to_contain_text(long.get_by_role("button").inner_text())
+    page.get_by_role("button", name="Bytes after").click()
+    expect(page.locator("#stored-hex")).to_contain_text("00000400")
+    page.get_by_role("button", name="Bytes before").click()
+    expect(page.locator("#stored-hex")).to_contain_text("00000000")
     picture(page, "stored")
     onward(page, "The customer takes the key away")
     page.locator("#customer [data-action='key.disable']").wait_for()
@@ -171,7 +179,11 @@ SEEN = """(edges) => new Promise((done) => {
 def test_pages_and_wal_flow_in_the_picture(page: Page) -> None:
     """While somebody else is at work: another compute starts from the pageserver's pages, and writes WAL."""
     wear(page, "auditor")
-    expect(page.locator("#node-pageserver")).to_contain_text(re.compile(r"\d+ pages, \d redo workers"), timeout=60_000)
+    pageserver = page.locator("#node-pageserver")
+    expect(pageserver).to_contain_text(re.compile(r"\d+ pages, \d redo workers"), timeout=60_000)
+    expect(pageserver).to_contain_text(re.compile(r"\d leases?: \d\.\d s"), timeout=60_000)
+    ring = pageserver.locator(".left").get_attribute("stroke-dasharray") or ""
+    expect(pageserver.locator(".left")).not_to_have_attribute("stroke-dasharray", ring)
     expect(page.locator("#sql-endpoint option")).to_have_count(1, timeout=60_000)
     page.evaluate(WATCH)
     assert page.evaluate(WORK) == "INSERT 0 1"
@@ -192,7 +204,40 @@ def test_the_operator_pulls_a_cable(page: Page) -> None:
     expect(page.locator("#edge-leases-pageserver")).not_to_have_class("edge cut")
 
 
-def test_every_button_by_keyboard_alone(page: Page) -> None:
+FOCUS = """() => {
+  const element = document.activeElement;
+  const { outlineStyle, outlineWidth } = getComputedStyle(element);
+  const name = element.id || element.dataset.key || element.textContent.trim();
+  return { name, shown: element === document.body || (outlineStyle !== "none" && outlineWidth !== "0px") };
+}"""
+CONTROLS = """() => [...document.querySelectorAll("button, input, select, textarea, a[href]")]
+  .filter((each) => each.offsetParent && !each.disabled && each.type !== "radio")
+  .map((each) => each.id || each.dataset.key || each.textContent.trim())"""
+
+
+@pytest.mark.parametrize(
+    ("hat", "own"),
+    [
+        ("customer", "#customer [data-action='key.disable']"),
+        ("security admin", "#keys [data-action='project.revoke']"),
+        ("workspace admin", "#keys [data-action='endpoint.kill']"),
+        ("operator", "#network [data-key]"),
+    ],
+)
+def test_the_tab_key_gets_to_every_control_and_shows_where_it_is(page: Page, hat: str, own: str) -> None:
+    wear(page, hat)
+    page.locator(own).first.wait_for()
+    wanted = set(page.evaluate(CONTROLS))
+    reached = set[str]()
+    for _ in range(2 * len(wanted) + 20):  # once around, with what only scrolls
+        page.keyboard.press("Tab")
+        here = page.evaluate(FOCUS)
+        assert here["shown"], here
+        reached.add(here["name"])
+    assert wanted <= reached, wanted - reached
+
+
+def test_a_hat_and_a_button_by_keyboard_alone(page: Page) -> None:
     page.keyboard.press("Tab")
     expect(page.get_by_text("Skip to content")).to_be_focused()
     page.keyboard.press("Tab")
@@ -210,21 +255,58 @@ def test_every_button_by_keyboard_alone(page: Page) -> None:
     expect(rotate).to_be_focused()
 
 
-def test_on_a_phone_and_in_the_dark(browser: Browser, address: str) -> None:
-    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark", reduced_motion="reduce")
+FAINT = """() => {
+  const rgb = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const channel = (value) => value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  const ground = (element) => {
+    for (let each = element; each; each = each.parentElement) {
+      const colour = rgb(getComputedStyle(each).backgroundColor);
+      if (colour.length < 4 || colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const own = (element) => [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+  return [...document.querySelectorAll("body *:not(svg *, script, option)")]
+    .filter((each) => each.offsetParent && own(each) && !each.disabled)
+    .map((each) => {
+      const both = [rgb(getComputedStyle(each).color), ground(each)].map(luminance).sort((a, b) => b - a);
+      const what = `${each.tagName} .${each.className} ${each.textContent.trim().slice(0, 30)}`;
+      return [(both[0] + 0.05) / (both[1] + 0.05), what];
+    })
+    .filter(([contrast]) => contrast < 4.5)
+    .map(([contrast, what]) => `${contrast.toFixed(1)}: ${what}`);
+}"""
+"""Text with less contrast than 4.5 : 1 (WCAG 2.2, 1.4.3), but for the picture's and of what cannot be pressed."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_by_day_and_by_night(browser: Browser, address: str, scheme: Literal["light", "dark"]) -> None:
+    context = browser.new_context(
+        viewport={"width": 390, "height": 800}, color_scheme=scheme, reduced_motion="reduce", has_touch=True
+    )
     page = context.new_page()
     page.goto(address)
     expect(page.locator("#connection")).to_have_text("live", timeout=60_000)
-    # Parts that scroll by themselves may be wider; the page may not.
-    too_wide = page.locator("body").evaluate(
-        "body => [...body.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > innerWidth + 1"
-        " && !e.closest('.scroll, pre')).map(e => `${e.tagName} #${e.id} .${e.className}`)"
-    )
-    assert too_wide == []
-    assert page.locator("body").evaluate("body => body.scrollWidth <= innerWidth")
+    for hat, own in {
+        "customer": "#customer [data-action]",
+        "security admin": "#keys [data-action]",
+        "auditor": "#keys",
+    }.items():
+        page.locator("#hats label").filter(has_text=re.compile(f"^{hat}$")).tap()
+        page.locator(own).first.wait_for()
+        # Parts that scroll by themselves may be wider; the page may not.
+        too_wide = page.locator("body").evaluate(
+            "body => [...body.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > innerWidth + 1"
+            " && !e.closest('.scroll, pre')).map(e => `${e.tagName} #${e.id} .${e.className}`)"
+        )
+        assert too_wide == [], hat
+        assert page.locator("body").evaluate("body => body.scrollWidth <= innerWidth"), hat
+        assert page.evaluate(FAINT) == [], hat
     ground = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
-    assert sum(map(int, re.findall(r"\d+", ground)[:3])) < 150
-    picture(page, "phone")
+    assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 150) is (scheme == "dark")
+    if scheme == "dark":
+        picture(page, "phone")
     context.close()
 
 

@@ -67,14 +67,16 @@ class Recording:
     title: str
     events: list[tuple[float, str]]
     """Seconds since the start, and what the terminal was sent."""
+    machine: str
+    """How much of one there was: on a busy one everything takes longer."""
 
     @classmethod
     def of(cls, cast: Path) -> Recording:
         head, *lines = map(json.loads, cast.read_text(encoding="utf-8").splitlines())
-        return cls(cast.stem, head["title"], [(at, text) for at, _, text in lines])
+        return cls(cast.stem, head["title"], [(at, text) for at, _, text in lines], head["machine"])
 
     def asciicast(self) -> str:
-        head = {"version": 2, "width": COLUMNS, "height": ROWS, "title": self.title}
+        head = {"version": 2, "width": COLUMNS, "height": ROWS, "title": self.title, "machine": self.machine}
         lines = [head, *([round(at, 3), "o", text] for at, text in self.events)]
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
@@ -109,7 +111,7 @@ def record(
         stdout=subprocess.PIPE,
         env=environment,
     )
-    events, begun, rest = [], time.monotonic(), b""
+    events, busy, begun, rest = [], os.getloadavg()[0], time.monotonic(), b""
     assert process.stdin is not None
     assert process.stdout is not None
     while data := os.read(process.stdout.fileno(), 1 << 16):
@@ -125,7 +127,8 @@ def record(
     process.stdin.close()
     if process.wait() != 0:
         raise subprocess.CalledProcessError(process.returncode, title, rest.decode(errors="replace"), "")
-    return Recording(name, title, events)
+    machine = f"{os.cpu_count()} processors, load {busy:.1f} before it and {os.getloadavg()[0]:.1f} at its end"
+    return Recording(name, title, events, machine)
 
 
 def with_python(base: str) -> Recording:
@@ -171,7 +174,9 @@ def page() -> str:
     for path in sorted(CASTS.glob("*.cast"), reverse=True):
         each = Recording.of(path)
         minutes = each.events[-1][0] / 60
-        parts.append(f"## {each.title}\n\n[{path.name}](first-run/{path.name}), {minutes:.1f} minutes\n")
+        parts.append(
+            f"## {each.title}\n\n[{path.name}](first-run/{path.name}), {minutes:.1f} minutes ({each.machine})\n"
+        )
         parts.append(f"```text\n{each.transcript()}\n```\n")
     return "\n".join(parts)
 

@@ -101,9 +101,21 @@ function hexdump({ name, size_bytes: size, offset, hex }) {
   return lines.join("\n");
 }
 
-async function look(name) {
-  try { at("stored-hex").textContent = hexdump(await get("file", { name })); } catch (error) { toast(error.message); }
+const WINDOW = 1024; // WINDOW_SIZE_BYTES of keylake/console/stored.py
+let shown = null;
+
+async function look(name, offset = 0) {
+  try {
+    shown = await get("file", { name, offset });
+    at("stored-hex").textContent = hexdump(shown);
+    at("stored-before").disabled = offset === 0;
+    at("stored-after").disabled = end(shown) >= shown.size_bytes;
+  } catch (error) { toast(error.message); }
 }
+
+const end = ({ offset, hex }) => offset + hex.length / 2;
+at("stored-before").addEventListener("click", () => look(shown.name, Math.max(0, shown.offset - WINDOW)));
+at("stored-after").addEventListener("click", () => look(shown.name, end(shown)));
 
 async function list() {
   try {
