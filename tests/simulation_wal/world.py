@@ -880,7 +880,9 @@ class World:
         def lead_without() -> None:
             """And the one that is left behind does not hear of the new membership."""
             self._cut(self.lead().name, behind)
-            self._later(commit, 0.4)
+            # First it waits for the one that it does not reach.
+            soon_s = VOTE_TIMEOUT_S + self.rng.uniform(0.1, 0.2)
+            self.loop.call_later(soon_s, lambda: None if self.settling else commit())
 
         self._later(commit if self.rng.random() < 0.5 else lead_without, 0.2)
 
