@@ -158,11 +158,12 @@ sim-consensus: $(VENV)/.dev ## 20,000 seeded runs of the elections' code (SEEDS=
 model-consensus: $(VENV)/.dev ## the elections' cores through the states of small worlds (docs/consensus.md)
 	@$(BIN)/python -m tests.simulation_wal.model --deep
 
-crash-anywhere: $(VENV)/.dev ## a safekeeper, a pageserver, and a keymanager that rotates, killed at every named step
+crash-anywhere: $(VENV)/.dev ## safekeeper, pageserver, rotating keymanager and compute manager, killed at every named step
 	@KEYLAKE_ALL_FAILPOINTS=1 $(BIN)/python -m pytest -q tests/integration/test_safekeeper_failpoints.py \
 	  tests/integration/test_pageserver_failpoints.py \
 	  tests/integration/test_keymanager_failpoints.py
-	@KEYLAKE_ALL_FAILPOINTS=1 $(BIN)/python -m pytest -q tests/cluster/test_durability.py -k as_it_sends
+	@KEYLAKE_ALL_FAILPOINTS=1 $(BIN)/python -m pytest -q tests/cluster/test_durability.py \
+	  -k "as_it_sends or manager_dies or manager_that_has_a_name or new_disk_takes"
 
 lock: $(VENV)/.dev ## lock the newest versions that pyproject.toml allows
 	@$(BIN)/python -m pip install --quiet --upgrade uv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ from compute.storage_clients import PageserverClient, SafekeeperClient
 from shared.api.keymanager import Role
 from shared.auth import Service, TokenIssuer, TokenVerifier, TrustBundle
 from shared.entry import run, wait_for_shutdown_signal
+from shared.failpoints import arm, refuse_failpoints
 from shared.hardening import harden_process
 from shared.keyclient import KeyClient
 from shared.keysession import session_tokens
@@ -98,7 +100,9 @@ async def serve_until_shutdown(settings: ManagerSettings) -> None:
 
 
 def main() -> None:
+    arm(os.environ)
     settings = settings_from_arguments(ManagerSettings, "compute", "Keylake compute manager: timelines and endpoints")
+    refuse_failpoints(settings.listen.host)
     configure_logging("compute", settings.node_id, settings.log_level)
     configure_tracing("compute", settings.node_id, settings.otlp_endpoint)
     _log.info("process hardened", **harden_process())

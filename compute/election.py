@@ -11,6 +11,7 @@ from compute.proposer import Outcome, Plan, Reservation, Tally, choose_donor, ma
 from compute.storage_clients import SafekeeperClient
 from shared.api.safekeeper import TimelineStatus, VoteRequest, VoteResponse
 from shared.errors import KeylakeError, UnavailableError
+from shared.failpoints import failpoint
 from shared.ids import ProjectId, TimelineId
 from shared.lsn import Lsn
 from shared.telemetry import get_logger
@@ -51,8 +52,10 @@ class Elections:
         seen = await self._terms(candidacy)
         for _ in range(_MAX_ATTEMPTS):
             reserved = await reserve_term(next_term(seen))
+            failpoint("term-reserved")
             tally = await self._vote(candidacy, reserved, without)
             if tally.outcome is Outcome.WON:
+                failpoint("election-won")
                 return await self._plan(candidacy, tally, reserved)
             if not tally.refusals:
                 raise tally.lost_error()

@@ -21,6 +21,7 @@ from shared.api.safekeeper import (
     VoteRequest,
 )
 from shared.errors import ConflictError, KeylakeError
+from shared.failpoints import failpoint
 from shared.ids import ProjectId, TimelineId
 from shared.telemetry import get_logger
 
@@ -139,10 +140,12 @@ class Follower:
                 return answer.granted
             case Need.ELECT:
                 self._note(await self._elect())
+                failpoint("elected-sent")
                 return self.reached.is_set()
             case Need.STREAM:
                 assert info.stream is not None  # noqa: S101 - need_of was told so
                 await self._safekeeper.stream(info.project_id, info.timeline_id, info.stream)
+                failpoint("stream-sent")
                 self.streaming.set()
                 return False
             case Need.DEPOSED:

@@ -18,7 +18,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -26,9 +26,9 @@ from compute.branches import Points
 from compute.crashes import PATIENCE_S, Crashes
 from compute.election import Candidacy
 from compute.login_roles import verifier_of
-from compute.proposer import Reservation, check_members, majority
+from compute.proposer import check_members, majority
 from compute.replacement import Replacer
-from compute.repository import EndpointRow, Repository, TimelineRow
+from compute.repository import EndpointRow, StoredMembers, TimelineRow
 from compute.run import Run, RunServices
 from compute.storage_clients import PageserverClient, SafekeeperClient
 from shared.api.compute import (
@@ -46,7 +46,7 @@ from shared.api.compute import (
     Timeline,
 )
 from shared.api.pageserver import AncestorInfo
-from shared.api.safekeeper import CreateTimeline
+from shared.api.safekeeper import CreateTimeline, TimelineStatus
 from shared.deletion import Deleted, Deletion, ObjectKind
 from shared.errors import (
     ConflictError,
@@ -56,6 +56,7 @@ from shared.errors import (
     NotFoundError,
     UnavailableError,
 )
+from shared.failpoints import failpoint
 from shared.ids import EndpointId, ProjectId, TimelineId
 from shared.lease import KeyLoss, KeySource, Lease
 from shared.point_in_time import PointInTime
@@ -126,9 +127,11 @@ class Manager:
                 row = await self._repository.add_timeline(project_id, name)
             else:
                 row = await self._add_branch(project_id, name, source, branch_from)
+            failpoint("timeline-recorded")
             if row.start_lsn is None:
                 info = await self._pageserver.create_timeline(project_id, row.timeline_id, row.ancestor)
                 start_lsn = info.initdb_lsn if info.ancestor is None else info.ancestor.lsn
+                failpoint("timeline-before-made")
                 await self._repository.timeline_made(row.timeline_id, info.system_identifier, start_lsn)
             row = await self._repository.timeline(row.timeline_id)
             await self._make_on_safekeepers(row)
@@ -151,7 +154,7 @@ class Manager:
         async with self._changing:
             known = await self._repository.find_timeline(project_id, name)
             if known is not None:
-                if known.start_lsn is None and known.ancestor is not None and not known.deleting:
+                if known.ancestor is not None and not known.deleting and not await self._is_made(known):
                     return known
                 raise ConflictError("the project has a branch of that name")
             parent = await self._finished(source, branch_from.timeline_id)
@@ -220,6 +223,7 @@ class Manager:
                 if safekeeper.node_id in row.safekeepers and await self._was_used(row):
                     return ConflictError("it has lost a timeline that it once had")
                 await self._repository.safekeeper_told(row.timeline_id, safekeeper.node_id)
+                failpoint("safekeeper-recorded")
                 seated = body.model_copy(update={"seat": row.membership.seat(safekeeper.node_id)})
                 await safekeeper.create_timeline(row.project_id, row.timeline_id, seated)
             except KeylakeError as error:
@@ -235,6 +239,16 @@ class Manager:
             if isinstance(failure, KeyAccessError):
                 raise failure
         raise UnavailableError(f"only {nodes - len(failures)} of {nodes} safekeepers made the timeline: {failures[0]}")
+
+    async def _is_made(self, row: TimelineRow) -> bool:
+        """On most safekeepers, too; one that does not answer does not count."""
+        if row.start_lsn is None:
+            return False
+        if await self._was_used(row):
+            return True
+        asked = (each.status(row.project_id, row.timeline_id) for each in self._services.safekeepers)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return sum(isinstance(each, TimelineStatus) for each in answers) >= majority(len(answers))
 
     async def _was_used(self, row: TimelineRow) -> bool:
         """Was a term ever asked for? Until then nothing can have been committed, and making it anew is harmless."""
@@ -293,7 +307,7 @@ class Manager:
             replacer = Replacer(
                 services.elections,
                 services.safekeepers,
-                _Members(repository, row.timeline_id),
+                StoredMembers(repository, row.timeline_id),
                 Candidacy(row.project_id, row.timeline_id, row.start_lsn, f"replacement of {node_id}"),
                 _create_request(row),
                 lambda node: repository.safekeeper_told(row.timeline_id, node),
@@ -536,6 +550,7 @@ class Manager:
         reason = "over"
         try:
             reason = await run.execute()
+            failpoint("run-ended")
             await self._keep_login_roles(run)  # before anybody can ask for the next one
         finally:
             del self._runs[row.endpoint_id]
@@ -550,6 +565,7 @@ class Manager:
             )
             await self._drop_all(run.project_ids)
             plan = run.plan
+            failpoint("run-before-record")
             try:
                 await self._repository.run_over(
                     row.endpoint_id,
@@ -558,6 +574,7 @@ class Manager:
                     None if plan is None else plan.start_lsn,
                     self._crashes_of(row),
                 )
+                failpoint("run-recorded")
             except UnavailableError as error:
                 _log.warning("the end of a run was not recorded", endpoint_id=str(row.endpoint_id), reason=str(error))
         return reason
@@ -656,23 +673,6 @@ class Manager:
                     run.stop(f"stopped when the keys were lost ({loss.state.value}): {loss.reason}", graceful=False)
         await gone
         return {"computes_gone": round(time.monotonic() - began, 6)}
-
-
-@dataclass(frozen=True, slots=True)
-class _Members:
-    """`replacement.Members`, of one timeline."""
-
-    repository: Repository
-    timeline_id: TimelineId
-
-    async def reserve(self, at_least: int) -> Reservation:
-        return await self.repository.reserve_term(self.timeline_id, at_least, next_generation=True)
-
-    async def new_seat(self) -> int:
-        return await self.repository.new_seat(self.timeline_id)
-
-    async def change_seat(self, node_id: str, seat: int, term: int) -> bool:
-        return await self.repository.change_seat(self.timeline_id, node_id, seat, term)
 
 
 def _create_request(row: TimelineRow) -> CreateTimeline:

@@ -31,6 +31,7 @@ from compute.proposer import Membership, Plan, Reservation, reached
 from compute.storage_clients import SafekeeperClient
 from shared.api.safekeeper import CreateTimeline, Donor, Elected
 from shared.errors import ConflictError, NotFoundError, UnavailableError
+from shared.failpoints import failpoint
 from shared.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -76,6 +77,7 @@ class Replacer:
             return False
         if status is None:
             seat = await self.members.new_seat()
+            failpoint("seat-given")
         elif status.seat > membership.seat(node_id):
             seat = status.seat  # of an attempt that was not finished
         else:
@@ -95,6 +97,7 @@ class Replacer:
         others = [each for each in self.safekeepers if each.node_id != new.node_id]
         donor = next(each for each in others if each.node_id == plan.donor)
         await asyncio.gather(*(self._bring_up(each, plan, donor) for each in others))
+        failpoint("others-brought-up")
         project_id, timeline_id = self.candidacy.project_id, self.candidacy.timeline_id
         await new.create_timeline(project_id, timeline_id, self.create.model_copy(update={"seat": seat}))
         itself = Membership(plan.membership.generation, {new.node_id: seat})
@@ -103,9 +106,12 @@ class Replacer:
         )
         if not vote.granted:
             return False  # of a later attempt, by somebody else
+        failpoint("new-disk-voted")
         await self._bring_up(new, plan, donor)
         await self.before_change(new.node_id)
+        failpoint("seat-before-change")
         changed = await self.members.change_seat(new.node_id, seat, plan.term)
+        failpoint("seat-changed")
         return changed
 
     async def _bring_up(self, safekeeper: SafekeeperClient, plan: Plan, donor: SafekeeperClient) -> None:

@@ -441,3 +441,20 @@ class Repository:
             datetime.fromtimestamp(crashes.next_start_s, UTC) if crashes.next_start_s else None,
             crashes.reason,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMembers:
+    """`replacement.Members`, of one timeline."""
+
+    repository: Repository
+    timeline_id: TimelineId
+
+    async def reserve(self, at_least: int) -> Reservation:
+        return await self.repository.reserve_term(self.timeline_id, at_least, next_generation=True)
+
+    async def new_seat(self) -> int:
+        return await self.repository.new_seat(self.timeline_id)
+
+    async def change_seat(self, node_id: str, seat: int, term: int) -> bool:
+        return await self.repository.change_seat(self.timeline_id, node_id, seat, term)

@@ -53,6 +53,7 @@ from shared.api.safekeeper import ComputeAddress, CreateTimeline, Donor, StopStr
 from shared.auth import Scope, Service, TokenIssuer
 from shared.config import Address
 from shared.errors import ConflictError, KeyAccessError, KeylakeError, UnavailableError
+from shared.failpoints import failpoint
 from shared.ids import EndpointId, InstanceId, ProjectId, TimelineId
 from shared.lease import Lease, key_access_error
 from shared.lsn import Lsn
@@ -424,7 +425,9 @@ class Run:
         await self._majority([each.reached for each in self._followers])
         await self._take_turn()
         self._lap("bring_up", began)
+        failpoint("majority-reached")
         running = await self._start_agent(agent, Start(term=plan.term, start_lsn=plan.start_lsn))
+        failpoint("compute-started")
         self._give_turn()
         began = time.monotonic()
         info.stream = StreamFrom.model_validate(
@@ -440,6 +443,7 @@ class Run:
             follower.nudge()
         await self._majority([each.streaming for each in self._followers])
         self._lap("stream", began)
+        failpoint("majority-streams")
         return running.compute
 
     async def _read_lsn(self) -> Lsn:

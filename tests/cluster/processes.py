@@ -155,6 +155,20 @@ def find_compute(cluster: Cluster, instance_id: str, manager: str = "compute") -
     raise LookupError(f"no Postgres runs for {instance_id}")
 
 
+def postmasters(cluster: Cluster) -> list[Process]:
+    """Of all computes, also of those whose manager is dead."""
+    everyone = [p for d in Path("/proc").iterdir() if d.name.isdigit() and (p := _read(int(d.name))) is not None]
+    commands = {p.pid: p.command for p in everyone}
+    return [
+        p
+        for p in everyone
+        if p.runs
+        and p.command == "postgres"
+        and commands.get(p.parent) != "postgres"
+        and Path(_lock_file_lines(p)[4]).is_relative_to(cluster.runtime_dir / "c")
+    ]
+
+
 def _lock_file_lines(postmaster: Process) -> list[str]:
     """postmaster.pid (pidfile.h): pid, data directory, start time, port, socket directory, …"""
     try:

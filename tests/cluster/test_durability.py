@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +20,16 @@ import psycopg
 import pytest
 import pytest_asyncio
 
+import compute as package
 from keylake.cluster import Cluster, RunningProject
 from keylake.demo.ledger import Ledger
 from keylake.ports import free_port
 from shared.api.common import ArmFailpoints
-from shared.api.compute import Endpoint, EndpointState
+from shared.api.compute import Endpoint, EndpointState, Timeline
 from shared.api.safekeeper import TimelineStatus
 from shared.auth import Scope, Service, TokenIssuer
 from shared.config import Address
-from shared.errors import NotFoundError
+from shared.errors import ConflictError, KeylakeError, NotFoundError, UnavailableError
 from shared.failpoints import VARIABLE
 from shared.http import ServiceClient
 from shared.roles import OWNER_SCOPES
@@ -36,7 +38,7 @@ from shared.wire.pgstartup import SSLRequest, StartupMessage
 from shared.wire.scram import MECHANISM, ScramClient
 from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.primary import Session, caught_up, connect, safekeeper_timelines
-from tests.cluster.processes import ComputeProcesses, compute_of, find_compute
+from tests.cluster.processes import ComputeProcesses, compute_of, find_compute, postmasters
 from tests.fixtures.forked_cluster import ForkedCluster, ForkedService
 from tests.fixtures.waiting import all_threads_stopped, wait_until
 from tests.integration.test_pageserver_failpoints import EVERY_STEP, MORE_SENDS, SENDS
@@ -206,8 +208,12 @@ async def test_a_new_disk_takes_the_place_of_a_lost_one(place: Place) -> None:
         [refused] = await cluster.client.replace_safekeeper("safekeeper-2")  # it takes all of the others
         assert (refused.outcome, "quorum" in refused.problem) == ("failed", True)
         await cluster.service("safekeeper-3").start()
+        # Asked again after each death, it goes on: with the same disk, also when that is the member already.
+        for step in _wanted(REPLACING_STEPS):
+            await manager_dies_at(place, step, lambda: cluster.client.replace_safekeeper("safekeeper-2"))
+        await cluster.service(MANAGER).start()
         [replaced] = await cluster.client.replace_safekeeper("safekeeper-2")
-        assert replaced.outcome == "replaced", replaced.problem
+        assert replaced.outcome == ("kept" if ALL else "replaced"), replaced.problem
         assert {each.outcome for each in await cluster.client.replace_safekeeper("safekeeper-2")} == {"kept"}
         await bank.commits(COMMITS_PER_ROUND)
         # The quorum needs it now.
@@ -241,6 +247,108 @@ async def test_a_new_disk_takes_the_place_of_a_lost_one(place: Place) -> None:
     await place.check()
     await converge(place)
     shutil.rmtree(disk.with_name("safekeeper-2.old"))
+
+
+# --- the compute manager, at every step that persists or sends ---
+
+STARTING_STEPS = [
+    "term-reserved:1",
+    "election-won:1",
+    "elected-sent:1",
+    "elected-sent:2",  # a majority knows that the election is won
+    "majority-reached:1",
+    "compute-started:1",
+    "stream-sent:1",
+    "stream-sent:2",
+    "majority-streams:1",
+]
+ENDING_STEPS = ["run-ended:1", "run-before-record:1", "run-recorded:1"]
+BRANCHING_STEPS = ["timeline-recorded:1", "timeline-before-made:1", "safekeeper-recorded:1", "safekeeper-recorded:3"]
+REPLACING_STEPS = ["seat-given:1", "others-brought-up:1", "new-disk-voted:1", "seat-before-change:1", "seat-changed:1"]
+"""In this order, as those of a branch: each goes on where the one before it died."""
+ALWAYS = {"elected-sent:2", "run-before-record:1", "seat-before-change:1"}
+ALL = os.environ.get("KEYLAKE_ALL_FAILPOINTS") == "1"  # make crash-anywhere
+
+
+def _wanted(steps: Sequence[str]) -> list[str]:
+    return [step for step in steps if ALL or step in ALWAYS]
+
+
+async def manager_dies_at(place: Place, step: str, drive: Callable[[], Awaitable[object]]) -> None:
+    """One that is started anew; its computes die with it. `drive`: what brings it there, unless the load does."""
+    manager = place.cluster.service(MANAGER)
+    await manager.kill()
+    manager._environment[VARIABLE] = step
+    with suppress(UnavailableError):  # it may be dead before anybody finds it ready
+        await manager.start()
+    driving = asyncio.create_task(_until_it_fails(drive))
+    try:
+        await wait_until(lambda: not manager.running, 30)
+    finally:
+        driving.cancel()
+        del manager._environment[VARIABLE]
+    assert manager._process is not None
+    assert manager._process.returncode == -signal.SIGKILL, step
+
+
+async def _until_it_fails(drive: Callable[[], Awaitable[object]]) -> None:
+    with suppress(KeylakeError, TimeoutError):
+        await drive()
+
+
+async def test_the_manager_dies_at_every_step_and_nothing_is_lost(place: Place) -> None:
+    """The next one is started at once, while a compute of the one before may still run: of two, one commits."""
+    cluster, client, endpoint_id = place.cluster, place.cluster.client, place.project.endpoint.endpoint_id
+    manager = cluster.service(MANAGER)
+
+    async def connect() -> None:
+        await client.start_endpoint(endpoint_id)
+
+    async def stop() -> None:
+        await bank.commits(COMMITS_PER_ROUND)
+        await client.stop_endpoint(endpoint_id)
+
+    async with place.bank() as bank:
+        await bank.commits(COMMITS_PER_ROUND)
+        for step in _wanted(STARTING_STEPS):
+            await manager_dies_at(place, step, connect)
+        for step in _wanted(ENDING_STEPS):
+            await manager_dies_at(place, step, stop)
+        await manager.start()
+        await bank.commits(COMMITS_PER_ROUND)
+        await wait_until(lambda: len(postmasters(cluster)) == 1, 20)
+    await place.check()
+    await converge(place)
+
+
+@pytest.mark.skipif(not ALL, reason="make crash-anywhere")
+async def test_a_branch_whose_manager_dies_is_finished_by_the_same_request(place: Place) -> None:
+    client = place.cluster.client
+
+    async def branch() -> Timeline:
+        return await client.create_branch(place.project.timeline, "by-the-dead")
+
+    for step in BRANCHING_STEPS:
+        await manager_dies_at(place, step, branch)
+    await place.cluster.service(MANAGER).start()
+    with suppress(ConflictError):  # on a majority, it is finished
+        await branch()
+    timelines = await client.timelines(place.project.project.project_id)
+    made = next(each for each in timelines if each.name == "by-the-dead")
+    endpoint = await client.create_endpoint(made, "by-the-dead")
+    assert (await client.start_endpoint(endpoint.endpoint_id)).state is EndpointState.RUNNING
+    await client.delete_branch(made)
+
+
+async def test_every_step_of_the_manager_that_has_a_name_is_among_them() -> None:
+    sources = "".join(path.read_text() for path in Path(package.__path__[0]).rglob("*.py"))
+    names = re.findall(r'failpoint\("([^"]+)"\)', sources)
+    dies_at = {step.partition(":")[0] for step in (*STARTING_STEPS, *ENDING_STEPS, *BRANCHING_STEPS, *REPLACING_STEPS)}
+    assert len(names) == len(set(names)) > 15
+    assert set(names) == dies_at
+
+
+# --- safekeepers ---
 
 
 async def test_without_a_quorum_commits_wait_and_are_not_lost(place: Place) -> None:

@@ -11,7 +11,7 @@ import pytest
 from compute import proposer
 from safekeeper import acceptor
 from tests.simulation_wal import mutations
-from tests.simulation_wal.model import REIGN, Bounds, ModelError, explore
+from tests.simulation_wal.model import REIGN, WHOLE, Bounds, ModelError, explore
 
 # Breadth first: these are the states that few steps lead to. `make model-consensus` goes further.
 LIMIT = 10_000
@@ -28,6 +28,11 @@ DEFECTS: dict[str, tuple[Sequence[str], Any]] = {
 def test_no_state_of_a_small_world_breaks_a_promise() -> None:
     for beginning in ((), REIGN):
         assert explore(WORLD, LIMIT, beginning) >= LIMIT
+
+
+def test_what_is_small_enough_is_explored_to_its_end() -> None:
+    for bounds, states in list(WHOLE.items())[:2]:
+        assert explore(bounds) == states
 
 
 @pytest.mark.parametrize("name", DEFECTS)

@@ -120,6 +120,8 @@ class Compute:
     started: bool = False
     """Clients write; before that there is the checkpoint of its start only."""
     grown: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: bool = False
+    """Its log ends with half a record, and that is all it will ever write."""
 
     @property
     def start_lsn(self) -> int:
@@ -130,11 +132,20 @@ class Compute:
         return self.start_lsn + len(self.log)
 
     def write(self) -> None:
+        if self.ended:
+            return
         world, rng = self.world, self.world.rng
         world.serial += 1
         size = rng.randint(HEADER_BYTES, MAX_RECORD_BYTES)
         self.log += make_record(self.plan.term, world.serial, size)
         self.grown.set()
+
+    def write_half(self) -> None:
+        if not self.ended:
+            self.world.serial += 1
+            self.log += make_record(self.plan.term, self.world.serial, MAX_RECORD_BYTES)[:-1]
+            self.ended = True
+            self.grown.set()
 
     async def run(self) -> None:
         rng = self.world.rng
@@ -642,7 +653,7 @@ class World:
             self._crash, self._crash_between_effects, self._crash_between_effects, self._isolate, self._part,
             self._bad_network, self._better_network, self._lead_again, self._kill_manager, self._kill_compute,
             self._fill_disk, self._break_fsync, self._crash_pageserver, self._lose_disk, self._take_store_away,
-            *(self._trim_meanwhile,) * 3,
+            *(self._trim_meanwhile,) * 3, *(self._leave_half,) * 4,
             *(self._grow_orphan,) * 4, *(self._rival,) * 4, *(self._replace,) * (16 if self.replaces else 0),
         )  # fmt: skip
         pace = rng.choice((1.5, 3.0, 6.0))
@@ -712,6 +723,29 @@ class World:
         self._later(holder.start, 1.2)
         if self.rng.random() < 0.5:
             self._later(self._lead_again, 1.5)
+
+    def _leave_half(self) -> None:
+        """A compute leaves half a record everywhere. The next one reaches one node only, and the one after that knows
+        nothing of it."""
+        compute = next((c for c in reversed(list(self.computes.values())) if c.process.alive), None)
+        if compute is None or not compute.started:
+            return
+        self.note(compute.name, "writes half a record")
+        compute.write_half()
+        holder = self._some_node()
+
+        def lead_to_one() -> None:
+            compute.process.kill()
+            for node in NODES:
+                if node != holder.node_id:
+                    self._cut(node, f"compute-{len(self.computes) + 1}")
+            self._lead_again()
+            self._later(lead_without, 0.5)
+
+        def lead_without() -> None:
+            self._cut(self.lead().name, holder.node_id)
+
+        self._later(lead_to_one, 0.3)
 
     def _rival(self) -> None:
         """Somebody else wants to lead, does not reach everybody, and those who vote for it crash."""
@@ -843,7 +877,14 @@ class World:
             for who in (compute or behind, self.lead().name):
                 self._cut(other, who)
 
-        self._later(commit, 0.2)
+        def lead_without() -> None:
+            """And the one that is left behind does not hear of the new membership."""
+            self._cut(self.lead().name, behind)
+            # First it waits for the one that it does not reach.
+            soon_s = VOTE_TIMEOUT_S + self.rng.uniform(0.1, 0.2)
+            self.loop.call_later(soon_s, lambda: None if self.settling else commit())
+
+        self._later(commit if self.rng.random() < 0.5 else lead_without, 0.2)
 
     def _replace_disk(self, node: SimSafekeeper) -> None:
         if not self.is_lost(node):
