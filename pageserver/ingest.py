@@ -23,6 +23,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Final
 
 from pageserver import native
@@ -108,11 +109,10 @@ _PLAIN_OPERATIONS: Final[dict[int, tuple[int, int] | tuple[()]]] = {
 }
 """Operations that concern their blocks only; with where the flags are that may clear bits of a visibility map, too."""
 _COMMIT: Final = RmgrId.XACT << 8
-_HAS_DATA, _WILL_INIT = int(BlockFlag.HAS_DATA), int(BlockFlag.WILL_INIT)
-_SINGLE_FLAGS: Final = tuple(
-    frozenset(fork | data | init for fork in Fork for init in (0, _WILL_INIT)) for data in (0, _HAS_DATA)
-)
-"""Fork and flags of a block with its own relation and without an image; without and with data."""
+_WILL_INIT: Final = int(BlockFlag.WILL_INIT)
+_SINGLE_KINDS: Final = tuple({data: _WAL, data | _WILL_INIT: _WAL_INIT} for data in (int(BlockFlag.HAS_DATA), 0))
+"""Fork and flags → kind of value, of a block of a main fork with its own relation and without an image: of one with
+data, and of one without."""
 _HEAP: Final = frozenset({RmgrId.HEAP, RmgrId.HEAP2})
 
 
@@ -152,64 +152,50 @@ class WalIngest(StateIngest):
         append = values.append
         sizes = self.tip.rel_sizes
         next_xid = self.tip.checkpoint.next_xid & 0xFFFFFFFF
-        consumed = 0
         full = False
         unpack_header, unpack_single, find_plain = _HEADER.unpack_from, _SINGLE.unpack_from, _PLAIN_OPERATIONS.get
-        known = self._known
+        kind_with_data, kind_without = (kinds.get for kinds in _SINGLE_KINDS)
+        find_known, pending = self._known.get, self._pending
         tracking = self.tip.control.track_commit_timestamp
         if records:
             self._copied_lsn = min(self._copied_lsn, records[0][0])
-        for start, end, record in records:
-            consumed += 1
+        rest = iter(records)
+        for start, end, record in rest:
             size = len(record)
             if size >= SINGLE_END:
                 xid, operation, block_id, flags, data_length, main_id, main_length = unpack_single(record)
             else:
                 xid, operation = unpack_header(record)
                 main_id = 0
-            # Wraparound-safe "xid >= next_xid" (transam.h, TransactionIdFollowsOrEquals). 0 is no xid.
-            if xid and (xid - next_xid) & 0xFFFFFFFF < 0x80000000:
+            # Wraparound-safe "xid >= next_xid" (transam.h, TransactionIdFollowsOrEquals), after a guess that is right
+            # for nearly all. 0 is no xid.
+            if not next_xid - 0x80000000 <= xid < next_xid and xid and (xid - next_xid) & 0xFFFFFFFF < 0x80000000:
                 next_xid = self._advance_next_xid(xid)
             clear = find_plain(operation)
             if clear is not None:
-                # Nine records of ten: one block without an image, and the short header of main data. The same tests as
-                # parse_blocks makes, without a tuple for what is used once.
-                if (
-                    main_id == 255
-                    and block_id == 0
-                    and flags in _SINGLE_FLAGS[data_length > 0]
-                    and SINGLE_END + data_length + main_length == size
-                ):
-                    fork = flags & 0x0F
-                    kind = _WAL_INIT if flags & _WILL_INIT else _WAL
-                    key = None if fork else known.get(record[_PLACE_START:_PLACE_END])
-                    if key is not None:
-                        append((key, end, kind, record))
-                    elif fork != _FSM:
-                        spc, db, number, block = _PLACE.unpack_from(record, _PLACE_START)
-                        rel = spc, db, number
-                        if block >= sizes.get((rel, fork), 0):
-                            self._extend(rel, fork, block, end, initialised=kind != _WAL)
+                # Nine records of ten: one block of a main fork without an image, and the short header of main data. The
+                # same tests as parse_blocks makes, without a tuple for what is used once.
+                if main_id == 255 and block_id == 0 and SINGLE_END + data_length + main_length == size:
+                    kind = (kind_with_data if data_length else kind_without)(flags)
+                    if kind is not None:
+                        key = find_known(record[_PLACE_START:_PLACE_END])
+                        if key is None:
+                            key = self._make_known(record, kind, end)
                             full = len(values) > _MANY_VALUES
-                        key = pack_key(REL_BLOCK, spc, db, number, fork, block)
-                        if fork == 0:
-                            if len(known) >= _MAX_KNOWN_BLOCKS:
-                                known.clear()
-                            known[record[_PLACE_START:_PLACE_END]] = key
                         append((key, end, kind, record))
-                    if clear and (main_length < clear[1] or record[SINGLE_END + data_length + clear[0]] & 3):
-                        blocks, main_start = parse_blocks(record)
-                        clears = visibility_clears(operation >> 8, operation & 0xFF, blocks, record, main_start)
-                        if clears:
-                            self._clear_visibility(clears, end)
-                    if self._pending:
-                        self._store_pending(end)
-                    if full:
-                        break
-                    continue
+                        if clear and (main_length < clear[1] or record[SINGLE_END + data_length + clear[0]] & 3):
+                            blocks, main_start = parse_blocks(record)
+                            clears = visibility_clears(operation >> 8, operation & 0xFF, blocks, record, main_start)
+                            if clears:
+                                self._clear_visibility(clears, end)
+                        if pending:
+                            self._store_pending(end)
+                        if full:
+                            break
+                        continue
             elif operation == _COMMIT and xid and record[24:26] == _BARE_COMMIT and size == 34 and not tracking:
                 self._commit_one(xid, unpack_time(record, 26)[0], end)
-                if self._pending:
+                if pending:
                     self._store_pending(end)
                 continue
             rmid, info = divmod(operation, 256)
@@ -238,12 +224,24 @@ class WalIngest(StateIngest):
                 tracking = self.tip.control.track_commit_timestamp
             elif rmid not in _PLAIN:
                 raise UnsupportedWalError(f"WAL record of the unknown resource manager {rmid}")
-            if self._pending:
+            if pending:
                 self._store_pending(end)
             if full or self._copy is not None:
                 break
         copy, self._copy = self._copy, None
-        return Ingested(values, consumed, copy)
+        return Ingested(values, len(records) - length_hint(rest), copy)
+
+    def _make_known(self, record: bytes, kind: int, end: int) -> bytes:
+        """The key of the one block of a record, in a main fork, which comes to exist if it does not."""
+        spc, db, number, block = _PLACE.unpack_from(record, _PLACE_START)
+        rel = spc, db, number
+        if block >= self.tip.rel_sizes.get((rel, 0), 0):
+            self._extend(rel, 0, block, end, initialised=kind != _WAL)
+        key = pack_key(REL_BLOCK, spc, db, number, 0, block)
+        if len(self._known) >= _MAX_KNOWN_BLOCKS:
+            self._known.clear()
+        self._known[record[_PLACE_START:_PLACE_END]] = key
+        return key
 
     # --- sizes ---
 

@@ -93,7 +93,7 @@ class StateIngest:
         self._pending: dict[bytes, tuple[int, bytes]] = {}
         self._clog_page = -1
         self._clog_key = b""
-        """Of the last commit."""
+        """Of the last commit; -1 when that page may be gone."""
         self._running_are_listed = False
         """Completely, by the last record that does."""
         self._copied_lsn = _UNKNOWN_LSN
@@ -236,14 +236,16 @@ class StateIngest:
                 self._advance_origin(raw, record.origin_lsn)
 
     def _commit_one(self, xid: int, time_us: int, end: int) -> None:
-        """A commit without anything else to it, as most are."""
-        self._note_end_time(time_us, end)
-        page = xid // native.CLOG_XACTS_PER_PAGE
-        change = native.pack_clog_commit(xid)
-        if page == self._clog_page and page in self.tip.slru_pages[Slru.CLOG]:
-            self._values.append((self._clog_key, end, _NATIVE, change))
+        """A commit without anything else to it, as most are: what `_xact` would do with it."""
+        tip, append = self.tip, self._values.append
+        if time_us > tip.commit_time_us:
+            tip.commit_time_us = time_us
+            append((COMMIT_TIME_KEY, end, _IMAGE, pack_time(time_us)))
+        page, index = divmod(xid, native.CLOG_XACTS_PER_PAGE)
+        if page == self._clog_page:
+            append((self._clog_key, end, _NATIVE, native.pack_clog_commit(index)))
         else:
-            self._slru_change(Slru.CLOG, page, change, end)
+            self._slru_change(Slru.CLOG, page, native.pack_clog_commit(index), end)
             self._clog_page, self._clog_key = page, slru_key(Slru.CLOG, page)
 
     def _note_end_time(self, time_us: int, end: int) -> None:
@@ -301,6 +303,7 @@ class StateIngest:
         self._values.append((slru_key(kind, page), end, _IMAGE, native.ZERO_PAGE))
 
     def _slru_drop(self, kind: Slru, gone: Iterable[int], end: int) -> None:
+        self._clog_page = -1
         for page in gone:
             self.tip.slru_pages[kind].discard(page)
             self._values.append((slru_key(kind, page), end, _TOMBSTONE, b""))

@@ -57,9 +57,9 @@ class TimelineConfig:
     """Memory that it may take before it is frozen in any case."""
     frozen_layers: int = 2
     """Ingest waits while there are so many that are not flushed."""
-    image_threshold_values: int = 256
-    """Chain length past which a flush adds an image. To redo so many records takes a worker some 160 µs, twice as long
-    as 100 of them (`python -m benchmarks redo`). Most pages of an index, or of a table that rows are appended to, are
+    image_threshold_values: int = 512
+    """Chain length past which a flush adds an image. To redo so many records takes a worker some 0.3 ms
+    (`python -m benchmarks redo`). Most pages of an index, or of a table that rows are appended to, are
     full before that; images of all of them would be half of what their ingest costs."""
     chunk_size_bytes: int = 64 * 1024
     """Plaintext bytes of a layer that are sealed, read and cached together."""

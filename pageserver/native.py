@@ -59,6 +59,7 @@ _MEMBER: Final = struct.Struct("<HBI")
 _VM_BITS: Final = struct.Struct("<HB")
 _COMMIT_TS: Final = struct.Struct("<qH")
 _U32: Final = struct.Struct("<I")
+_ONE_COMMIT: Final = struct.Struct("<3xH")
 _MASK32: Final = 0xFFFFFFFF
 
 
@@ -74,7 +75,8 @@ class NativeOp(enum.IntEnum):
 _CLOG_SET: Final = int(NativeOp.CLOG_SET)
 _COMMITTED: Final = int(XidStatus.COMMITTED)
 _SUB_COMMITTED: Final = int(XidStatus.SUB_COMMITTED)
-_pack_one_clog: Final = struct.Struct("<BBBH").pack
+_COMMIT_HEADER: Final = bytes((FORMAT_VERSION, _CLOG_SET, _COMMITTED))
+_pack_index: Final = _INDEX.pack
 
 
 # --- ingest's side: what a record does → payloads ---
@@ -86,9 +88,9 @@ def pack_clog_set(xids: Iterable[int], status: XidStatus) -> bytes:
     return struct.pack(f"<BBB{len(indexes)}H", FORMAT_VERSION, NativeOp.CLOG_SET, status, *indexes)
 
 
-def pack_clog_commit(xid: int) -> bytes:
-    """`pack_clog_set` of one xid that committed: once per transaction, so it is fast."""
-    return _pack_one_clog(FORMAT_VERSION, _CLOG_SET, _COMMITTED, xid % CLOG_XACTS_PER_PAGE)
+def pack_clog_commit(index: int) -> bytes:
+    """`pack_clog_set` of one xid that committed, by its index in its page: once per transaction, so it is fast."""
+    return _COMMIT_HEADER + _pack_index(index)
 
 
 def pack_commit_ts(xids: Iterable[int], time_us: int, origin: int) -> bytes:
@@ -163,6 +165,8 @@ def apply_native(key: bytes, base: bytes | None, payloads: Sequence[bytes]) -> b
             raise CorruptedError(f"native change of format version {version} is not supported")
         if operation not in allowed:
             raise CorruptedError(f"native change {operation} does not belong on this page")
+    if _CLOG_SET in allowed and _clog_commits(page, payloads):
+        return bytes(page)
     for payload in payloads:
         _APPLY[payload[1]](page, payload)
     return bytes(page)
@@ -186,6 +190,22 @@ _SLRU_OPS: Final[dict[int, frozenset[int]]] = {
 }
 
 
+def _clog_commits(page: bytearray, payloads: Sequence[bytes]) -> bool:
+    """As `_clog_set` with each, if each is the commit of one xid: mostly they are, and there are hundreds of them.
+    Their first two bytes were looked at. False, and nothing is done, for others."""
+    if set(map(len, payloads)) != {_ONE_COMMIT.size}:
+        return False
+    rows = b"".join(payloads)
+    if rows[2 :: _ONE_COMMIT.size].count(_COMMITTED) != len(payloads):
+        return False
+    for (index,) in _ONE_COMMIT.iter_unpack(rows):
+        if index >= CLOG_XACTS_PER_PAGE:
+            raise CorruptedError("native change of the commit log is beyond its page")
+        byte, shift = index >> 2, (index & 3) * 2
+        page[byte] = page[byte] & ~(3 << shift) | _COMMITTED << shift
+    return True
+
+
 def _clog_set(page: bytearray, payload: bytes) -> None:
     size = len(payload) - 3
     if size < 0 or size % _INDEX.size:
@@ -193,9 +213,7 @@ def _clog_set(page: bytearray, payload: bytes) -> None:
     status = payload[2]
     if not _COMMITTED <= status <= _SUB_COMMITTED:
         raise CorruptedError("native change of the commit log has an impossible status")
-    # Mostly it is one, and there are hundreds of them.
-    one = size == _INDEX.size
-    for index in _INDEX.unpack_from(payload, 3) if one else struct.unpack_from(f"<{size // _INDEX.size}H", payload, 3):
+    for index in struct.unpack_from(f"<{size // _INDEX.size}H", payload, 3):
         if index >= CLOG_XACTS_PER_PAGE:
             raise CorruptedError("native change of the commit log is beyond its page")
         byte, shift = index >> 2, (index & 3) * 2

@@ -29,7 +29,7 @@ _VALUE_OVERHEAD_BYTES: Final = 96
 _KEY_OVERHEAD_BYTES: Final = 260
 """Memory of a key with its list and its place in the dictionary."""
 
-LONG_RUN_VALUES: Final = 256
+LONG_RUN_VALUES: Final = 512
 """A key is reported in `long_runs` each time it has collected this many values."""
 _LONG_RUN_SLOTS: Final = LONG_RUN_VALUES * 3
 _DISMANTLED_SLOTS: Final = 3 * 4096

@@ -37,11 +37,13 @@ from shared.wal.page import (
 
 RECORD_HEADER: Final = struct.Struct("<IIQBB2xI")
 """xl_tot_len, xl_xid, xl_prev, xl_info, xl_rmid, (padding), xl_crc."""
-
 RECORD_HEADER_SIZE_BYTES: Final = RECORD_HEADER.size
+
 RECORD_MAX_SIZE_BYTES: Final = 1020 * 1024 * 1024
 """XLogRecordMaxSize."""
 
+_WHOLE_RECORD: Final = struct.Struct("<I4xQHxxI")
+"""The same, of what the fast loop looks at: xl_tot_len, xl_prev, xl_info and above it xl_rmid, xl_crc."""
 _CRC_OFFSET: Final = 20
 _MAGIC_SIZE_BYTES: Final = 2
 _TOTAL_LENGTH: Final = struct.Struct("<I")
@@ -200,14 +202,15 @@ class WalStreamDecoder:
 
         Stops early, without judging, at anything else than the next record of a chain: `_open_record` looks again.
         """
-        unpack_header = RECORD_HEADER.unpack_from
+        unpack_header = _WHOLE_RECORD.unpack_from
         crc32c = google_crc32c.value
         append = records.append
         # No record starts at -1, so without a known predecessor the first record goes the slow way.
         last = -1 if self.last_record_start is None else self.last_record_start
+        lsn = base + pos
         last_whole = limit - RECORD_HEADER_SIZE_BYTES
         while pos <= last_whole:
-            total, _xid, prev, info, rmid, crc = unpack_header(data, pos)
+            total, prev, operation, crc = unpack_header(data, pos)
             end = pos + total
             if end > limit or prev != last or total < RECORD_HEADER_SIZE_BYTES:
                 break
@@ -215,14 +218,14 @@ class WalStreamDecoder:
             # One call on a joined copy is faster than two calls (160 against 200 ns for a record of 100 bytes).
             if crc32c(record[24:] + record[:20]) != crc:
                 break
-            last = base + pos
             pos = (end + 7) & -8
-            if rmid == 0 and info & 0xF0 == 0x40:
+            last, lsn = lsn, base + pos
+            if operation < 0x100 and operation & 0xF0 == 0x40:  # XLOG_SWITCH, of RM_XLOG_ID
                 self.last_record_start = last
-                self._end_record(base + pos, is_switch=True)
+                self._end_record(lsn, is_switch=True)
                 append((last, self.end_lsn, record))
                 return pos
-            append((last, base + pos, record))
+            append((last, lsn, record))
         if last >= 0 and last != self.last_record_start:
             self.last_record_start = last
             self._end_record(base + pos, is_switch=False)

@@ -217,9 +217,9 @@ async def test_what_redo_raises_says_which_record_of_which_page(worker: RedoWork
     for _ in range(200):  # nothing that it held may stay held
         with pytest.raises(IntegrityError) as failure:
             await worker.apply(*page, None, [(change.end_lsn, bytes(record))])
-        (spc, db, number), fork, block = page
+        (spc, db, number), fork, blkno = page
         lsn = format_lsn(change.end_lsn)
-        where = f"redo of block {block} of {spc}/{db}/{number}, fork {fork} up to {lsn}"
+        where = f"redo of block {blkno} of {spc}/{db}/{number}, fork {fork} up to {lsn}"
         found = re.fullmatch(
             rf"{where}: (\w+) record that ends at {lsn}: XX000: could not restore image at {format_lsn(start_lsn)} "
             r"compressed with LZ4 not supported by build, block 0 \(XLogReadBufferForRedoExtended\)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 
 import pytest
@@ -38,6 +39,20 @@ def test_clog_last_xid_of_a_page() -> None:
     page = apply_native(CLOG_KEY, ZEROS, [native.pack_clog_set([65535], XidStatus.ABORTED)])
     assert page[8191] == 0b10_00_00_00
     assert not any(page[:8191])
+
+
+def test_many_commits_at_once_are_what_they_are_one_by_one() -> None:
+    before = random.Random(1).randbytes(8192)
+    indexes = [0, 3, 4, 5, 4, 32767, 9000]
+    alone = [native.pack_clog_commit(index) for index in indexes]
+    together = apply_native(CLOG_KEY, before, [native.pack_clog_set(indexes, XidStatus.COMMITTED)])
+    assert apply_native(CLOG_KEY, before, alone) == together
+    # Whatever else comes in between has its place.
+    aborted = native.pack_clog_set([3], XidStatus.ABORTED)
+    mixed = apply_native(CLOG_KEY, before, [*alone, aborted])
+    assert mixed == apply_native(CLOG_KEY, together, [aborted]) != together
+    with pytest.raises(CorruptedError, match="beyond its page"):
+        apply_native(CLOG_KEY, before, [*alone, alone[0][:3] + b"\x00\x80"])
 
 
 def test_clog_does_not_go_back_from_committed_to_sub_committed() -> None:
