@@ -2,8 +2,9 @@
 
 pgbench's TPC-B in a whole cluster. Its object store is an S3 server whose bucket keeps every version, so what was put
 is all there, deleted or not; and what the services write to files then is on their own disks. Of that the kernel tells
-how many bytes it sent there (proc_pid_io(5), write_bytes): whole pages, the same one again for each commit that makes
-some more of it durable.
+how much they made dirty (proc_pid_io(5), write_bytes): by whole folios of its cache, again for each commit that makes
+some more of one durable. Of a WAL piece they have 16 KiB (safekeeper/files.py), of which a file system may write
+4 KiB: so it is what the disks get at most.
 """
 
 from __future__ import annotations
@@ -142,10 +143,10 @@ async def measure(scale: int = 10, transactions: int = 10_000) -> list[Row]:
     return [
         Row(f"{what}: {who}", f"{count:.2f} B", "-", None, "report", None)
         for who, count in (
-            (f"the disks of {SAFEKEEPERS} safekeepers", disks),
+            (f"the disks of {SAFEKEEPERS} safekeepers, at most", disks),
             ("safekeepers into the object store", pieces),
             ("the pageserver into the object store", layers),
-            ("the pageserver's disk", cache),
+            ("the pageserver's disk, at most", cache),
             ("all of these", disks + pieces + layers + cache),
             ("a compaction of everything, into the object store", merged),
         )
