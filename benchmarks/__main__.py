@@ -36,6 +36,7 @@ from benchmarks import (
     rewrap,
     storage,
     volume,
+    written,
 )
 from benchmarks.harness import Row, show
 
@@ -46,6 +47,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "compaction": compaction.measure,
     "connections": connections.measure,
     "ingest": storage.measure_ingest,
+    "written": written.measure,
     "redo": storage.measure_redo,
     "reads": storage.measure_cluster,
     "revocation": revocation.measure,

@@ -61,7 +61,9 @@ SETTINGS: Final[dict[str, dict[str, float]]] = {
         "retention_lsn_mb": 8,
         "retention_age_s": 60,
         "gc_interval_s": 5,
-        "lsn_lease_s": 5,
+        # Whoever loses the lease of the version that it started at loses its compute, and rightly: so it outlasts a
+        # stop of the pageserver, or of the manager that renews it, on a machine that is busy.
+        "lsn_lease_s": 15,
     },
     "safekeeper": {"wal_keep_size_bytes": 0, "wal_history_size_bytes": 64 << 20, "offload_interval_s": 1},
 }
@@ -96,8 +98,12 @@ class Chaos:
             try:
                 try:
                     await crash(self.place, bank, victim)
-                except UnavailableError:  # not ready in time: a busy machine may need longer to start a process
-                    await self.place.cluster.service(victim).start(SLOW_START_S)
+                except UnavailableError:
+                    service = self.place.cluster.services.get(victim)
+                    if service is None or service.running:
+                        raise
+                    # It was not ready in time: a busy machine may need longer to start a process.
+                    await service.start(SLOW_START_S)
                     await bank.commits(1, SLOW_START_S)
                     self.done["starts that took long"] += 1
             except (TimeoutError, LookupError, UnavailableError) as error:

@@ -31,7 +31,6 @@ from shared.ids import ProjectId, TimelineId
 from shared.keyspace import Fork, RelTag
 from shared.lsn import WAL_SEGMENT_SIZE_BYTES
 from shared.postgres import PostgresServer, find_postgres
-from shared.storage.base import Data
 from shared.storage.local import LocalObjectStore
 from shared.storage.threads import BlockingPool
 from shared.tls import client_context
@@ -43,22 +42,7 @@ from shared.wire.pagestream import GET_PAGE, MAX_FRAME_SIZE_BYTES, PAGE, BlockRe
 from tests.fixtures.keys import InMemoryKeySource, ignore_loss
 
 _FEED_BYTES = 64 * 1024
-_TPC_B = "pgbench's TPC-B"
 _CLIENTS = 8
-
-
-class _CountingStore(LocalObjectStore):
-    """Knows how much was written to it."""
-
-    written_bytes = 0
-
-    async def put(self, key: str, data: Data) -> None:
-        self.written_bytes += len(data)
-        await super().put(key, data)
-
-    async def put_if_absent(self, key: str, data: Data) -> None:
-        self.written_bytes += len(data)
-        await super().put_if_absent(key, data)
 
 
 async def measure_ingest(scale: int = 10, transactions: int = 10_000, copied_rows: int = 800_000) -> list[Row]:
@@ -96,7 +80,7 @@ async def measure_ingest(scale: int = 10, transactions: int = 10_000, copied_row
         root = Path(tempfile.mkdtemp(prefix="keylake-bench-"))
         pool = BlockingPool(4, "bench")
         try:
-            store = await _CountingStore.open(root / "objects")
+            store = await LocalObjectStore.open(root / "objects")
             keys = InMemoryKeySource()
             project = ProjectId.new()
             lease = await keys.acquire(project, ignore_loss)
@@ -116,12 +100,11 @@ async def measure_ingest(scale: int = 10, transactions: int = 10_000, copied_row
             )
             for name, end, target in (
                 ("pgbench's load", loaded, 25),
-                (_TPC_B, executed, 25),
+                ("pgbench's TPC-B", executed, 25),
                 ("a COPY", copied, 60),
                 ("a COPY into a table with an index", None, None),
             ):
                 begun, cpu = perf_counter(), process_time()
-                before_bytes = store.written_bytes
                 size = await _feed(server, decoder, shell, end)
                 await timeline.checkpoint()
                 wall, used = perf_counter() - begun, process_time() - cpu
@@ -136,10 +119,6 @@ async def measure_ingest(scale: int = 10, transactions: int = 10_000, copied_row
                         None if target is None else rate >= target,
                     )
                 )
-                if name == _TPC_B:
-                    count, written = _CLIENTS * transactions, store.written_bytes - before_bytes
-                    per_transaction = f"{size / count:.0f} B of WAL, {written / count:.0f} B of objects"
-                    rows.append(Row(f"written per transaction of {_TPC_B}", per_transaction, "-", None, "report", None))
             work.cancel()
             await asyncio.wait([work])
             await redo.close()

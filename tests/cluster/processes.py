@@ -173,6 +173,6 @@ def _lock_file_lines(postmaster: Process) -> list[str]:
     """postmaster.pid (pidfile.h): pid, data directory, start time, port, socket directory, …"""
     try:
         lines = Path(f"/proc/{postmaster.pid}/cwd/postmaster.pid").read_text().splitlines()
-    except FileNotFoundError:
+    except OSError:  # it has not come so far, or it is ending, and its volume with it (ENOTCONN, ESRCH)
         lines = []
     return lines + [""] * 5

@@ -125,6 +125,7 @@ async def crash(place: Place, bank: Bank, victim: str) -> None:
         await bank.commits(COMMITS_PER_ROUND)
         return
     compute = await compute_of(cluster, place.project.endpoint.endpoint_id)
+    generation = await lease_generation(cluster, compute) if victim == "keymanager" else 0
     await cluster.service(victim).kill()
     if victim == MANAGER:
         await compute.gone()  # nobody would ever stop it
@@ -132,10 +133,7 @@ async def crash(place: Place, bank: Bank, victim: str) -> None:
         try:
             await bank.commits(COMMITS_PER_ROUND)
         finally:
-            if not compute.postmaster.exists:
-                said = (cluster.layout.logs / "compute.log").read_text().splitlines()
-                ends = "\n".join(line for line in said if "run is over" in line or "crashed" in line)
-                pytest.fail(f"the compute is lost to a crash of {victim}. The ends of computes:\n{ends[-2000:]}")
+            check_alive(place, compute, victim)
     flushed = max(t.flush_lsn for t in (await safekeeper_timelines(cluster, place.project)).values())
     await cluster.service(victim).start()
     if victim in SAFEKEEPERS:
@@ -145,7 +143,29 @@ async def crash(place: Place, bank: Bank, victim: str) -> None:
             return status.streaming and status.flush_lsn >= flushed
 
         await wait_until(caught_up)
+    if victim == "keymanager":
+        # Or the next crash may be of this one again, and again, until the compute's lease has run out, and rightly.
+        async def renewed() -> bool:
+            check_alive(place, compute, victim)
+            return await lease_generation(cluster, compute) > generation
+
+        await wait_until(renewed)
     await bank.commits(COMMITS_PER_ROUND)
+
+
+async def lease_generation(cluster: Cluster, compute: ComputeProcesses) -> int:
+    """Which key session the compute's lease was renewed by last."""
+    leases = (await cluster.client.keymanager_status()).leases
+    return max((each.generation for each in leases if str(each.instance_id) == compute.socket_dir.name), default=0)
+
+
+def check_alive(place: Place, compute: ComputeProcesses, victim: str) -> None:
+    """A crash of a service is no reason to lose the compute."""
+    if not compute.postmaster.exists:
+        endpoint_id = str(place.project.endpoint.endpoint_id)
+        said = (place.cluster.layout.logs / "compute.log").read_text().splitlines()
+        ends = [line for line in said if endpoint_id in line and ("run is over" in line or "crashed" in line)]
+        pytest.fail(f"the compute is lost to a crash of {victim}. The last ends of its kind:\n" + "\n".join(ends[-5:]))
 
 
 async def converge(place: Place) -> None:
