@@ -22,6 +22,10 @@ FIRST_SEEDS = {
     "the donor is chosen by flush_lsn alone": 45,
     "the vote is not persisted": 130,
     "the pageserver counts positions of any term": 110,
+    "a disk that was replaced votes": 70,
+    "the others vote for a replacement in the old generation": 420,
+    "a new disk is a member before it holds the log": 80,
+    "a log goes on behind what it knows as committed": 30,
 }
 """Where to begin, for those that not every few seeds find."""
 

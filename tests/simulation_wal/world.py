@@ -694,10 +694,11 @@ class World:
         self.note("network", f"parts {node} and {other}")
         self._cut(node, other)
 
-    def _cut(self, one: str, other: str) -> None:
+    def _cut(self, one: str, other: str, at_least_s: float = 0.0) -> None:
         for pair in ((one, other), (other, one)):
             self.network.part(*pair)
-            self._later(lambda pair=pair: self.network._parted.discard(pair), 1.5)  # type: ignore[misc]
+            until_s = at_least_s + self.rng.uniform(0.01, 1.5)
+            self.loop.call_later(until_s, self.network._parted.discard, pair)
 
     # Troubles that come in a certain order, and would hardly meet by chance.
 
@@ -879,9 +880,9 @@ class World:
 
         def lead_without() -> None:
             """And the one that is left behind does not hear of the new membership."""
-            self._cut(self.lead().name, behind)
             # First it waits for the one that it does not reach.
             soon_s = VOTE_TIMEOUT_S + self.rng.uniform(0.1, 0.2)
+            self._cut(self.lead().name, behind, 2 * soon_s)
             self.loop.call_later(soon_s, lambda: None if self.settling else commit())
 
         self._later(commit if self.rng.random() < 0.5 else lead_without, 0.2)
