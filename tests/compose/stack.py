@@ -92,7 +92,7 @@ class Stack:
         return subprocess.run(
             [*compose_command(), *arguments],
             cwd=ROOT,
-            env=self.environment | (more or {}),
+            env={**self.environment, **(more or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

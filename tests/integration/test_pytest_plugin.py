@@ -146,7 +146,7 @@ def test_the_example_and_the_cases_pass(report: ET.Element) -> None:
 def test_it_was_the_wheels(report: ET.Element, installed: Path) -> None:
     [keylake] = values(report, "keylake")
     assert Path(keylake).is_relative_to(installed)
-    command = [installed / "bin" / "keylake", "--version"]
+    command = [f"{installed}/bin/keylake", "--version"]
     done = subprocess.run(command, cwd=installed, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout.split()[0]) == (0, "keylake"), done.stdout + done.stderr
 
