@@ -1,5 +1,5 @@
-"""Keylake's pytest plugin as its users have it, side by side under pytest-xdist: the example's own suite, the README's
-test, and what must fail."""
+"""Keylake's pytest plugin as its users have it, from a wheel, side by side under pytest-xdist: the example's own suite,
+the README's test, and what must fail."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tomllib
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -73,11 +75,13 @@ def test_a_service_is_killed_and_started(keylake_cluster):
     keylake_cluster.start("proxy")
 """
 WHERE = """
+import keylake
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def where(keylake_cluster, record_property):
+    record_property("keylake", keylake.__file__)
     record_property("cluster", str(keylake_cluster.cluster.layout.home))
     yield
     for service in keylake_cluster.cluster.services.values():
@@ -86,7 +90,35 @@ def where(keylake_cluster, record_property):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> ET.Element:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with Keylake from a wheel, which nothing leads out of to the checkout."""
+    directory = tmp_path_factory.mktemp("installed")
+    sources, venv = directory / "sources", directory / "venv"
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    for package in found["include"]:  # a copy: setuptools would write into the checkout, and take what it finds there
+        name = package.removesuffix("*")
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=directory, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+    run("pip", "wheel", "--no-deps", "--wheel-dir", directory, sources)
+    [wheel] = directory.glob("keylake-*.whl")
+    run("venv", "--without-pip", venv)
+    run("pip", "--python", venv / "bin" / "python", "install", "--no-deps", wheel)
+    [packages] = venv.glob("lib/python*/site-packages")
+    # What Keylake needs is this environment's, whose own .pth files are not read there: one leads to the checkout.
+    (packages / "rest.pth").write_text(sysconfig.get_path("purelib"))
+    return venv
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, installed: Path) -> ET.Element:
     """What pytest says of the example's tests and of the cases above, in one session of two workers."""
     directory = tmp_path_factory.mktemp("example") / "orders"
     shutil.copytree(EXAMPLE, directory, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
@@ -95,7 +127,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ET.Element:
     (directory / "tests" / "test_readme.py").write_text(f"from keylake.testing import assert_sealed\n\n\n{readmes}")
     (directory / "conftest.py").write_text(WHERE)
     results = directory / "results.xml"
-    command = [sys.executable, "-m", "pytest", f"--junit-xml={results}", "-p", "no:randomly"]
+    command = [f"{installed}/bin/python", "-m", "pytest", f"--junit-xml={results}", "-p", "no:randomly"]
     command += ["--basetemp", str(directory.parent / "tmp")]  # not the one that sessions share: they set its mode
     command += ["-o", "asyncio_mode=auto", "-o", "junit_family=xunit1", "--numprocesses=2", "--dist=load"]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=220)
@@ -109,6 +141,23 @@ def test_the_example_and_the_cases_pass(report: ET.Element) -> None:
     names = {case.get("name") for case in suite.iter("testcase")}
     assert {"test_orders_stop_and_come_back_with_the_key", "test_what_is_open_is_not_sealed"} <= names
     assert "test_the_shop_closes" in names, "the README's"
+
+
+def test_it_was_the_wheels(report: ET.Element, installed: Path) -> None:
+    [keylake] = values(report, "keylake")
+    assert Path(keylake).is_relative_to(installed)
+    command = [f"{installed}/bin/keylake", "--version"]
+    done = subprocess.run(command, cwd=installed, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "keylake"), done.stdout + done.stderr
+
+
+def test_the_wheel_has_every_file(installed: Path) -> None:
+    """What is no Python, too, and what the example does not use: the console's pages, migrations, C."""
+    [packages] = installed.glob("lib/python*/site-packages")
+    sources = installed.parent / "sources"
+    wanted = {path.relative_to(sources) for top in sources.glob("*/__init__.py") for path in top.parent.rglob("*.*")}
+    assert Path("keylake/console/static/index.html") in wanted
+    assert sorted(path for path in wanted if not (packages / path).exists()) == []
 
 
 def test_workers_have_clusters_of_their_own(report: ET.Element) -> None:
