@@ -38,7 +38,7 @@ from shared.wire.pgstartup import SSLRequest, StartupMessage
 from shared.wire.scram import MECHANISM, ScramClient
 from tests.cluster.bank import Bank, audit, open_bank
 from tests.cluster.primary import Session, caught_up, connect, safekeeper_timelines
-from tests.cluster.processes import compute_of, find_compute, postmasters
+from tests.cluster.processes import ComputeProcesses, compute_of, find_compute, postmasters
 from tests.fixtures.forked_cluster import ForkedCluster, ForkedService
 from tests.fixtures.waiting import all_threads_stopped, wait_until
 from tests.integration.test_pageserver_failpoints import EVERY_STEP, MORE_SENDS, SENDS
