@@ -18,9 +18,11 @@ from shared.errors import ConflictError, NotFoundError, UnavailableError
 from shared.ids import EndpointId, ProjectId, TimelineId
 from shared.lsn import Lsn
 from shared.migrate import load_migrations, migrate
+from shared.table_files import rewrite_tables
 
 _COMMAND_TIMEOUT_S: Final = 10.0
 _POOL_SIZE: Final = 8
+_UNREACHABLE: Final = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,10 @@ class ListedRole:
     mock_nonce: str | None
     role: LoginRole | None
     """None: it is not on the list."""
+
+
+def _unreachable(error: Exception) -> UnavailableError:
+    return UnavailableError(f"the metadata database cannot be reached: {type(error).__name__}")
 
 
 def _timeline(row: Any) -> TimelineRow:
@@ -165,8 +171,8 @@ class Repository:
     async def _rows(self, sql: str, *arguments: object) -> list[Any]:
         try:
             rows: list[Any] = await self._pool.fetch(sql, *arguments)
-        except (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError) as error:
-            raise UnavailableError(f"the metadata database cannot be reached: {type(error).__name__}") from None
+        except _UNREACHABLE as error:
+            raise _unreachable(error) from None
         return rows
 
     # --- timelines ---
@@ -419,9 +425,12 @@ class Repository:
             "UPDATE endpoints SET scram_verifier = '' WHERE project_id = $1 AND scram_verifier <> '' RETURNING 1",
             str(project_id),
         )
-        # A row that was changed stays in its table's file. Each time, since the last time may have failed here.
-        for table in ("login_roles", "endpoints"):
-            await self._rows(f"VACUUM (FULL) {table}")
+        # Each time, since the last time may have failed here.
+        try:
+            async with self._pool.acquire() as connection:
+                await rewrite_tables(connection, ("login_roles", "endpoints"))
+        except _UNREACHABLE as error:
+            raise _unreachable(error) from None
         return sum(int(row["roles"]) for row in listed) + len(owners)
 
     # --- ends ---

@@ -42,6 +42,7 @@ from shared.errors import CorruptedError, InvalidInputError, NotFoundError, NotL
 from shared.ids import AccountId, InstanceId, KekId, KeyConfigurationId, ProjectId, TokenId, WorkspaceId
 from shared.migrate import load_migrations, migrate
 from shared.roles import PersonRole
+from shared.table_files import rewrite_tables
 
 Record: TypeAlias = "asyncpg.Record"
 SCHEMA: Final = "keymanager"
@@ -522,8 +523,7 @@ class Repository:
         async with self._connection() as connection:
             await connection.execute("SET lock_timeout = '5s'")
             try:
-                for table in ("kek", "staged_kek"):  # VACUUM runs in no transaction
-                    await connection.execute(f"VACUUM (FULL) {table}")
+                await rewrite_tables(connection, ("kek", "staged_kek"))
             finally:
                 await connection.execute("RESET lock_timeout")
 

@@ -3,12 +3,14 @@
 A list that is nearly right would lock somebody out: the proxy has no compute started for a role that is not on it. So
 nobody changes a role between the list and the end of Postgres. Whatever does (CREATE, ALTER and DROP ROLE, a prepared
 transaction with one of them, a commit that still waits for the quorum) holds a lock on pg_authid until it is over; our
-session takes one that excludes these, reads, and keeps it until the shutdown ends it. When it is not to be had there is
-no list (ADR 49).
+session takes one that excludes these, reads, and keeps it until all other sessions have ended, and new ones find no
+socket. A shutdown alone would not do: it ends the newest session first, which is ours, and whoever waited for the lock
+may have it before they are told. When any of this takes too long there is no list (ADR 49).
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -25,7 +27,14 @@ from shared.telemetry import get_logger
 _log = get_logger(__name__)
 _TIMEOUT_S: Final = 2.0
 _LOCK_TIMEOUT: Final = "500ms"
+_LOOK_S: Final = 0.01
 _HIDDEN_PORT: Final = POSTGRES_PORT + 1
+
+# As the shutdown would, with the same words to them. A backend that has its lock or waits for it is found here, too.
+_END_OTHERS: Final = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+ WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
+"""
 
 # As Postgres sees it: get_role_password in crypt.c, InitializeSessionUserId in miscinit.c. MD5 passwords are left out:
 # pg_hba.conf says scram-sha-256. A date that Python has no year for is as good as none.
@@ -62,6 +71,8 @@ async def held_login_roles(
                 found = await _read(session)
                 if not await session.fetchval("SELECT true FROM pg_authid WHERE rolname = $1", owner):
                     found[owner] = LoginRole(verifier=owner_verifier)
+                async with asyncio.timeout(_TIMEOUT_S):
+                    await _end_others(session)
                 roles = found if len(found) <= MAX_LOGIN_ROLES else None
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
             _log.info("who may log in at the end is not known", error=type(error).__name__)
@@ -80,6 +91,13 @@ def _hidden(socket_dir: Path) -> Iterator[int]:
         yield _HIDDEN_PORT
     finally:
         hidden.rename(known)
+
+
+async def _end_others(session: Any) -> None:
+    """Returns when ours is the only session."""
+    while await session.fetchval(_END_OTHERS):
+        await asyncio.sleep(_LOOK_S)
+        await session.execute("SELECT pg_stat_clear_snapshot()")  # or the transaction sees those that it saw before
 
 
 async def _read(session: Any) -> dict[str, LoginRole]:

@@ -1,5 +1,6 @@
 """Every kind of rotation under pgbench, through three clouds, while branches are made, layers compacted and services
-killed, the keymanager that leads among them: no transaction fails and no row is lost."""
+killed, the keymanager that leads among them: no transaction fails and no row is lost. The objects lie in a bucket with
+versioning, in which a re-key leaves nothing under keys of before, old versions and orphans included."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
@@ -27,9 +28,11 @@ from tests.fixtures.forked_cluster import ForkedCluster
 from tests.fixtures.kms_customer_azure import AzureCustomer, azure_customer
 from tests.fixtures.kms_customer_google import GoogleCustomer, google_customer
 from tests.fixtures.waiting import wait_until
+from tests.integration.test_old_versions import envelopes
 
 if TYPE_CHECKING:
     from tests.fixtures.kms_clouds import KmsClouds
+    from tests.fixtures.s3 import S3Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
@@ -127,10 +130,35 @@ def elsewhere(kms_clouds: KmsClouds) -> Iterator[tuple[AzureCustomer, GoogleCust
         yield azure, google
 
 
-async def test_every_rotation_under_load(tmp_path: Path, elsewhere: tuple[AzureCustomer, GoogleCustomer]) -> None:
+@pytest.fixture
+def bucket(s3_server: S3Server) -> Iterator[tuple[Any, str]]:
+    """With versioning, and its owner."""
+    with s3_server.versioned_bucket() as made:
+        yield made
+
+
+def leave_an_orphan(owner: Any, bucket: str) -> str:
+    """Half of a layer that no index lists, as a pageserver leaves it that dies in the middle of its upload; under a key
+    of one that it did upload. Returns its name."""
+    beside, version = next((key, version) for key, version in envelopes(owner, bucket) if "/layers/" in key)
+    orphan = f"{beside.rpartition('/')[0]}/image-0000000000001000-{'ab' * 8}"
+    owner.put_object(Bucket=bucket, Key=orphan, Body=b"half")
+    source = {"Bucket": bucket, "Key": beside, "VersionId": version}
+    owner.copy_object(Bucket=bucket, Key=f"{orphan}.key", CopySource=source)
+    return orphan
+
+
+async def test_every_rotation_under_load(
+    tmp_path: Path,
+    elsewhere: tuple[AzureCustomer, GoogleCustomer],
+    bucket: tuple[Any, str],
+    s3_server: S3Server,
+) -> None:
     azure, google = elsewhere
-    settings = {
-        "pageserver": {"checkpoint_distance_mb": 2},
+    objects = {"object_store": s3_server.values(bucket[1], "keylake")}
+    settings: dict[str, dict[str, Any]] = {
+        "pageserver": {"checkpoint_distance_mb": 2} | objects,
+        "safekeeper": objects,
         "keymanager": azure.keymanager_settings | google.keymanager_settings,
     }
     async with ForkedCluster(keymanagers=2, settings=settings) as cluster:
@@ -160,8 +188,8 @@ async def test_every_rotation_under_load(tmp_path: Path, elsewhere: tuple[AzureC
             await client.rotate_kek(project_id)
             branches = [await drill.branch("while-wraps-change")]
             after = await wait_until(rewrapped, 60)
-            assert [(kek.kek_version, kek.objects > 0) for kek in after.keks] == [(1, False), (2, True)]
-            assert after.current_share == 1.0
+            assert [kek.kek_version for kek in after.keks] == [1, 2]
+            assert (after.outdated_objects, after.current_share) == (0, 1.0)
 
             # Again, across restarts of who stores.
             await client.rotate_kek(project_id)
@@ -203,20 +231,24 @@ async def test_every_rotation_under_load(tmp_path: Path, elsewhere: tuple[AzureC
             await replace(back)
             await asyncio.to_thread(google.disable)
 
-            # All data anew, while in the middle of it the keymanager dies that hands out the new keys, and a store.
+            # All data anew. A store is dead when that begins, so it is not over before the keymanager dies that hands
+            # out the new keys, and another store.
+            assert (await drill.encryption()).old_version_objects > 0
+            orphan = await asyncio.to_thread(leave_an_orphan, *bucket)
+            await cluster.service("safekeeper-1").kill()
             begun = await client.rekey(project_id)
             assert begun.dek_floor == 4
 
             async def half_way() -> bool:
                 found = await drill.encryption()
-                assert found.old_dek_objects, "the re-key was over before anything was killed"
+                assert not found.complete
                 return found.old_dek_objects < found.objects
 
             await wait_until(half_way, 30)
             await restart_leader(cluster)
             branches.append(await drill.branch("while-all-is-sealed-anew"))
             await restart(cluster, "pageserver")
-            await restart(cluster, "safekeeper-1")
+            await cluster.service("safekeeper-1").start()
             done = await wait_until(rekeyed, 60)
             assert done.old_dek_bytes == 0
 
@@ -226,6 +258,10 @@ async def test_every_rotation_under_load(tmp_path: Path, elsewhere: tuple[AzureC
                 return all(kek.destroyed for kek in (await drill.encryption()).keks[:-1])
 
             await wait_until(retired, 30)
+            found = await asyncio.to_thread(envelopes, *bucket)
+            assert {(envelope.kek_version, envelope.dek_version) for envelope, _ in found.values()} == {(4, 4)}
+            versions = await asyncio.to_thread(bucket[0].list_object_versions, Bucket=bucket[1], Prefix=orphan)
+            assert "Versions" not in versions
         assert drill.ledger.errors == []
         assert drill.processed > 0
         await drill.check()

@@ -124,6 +124,13 @@ async def _metadata(place: Place) -> dict[str, Any]:
     return found
 
 
+async def _no_lease_of_the_dead(place: Place) -> bool:
+    """A service that was killed, by a test before, has leases until they run out."""
+    async with metadata(place.cluster) as database:
+        query = "select count(*) = count(distinct (role, node_id, project_id)) from keymanager.lease"
+        return bool(await database.fetchval(query))
+
+
 def _is_expected(record: AuditRecord, place: Place) -> bool:
     if record.action.startswith("dek.") and record.project_id == place.busy.project.project_id:
         return True  # what the storage of a database that runs does anyway
@@ -135,6 +142,7 @@ def _is_expected(record: AuditRecord, place: Place) -> bool:
 @asynccontextmanager
 async def unchanged(place: Place) -> AsyncIterator[None]:
     """What happens inside leaves state as it was, is audited as refused if at all, and makes no service complain."""
+    await wait_until(lambda: _no_lease_of_the_dead(place))
     before, logs = await observe(place), LogWatch(place.cluster)
     yield
 

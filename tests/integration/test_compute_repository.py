@@ -3,15 +3,19 @@ may log in, by term, too."""
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 
+import asyncpg
 import pytest
 
+import shared.table_files
 from compute.agent.protocol import LoginRole, LoginRoles, role_digest
 from compute.proposer import Membership
 from compute.repository import Repository
-from shared.errors import NotFoundError
+from shared.errors import NotFoundError, UnavailableError
 from shared.ids import EndpointId, ProjectId
+from shared.table_files import rewrite_tables
 from shared.wire.scram import ScramVerifier
 from tests.fixtures.keymanager import metadata_dsn, metadata_server
 
@@ -82,3 +86,26 @@ async def test_who_may_log_in_is_what_the_latest_compute_said(metadata_dsn: str)
         await repository.delete_timeline(timeline_id)
         with pytest.raises(NotFoundError):
             await repository.listed_role(timeline_id, b"berta")
+
+
+async def test_what_a_snapshot_still_sees_is_not_written_anew_as_if_it_were_gone(
+    metadata_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection, reader = await asyncpg.connect(metadata_dsn), await asyncpg.connect(metadata_dsn)
+    try:
+        await connection.execute("CREATE TABLE secrets (text text); INSERT INTO secrets VALUES ('canary-1')")
+        async with reader.transaction(isolation="repeatable_read"):
+            await reader.fetchval("SELECT 1")  # a snapshot, and no lock
+            await connection.execute("DELETE FROM secrets")
+            monkeypatch.setattr(shared.table_files, "_TIMEOUT_S", 0.2)
+            with pytest.raises(UnavailableError, match="stays in its file while a transaction is open"):
+                await rewrite_tables(connection, ["secrets"])
+            monkeypatch.undo()
+            rewriting = asyncio.create_task(rewrite_tables(connection, ["secrets"]))
+            await asyncio.sleep(0.3)
+            assert not rewriting.done()
+        await rewriting
+        assert await connection.fetchval("SELECT pg_relation_size('secrets')") == 0
+    finally:
+        await connection.close()
+        await reader.close()
