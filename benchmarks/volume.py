@@ -31,6 +31,7 @@ from benchmarks.harness import (
     PLAINTEXT,
     KeylakeBench,
     Row,
+    at_rest,
     pg_receivewals,
     pgbench_init,
     pgbench_tps,
@@ -89,6 +90,7 @@ async def _scans(kind: VolumeKind, scale: int) -> Scans:
     async with Cluster(settings=_settings(kind)) as cluster:
         bench = await KeylakeBench.create(cluster, scale)
         await bench.stop()
+        await at_rest()  # the pageserver merges what was loaded, and has one core of two for that
         connection = await bench.connect()
         await connection.execute("SET max_parallel_workers_per_gather = 0")
         size = await connection.fetchval("SELECT pg_relation_size('pgbench_accounts')")
