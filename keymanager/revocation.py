@@ -38,7 +38,7 @@ from keymanager.lease_table import CLOCK_DRIFT, Held, Holder, LeaseTable
 from keymanager.projects import ProjectEntry, Projects
 from keymanager.records import StoredRevocation
 from keymanager.repository import Repository
-from keymanager.state import KeyEvent, KmsAccess
+from keymanager.state import KeyAccess, KeyEvent, KmsAccess
 from keymanager.transaction import Transaction
 from shared.api.keymanager import KeyState, Restored, Revoke
 from shared.audit_chain import AuditEntry
@@ -226,6 +226,9 @@ class Revoker:
     ) -> None:
         detected_at, started_s = self._clock.now(), self._clock.monotonic_s()
         revocations: list[OpenRevocation] = []
+        # As of this event. Until it is stored the next one may have been stepped through in memory, whose own
+        # transaction has more to do: a shredding's destroys the wraps.
+        accesses: list[KeyAccess] = []
         returning: list[ProjectEntry] = []
         for entry in entries:  # Invariant: no await in this loop, so all projects stop together
             entry.access = entry.access.step(event)
@@ -234,14 +237,15 @@ class Revoker:
                     returning.append(entry)
             elif entry.access.state is not entry.state and not entry.ending:
                 revocations.append(self._stop(entry, reason, detected_at, started_s))
+                accesses.append(entry.access)
         for revocation in revocations:
             if not revocation.state.final:
                 self._push(revocation)
 
         async def store(transaction: Transaction) -> None:
             audited = await also(transaction)
-            for revocation in revocations:
-                audited += await self._store_revocation(transaction, revocation, actor)
+            for revocation, access in zip(revocations, accesses, strict=True):
+                audited += await self._store_revocation(transaction, revocation, access, actor)
             await transaction.audit(audited)
 
         await self._store(store)
@@ -280,11 +284,11 @@ class Revoker:
         return revocation
 
     async def _store_revocation(
-        self, transaction: Transaction, revocation: OpenRevocation, actor: str
+        self, transaction: Transaction, revocation: OpenRevocation, access: KeyAccess, actor: str
     ) -> list[AuditEntry]:
         """Step 4, for one project."""
         entry = revocation.entry
-        await transaction.set_project(entry.project_id, revocation.state, revocation.reason, entry.access)
+        await transaction.set_project(entry.project_id, revocation.state, revocation.reason, access)
         await transaction.insert_revocation(
             revocation.revocation_id,
             entry.project_id,
