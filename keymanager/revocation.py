@@ -177,9 +177,12 @@ class Revoker:
 
     async def operator_event(self, entry: ProjectEntry, event: KeyEvent, reason: str, actor: str) -> None:
         """`:revoke` or `:restore`. Raises ConflictError when it makes no sense in this state."""
-        entry.access.step(event)  # refuse before anything is changed
+        after = entry.access.step(event)  # refuse before anything is changed
 
         async def audit_call(transaction: Transaction) -> list[AuditEntry]:
+            # Whoever holds it does so from now on, also where that changes no state as long as the KMS says no. What
+            # does change the state is stored behind this.
+            await transaction.set_project(entry.project_id, entry.state, entry.reason, after)
             return [AuditEntry(actor, f"project.{event.value}", "ok", entry.project_id, {"reason": reason})]
 
         await self._apply([entry], event, reason, actor, audit_call)

@@ -382,6 +382,23 @@ async def test_operators_hold_is_lifted_by_the_operator_only(keymanager: Keymana
             await client.request("POST", f"{path}:restore")
 
 
+async def test_an_operators_hold_on_what_the_kms_denies_outlives_a_restart(keymanager: Keymanager, cmk: str) -> None:
+    """It changes no state when it is said."""
+    project = await keymanager.new_project(cmk)
+    path = f"/v1/projects/{project.project_id}"
+    await asyncio.to_thread(keymanager.tenant.customer.disable, cmk)
+    await keymanager.wait_sealed(project.project_id)
+    async with keymanager.client() as client:
+        await client.request("POST", f"{path}:revoke", body=RevokeRequest(reason="an incident"))
+    keymanager.kill()
+    await asyncio.to_thread(keymanager.tenant.customer.enable, cmk)
+    await keymanager.start()
+    async with keymanager.client() as client:
+        assert (await client.call(Project, "POST", f"{path}:revalidate")).state is KeyState.REVOKED
+        await client.request("POST", f"{path}:restore")
+        await keymanager.wait_state(project.project_id, KeyState.ACTIVE)
+
+
 async def test_revalidate_answers_when_a_return_is_in_force(keymanager: Keymanager, cmk: str) -> None:
     project = await keymanager.new_project(cmk)
     path = f"/v1/projects/{project.project_id}:revalidate"
