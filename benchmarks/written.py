@@ -13,9 +13,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import boto3
+from typing import Final
 
 from benchmarks.harness import PLAINTEXT, KeylakeBench, Row, run
 from keylake.cluster import Cluster
@@ -27,7 +25,7 @@ from shared.postgres import find_postgres
 from shared.storage.config import open_store
 from shared.storage.s3 import S3ObjectStore
 from tests.cluster.primary import caught_up, safekeeper_timelines
-from tests.fixtures.s3 import S3Server, moto
+from tests.fixtures.s3 import moto
 from tests.fixtures.waiting import wait_until
 
 _CLIENTS: Final = 8
@@ -96,25 +94,14 @@ class Measured:
         return int(found[1])
 
 
-def versioned_bucket(server: S3Server) -> str:
-    owner: Any = boto3.client(
-        "s3",
-        endpoint_url=server.endpoint,
-        aws_access_key_id=server.access_key,
-        aws_secret_access_key=server.secret_key,
-        region_name="us-east-1",
-    )
-    bucket = server.new_bucket()
-    owner.create_bucket(Bucket=bucket)
-    owner.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
-    owner.close()
-    return bucket
-
-
 async def measure(scale: int = 10, transactions: int = 10_000) -> list[Row]:
     """Raises RuntimeError when the temporary directory is in memory, or the transactions are too few."""
-    with tempfile.TemporaryDirectory(prefix="keylake-bench-") as directory, moto(Path(directory) / "log") as server:
-        objects = server.settings(versioned_bucket(server))
+    with (
+        tempfile.TemporaryDirectory(prefix="keylake-bench-") as directory,
+        moto(Path(directory) / "log") as server,
+        server.versioned_bucket() as (_, bucket),
+    ):
+        objects = server.settings(bucket)
         secrets = {"access_key_id": server.access_key, "secret_access_key": server.secret_key}
         where = {"object_store": {"url": objects.url, **secrets}}
         async with Cluster(settings=PLAINTEXT | {"pageserver": where, "safekeeper": where}) as cluster:

@@ -162,7 +162,7 @@ class Repository:
             async with self._pool.acquire() as connection:
                 await migrate(connection, self._schema, load_migrations("compute"))
         except (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.CannotConnectNowError) as error:
-            raise UnavailableError(f"the metadata database cannot be reached: {type(error).__name__}") from None
+            raise _unreachable(error) from None
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -4,7 +4,7 @@ wants."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pageserver import walreceiver
-from pageserver.walreceiver import Peer, WalReceiver
+from pageserver.walreceiver import IngestRecords, Peer, WalReceiver
 from shared.auth import Principal, Scope, Service
 from shared.config import Address
 from shared.framed_tcp import FramedConnection, FramedServer
@@ -75,6 +75,26 @@ class Safekeeper:
         )
 
 
+def peers_of(servers: Mapping[str, FramedServer]) -> list[Peer]:
+    return [Peer(node, Address(port=server.port)) for node, server in servers.items()]
+
+
+def receiver_of(
+    realm: Realm, peers: Sequence[Peer], wal: WalBuilder, ingest: IngestRecords, *, stored_lsn: int = START
+) -> WalReceiver:
+    """Of a timeline like `wal`, from START on. `stored_lsn`: up to where it is in layers."""
+    return WalReceiver(
+        ProjectId.new(),
+        TimelineId.new(),
+        peers,
+        realm.issuers[Service.PAGESERVER],
+        client_context(realm.ca_certificate),
+        WalStreamDecoder(START, system_identifier=wal.system_identifier),
+        ingest,
+        lambda: stored_lsn,
+    )
+
+
 async def test_whoever_is_not_of_the_committed_term_hears_what_is_in_layers_and_nothing_else(tmp_path: Path) -> None:
     """A term may not be able to begin before: its donor may have to trim what its peers have trimmed (ADR 40)."""
     realm = Realm.create(tmp_path)
@@ -82,15 +102,12 @@ async def test_whoever_is_not_of_the_committed_term_hears_what_is_in_layers_and_
     wal.append_noop(3000)
     donor = Safekeeper("a", 2, bytes(wal.data))
     async with donor.server(realm) as server:
-        receiver = WalReceiver(
-            ProjectId.new(),
-            TimelineId.new(),
+        receiver = receiver_of(
+            realm,
             [Peer("a", Address(port=server.port)), *(Peer(name, Address(port=1)) for name in "bc")],
-            realm.issuers[Service.PAGESERVER],
-            client_context(realm.ca_certificate),
-            WalStreamDecoder(START, system_identifier=wal.system_identifier),
+            wal,
             _ingest_nothing,
-            lambda: START + 100,
+            stored_lsn=START + 100,
         )
         work = asyncio.create_task(receiver.run())
         try:
@@ -120,16 +137,7 @@ async def test_whoever_is_asked_instead_of_a_source_that_is_behind_comes_at_once
 
     async with AsyncExitStack() as stack:
         servers = {each.node_id: await stack.enter_async_context(each.server(realm)) for each in (old, *others)}
-        receiver = WalReceiver(
-            ProjectId.new(),
-            TimelineId.new(),
-            [Peer(node, Address(host="127.0.0.1", port=each.port)) for node, each in servers.items()],
-            realm.issuers[Service.PAGESERVER],
-            client_context(realm.ca_certificate),
-            WalStreamDecoder(START, system_identifier=wal.system_identifier),
-            ingest,
-            lambda: START,
-        )
+        receiver = receiver_of(realm, peers_of(servers), wal, ingest)
         connect = receiver._connect
 
         async def connect_in_turn(peer: Peer) -> FramedConnection:
@@ -174,16 +182,7 @@ async def test_a_half_record_that_a_quorum_holds_commits_no_later_terms_bytes(
 
     async with AsyncExitStack() as stack:
         servers = {each.node_id: await stack.enter_async_context(each.server(realm)) for each in (a, b, c)}
-        receiver = WalReceiver(
-            ProjectId.new(),
-            TimelineId.new(),
-            [Peer(node, Address(host="127.0.0.1", port=each.port)) for node, each in servers.items()],
-            realm.issuers[Service.PAGESERVER],
-            client_context(realm.ca_certificate),
-            WalStreamDecoder(START, system_identifier=logs[0].system_identifier),
-            ingest,
-            lambda: START,
-        )
+        receiver = receiver_of(realm, peers_of(servers), logs[0], ingest)
         reachable = {node: asyncio.Event() for node in "abc"}
         reachable["a"].set()
         reachable["b"].set()
@@ -242,17 +241,7 @@ async def test_a_source_that_filled_the_buffer_and_lost_an_election_is_given_up(
 
     async with AsyncExitStack() as stack:
         servers = {each.node_id: await stack.enter_async_context(each.server(realm)) for each in (a, b, c)}
-        peers = [Peer(node, Address(host="127.0.0.1", port=each.port)) for node, each in servers.items()]
-        receiver = WalReceiver(
-            ProjectId.new(),
-            TimelineId.new(),
-            peers,
-            realm.issuers[Service.PAGESERVER],
-            client_context(realm.ca_certificate),
-            WalStreamDecoder(START, system_identifier=lost.system_identifier),
-            ingest,
-            lambda: START,
-        )
+        receiver = receiver_of(realm, peers_of(servers), lost, ingest)
         # The two others come up when the first one has sent everything.
         connected = asyncio.Event()
         connect = receiver._connect
